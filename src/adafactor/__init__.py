@@ -1,0 +1,25 @@
+"""Adafactor for Keras, PyTorch and JAX: one algorithm, one state, almost no optimizer memory.
+
+The framework is in the import path, and importing this package imports none of them:
+
+    from adafactor.keras import Adafactor    # Keras 3: TensorFlow, JAX or PyTorch
+"""
+
+from adafactor.factoring import Factored, Layout, layout
+from adafactor.hyperparameters import Hyperparameters
+
+__version__ = "0.1.0"
+__all__ = ["Factored", "Hyperparameters", "Layout", "layout"]
+
+_IMPORTS = {
+    "Keras 3": "from adafactor.keras import Adafactor",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "Adafactor":
+        width = max(map(len, _IMPORTS))
+        lines = "\n".join(f"    {framework:<{width}}  {line}" for framework, line in _IMPORTS.items())
+        # ImportError: `from adafactor import Adafactor` shows its text as it stands.
+        raise ImportError(f"Adafactor is imported from its framework's module:\n{lines}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

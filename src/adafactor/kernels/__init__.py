@@ -1,0 +1,1 @@
+"""Measure and apply, once per way of running. Kernels know layouts and hyperparameters, never a front end."""
