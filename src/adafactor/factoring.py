@@ -146,11 +146,11 @@ def layout(
     validate(factoring, min_dim_size_to_factor)
     batch = _axes(batch_axes, shape, name, "batch")
     free = tuple(axis for axis in range(len(shape)) if axis not in batch)
-    rows, columns = _choose(shape, free, factoring) if len(free) >= 2 and math.prod(shape) else ((), ())
-    sides = [math.prod(shape[axis] for axis in side) for side in (rows, columns)]
-    if min(sides) < min_dim_size_to_factor:
-        rows, columns = (), ()
-    return Layout(shape, rows, columns, batch)
+    unfactored = Layout(shape, (), (), batch)
+    if len(free) < 2 or not unfactored.size:
+        return unfactored
+    factored = Layout(shape, *_choose(shape, free, factoring), batch)
+    return factored if min(factored.n, factored.m) >= min_dim_size_to_factor else unfactored
 
 
 def validate(factoring: object, min_dim_size_to_factor: object) -> None:

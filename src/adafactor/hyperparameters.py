@@ -86,7 +86,8 @@ class Hyperparameters:
 
     def decay(self, t: int) -> float:
         """1 - beta(t), the weight of the newest squared gradient (eq. 1), for update ``t`` counted from 1."""
-        return max(float(t) ** self.beta_2_decay, 1.0 - (1.0 if self.beta_2_max is None else self.beta_2_max))
+        newest: float = float(t) ** self.beta_2_decay
+        return newest if self.beta_2_max is None else max(newest, 1.0 - self.beta_2_max)
 
     def caps(self, scheduled: bool) -> bool:
         """Whether rho(t) is capped at 1/sqrt(t) (eq. 8); ``scheduled`` says the learning rate varies by itself."""
@@ -101,7 +102,7 @@ def in_range(value: object, low: float, high: float) -> bool | None:
     """Whether ``value`` is a finite number in [low, high]; ``None`` where it is no real number at all."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return math.isfinite(value) and low <= value <= high
+    return math.isfinite(value) and low <= float(value) <= high
 
 
 def message(argument: str, rule: str, value: object, remedy: str) -> str:

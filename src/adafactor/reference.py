@@ -148,7 +148,7 @@ def apply(
             "row": sums.rows.reshape(layout.row_shape),
             "column": column.reshape(layout.column_shape),
         }
-    alpha = rho
+    alpha: float | Array = rho
     if hp.scale_parameter:
         alpha = rho * np.maximum(hp.epsilon_2, np.sqrt(sums.Q / layout.slice_size))  # eq. 9
     if hp.clip_threshold is not None:
