@@ -273,35 +273,34 @@ class Adafactor(keras.optimizers.Optimizer):
         hp = self._hyperparameters
         dtype = _statistics_dtype(variable)
         with _no_grad():
-            x = ops.cast(ops.convert_to_tensor(variable), dtype)
+            x = ops.convert_to_tensor(variable)
             # A sparse gradient is dense in the statistics and stays sparse in the variable's update.
             sparse = _is_sparse(gradient) and momentum is None
-            gradient = ops.cast(gradient if sparse else ops.convert_to_tensor(gradient, sparse=False), dtype)
             g = ops.convert_to_tensor(gradient, sparse=False)
             t = ops.cast(self.iterations + 1, dtype)
-            decay, rho = array.schedule(_ops, t, ops.cast(learning_rate, dtype), hp, callable(self._learning_rate))
+            learning_rate = ops.cast(learning_rate, dtype)
+            decay, rho = array.schedule(_ops, t, learning_rate, hp, callable(self._learning_rate))
+            decays = self.weight_decay is not None and self._use_weight_decay(variable)
+            keep = 1 - learning_rate * self.weight_decay if decays else None
             values = {name: ops.convert_to_tensor(slot) for name, slot in slots.items()}
-            update = array.update(_ops, x, g, values, its_layout, hp, decay, rho, _barrier)
+            update = array.measure(_ops, x, g, values, its_layout, hp, decay, rho, keep, _barrier)
+            if sparse:
+                first, second = update.direction
+                if keep is not None:
+                    self.assign(variable, ops.cast(ops.cast(x, dtype) * keep, variable.dtype))
+                scale = ops.broadcast_to(first * (second * update.alpha), its_layout.shape)
+                self.assign_sub(variable, ops.cast(ops.multiply(ops.cast(gradient, dtype), scale), variable.dtype))
+            else:
+                average = None if momentum is None else ops.convert_to_tensor(momentum)
+                x, average = array.apply(_ops, x, g, update, average, hp.momentum, keep, _barrier)
+                self.assign(variable, x)
+                if momentum is not None:
+                    self.assign(momentum, average)
             for name, slot in slots.items():
                 self.assign(slot, update.slots[name])
-            first, second = update.direction
-            if sparse:
-                scale = ops.broadcast_to(first * (second * update.alpha), its_layout.shape)
-                self.assign_sub(variable, ops.cast(ops.multiply(gradient, scale), variable.dtype))
-                return
-            if momentum is None or hp.momentum is None:
-                step = g * first * (second * update.alpha)
-            else:
-                u = hp.momentum * ops.convert_to_tensor(momentum) + (1 - hp.momentum) * (g * first * second)  # eq. 12
-                self.assign(momentum, u)
-                step = update.alpha * u
-            # One rounding, of the result: a low-precision variable would lose part of a rounded step.
-            self.assign(variable, ops.cast(x - step, variable.dtype))  # eq. 13
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
-        # PyTorch's grouped multiplication, which Keras uses, refuses an empty group.
-        if keras.backend.backend() != "torch" or any(self._use_weight_decay(variable) for variable in variables):
-            super()._apply_weight_decay(variables)
+        """Nothing: ``update_step`` decays a variable while it reads it anyway."""
 
     # -- configuration and checkpoints -----------------------------------------------------------------------------
 
