@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import transformers
-from shapes import GPT2_SMALL, LLAMA_LAYER, LORA, Shapes, parameters
-from timing import HEADER, interleave
 
 import adafactor.torch
+from shapes import GPT2_SMALL, LLAMA_LAYER, LORA, Shapes, parameters
+from timing import HEADER, interleave
 
 Step = Callable[[], object]
 Tensors = list[torch.Tensor]
