@@ -34,10 +34,10 @@ FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHAST
     1 << bit for bit in range(7)
 )
 
-_ADDRESSES = "param grad row column momentum Q finished S W".split()
-_NUMBERS = "b0 n B1 m slices n_global N_global m_global row_offset column_offset".split()
-_CODES = "param_dtype grad_dtype momentum_dtype".split()
-_SCALARS = "rho decay eps1 eps2 clip keep beta1".split()
+_ADDRESSES = ["param", "grad", "row", "column", "momentum", "Q", "finished", "S", "W"]
+_NUMBERS = ["b0", "n", "B1", "m", "slices", "n_global", "N_global", "m_global", "row_offset", "column_offset"]
+_CODES = ["param_dtype", "grad_dtype", "momentum_dtype"]
+_SCALARS = ["rho", "decay", "eps1", "eps2", "clip", "keep", "beta1"]
 #: ``adafactor_tensor``, field by field.
 RECORD = np.dtype(
     [(name, np.uint64) for name in _ADDRESSES]
@@ -262,7 +262,8 @@ class Table:
     @property
     def skipped(self) -> NDArray[Any]:
         """Per tensor whether the last call left it alone because its gradient was not finite."""
-        return self.records["skipped"] != 0
+        skipped: NDArray[Any] = self.records["skipped"] != 0
+        return skipped
 
 
 _isa, _threads = isa, threads  # `run` has arguments of these names
