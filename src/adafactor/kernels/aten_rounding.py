@@ -81,6 +81,6 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     noise = bits & ((1 << k) - 1)
     rounded = ((x.view(torch.int32) + noise) & -(1 << k)).view(torch.float32)
     if dtype == torch.float16:
-        multiple = torch.floor(x * 2.0**24 + noise * 2.0**-13) * 2.0**-24
-        rounded = torch.where(x.abs() < 2.0**-14, multiple, rounded)
+        multiple = torch.floor(x.abs() * 2.0**24 + noise * 2.0**-13) * 2.0**-24
+        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(multiple, x), rounded)
     return torch.where(torch.isfinite(x), rounded, x).to(dtype)
