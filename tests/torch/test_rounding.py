@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adafactor.kernels import aten
+from adafactor.kernels import aten_blocks
 from adafactor.kernels.aten_rounding import mix, mix_tensor, random_bits, row_major, stochastic_round
 from adafactor.torch import Adafactor
 
@@ -79,7 +79,7 @@ def test_block_size_and_strides_do_not_matter(limit, monkeypatch):
     start = torch.randn(12, 10).bfloat16()
     results = []
     for limit_, strided in ((1 << 20, False), (limit, False), (limit, True)):
-        monkeypatch.setattr(aten, "CPU_BLOCK", limit_)
+        monkeypatch.setattr(aten_blocks, "CPU_BLOCK", limit_)
         param = torch.nn.Parameter(start.t().contiguous().t() if strided else start.clone())
         # One number per row and none to add up over blocks: the update has the same bits, so only the draw differs.
         optimizer = Adafactor(

@@ -9,6 +9,7 @@ depend on threads, block sizes, strides or devices, and a run resumed from a che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,8 +55,10 @@ def random_bits(seed: int, step: Tensor, tensor: int, index: Tensor) -> Tensor:
     return mix_tensor(mix_tensor(stepped + (index >> 32).to(torch.int32)) + index.to(torch.int32))
 
 
-def row_major(shape: Sequence[int], block: Sequence[slice], device: torch.device) -> Tensor:
+def row_major(shape: Sequence[int], block: Sequence[slice] | None, device: torch.device) -> Tensor:
     """The row-major place of every element of a block in a tensor of ``shape``: int64, of the block's shape."""
+    if block is None:
+        return torch.arange(math.prod(shape), dtype=torch.int64, device=device).view(tuple(shape))
     places = torch.zeros((), dtype=torch.int64, device=device)
     stride = 1
     for axis in reversed(range(len(shape))):
