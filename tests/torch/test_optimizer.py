@@ -341,6 +341,18 @@ def test_one_bad_gradient_among_fifty(bad, beta1):
     assert all(p.isfinite().all() for i, p in enumerate(ours) if i != 17)
 
 
+def test_a_row_whose_sum_of_squares_overflows_is_left_alone():
+    """No column sum overflows, nor the mean of them."""
+    param = parameter(100, 3)
+    optimizer = Adafactor([param])
+    step(optimizer)
+    param.grad = torch.zeros(100, 3)
+    param.grad[5] = 1.5e19
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert all(value.isfinite().all() for value in optimizer.state[param].values())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_bad_gradient_leaves_half_precision_bits_alone(dtype):
     param = parameter(64, 8, dtype=dtype)
