@@ -10,6 +10,7 @@ Equation numbers refer to ``docs/algorithm.md``; ``docs/torch.md`` has the migra
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -395,6 +396,10 @@ def _check_lr(lr: object) -> None:
 
 def _check(param: Tensor, grad: Tensor) -> None:
     """Refuse what no kernel can update, before any of the step's tensors is written."""
+    sharded = sys.modules.get("torch.distributed.tensor")  # not imported here: whoever has a DTensor has imported it
+    if sharded is not None and isinstance(param, sharded.DTensor):
+        remedy = "Give the optimizer whole tensors, as DDP and ZeroRedundancyOptimizer do."
+        raise RuntimeError(message("a parameter", "an unsharded tensor", str(param.placements), remedy))
     if grad.layout != torch.strided:
         remedy = "Build the embedding with sparse=False."
         raise RuntimeError(message("a gradient", "dense for Adafactor", str(grad.layout), remedy))
