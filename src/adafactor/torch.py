@@ -20,14 +20,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adafactor.convert import pytorch as checkpoint
 from adafactor.factoring import Factored, Factoring, Layout, layout
 from adafactor.hyperparameters import RelativeStep, message
-from adafactor.kernels import aten, opaque
+from adafactor.kernels import aten, native, opaque
+from adafactor.kernels.native_torch import Step
 from adafactor.kernels.work import Kernel, Settings, Work, math_dtype
 from adafactor.torch_arguments import SETTINGS, check_lr, check_tensors, translate
 
 __all__ = ["Adafactor", "Factored"]
-
-# The kernel for CPU tensors written in C++, where one is installed.
-_native: Kernel | None = None
 
 
 class Adafactor(Optimizer):
@@ -122,6 +120,17 @@ class Adafactor(Optimizer):
         """Drop what is derived from groups and state, so that the next step derives it anew."""
         self._work: dict[Tensor, Work] = {}
         self._settings: dict[int, tuple[tuple[object, ...], Settings]] = {}
+        self._native = Step() if native.available() else None
+
+    def _kernel(self, fused: bool | None, device: torch.device) -> Kernel:
+        """The kernel for a device; see ``fused``."""
+        if fused is not False and device.type == "cpu" and self._native is not None:
+            return self._native
+        if fused:
+            cause = "" if device.type != "cpu" else f"{native.why_not()} "
+            rule, remedy = "None or False here", f"{cause}Pass fused=None for the fastest kernel there is."
+            raise RuntimeError(message(f"fused for {device.type} tensors", rule, fused, remedy))
+        return aten.step
 
     @property
     def skipped(self) -> int:
@@ -199,7 +208,7 @@ class Adafactor(Optimizer):
             if grad is None or not param.numel():
                 continue
             check_tensors(param, grad)
-            kernel = _kernel(group["fused"], param.device)
+            kernel = self._kernel(group["fused"], param.device)
             w = self._work.get(param)
             if w is None or w.layout.shape != param.shape:
                 roles = _layout(group, position, param)
@@ -324,13 +333,3 @@ def _layout(group: Mapping[str, Any], position: int, param: Tensor) -> Layout:
     names = group.get("param_names")
     name = names[position] if names else ""
     return layout(param.shape, group["factoring"], group["min_dim_size_to_factor"], name=name)
-
-
-def _kernel(fused: bool | None, device: torch.device) -> Kernel:
-    """The kernel for a device; see ``fused``."""
-    if fused is not False and device.type == "cpu" and _native is not None:
-        return _native
-    if fused:
-        remedy = "Pass fused=None for the fastest kernel there is."
-        raise RuntimeError(message(f"fused for {device.type} tensors", "None or False on this machine", fused, remedy))
-    return aten.step

@@ -202,7 +202,10 @@ def _moves(run: Run, sums: Sequence[Sums], sums_u2: Sequence[Tensor], updated: T
 
     alpha = torch.cat([rho.expand(count) for rho, count in zip(run.rho, counts, strict=True)])
     if hp.scale_parameter:
-        alpha = alpha * means([_found(s.Q) for s in sums]).sqrt_().clamp_(min=hp.epsilon_2)  # eq. 9
+        rms = means([_found(s.Q) for s in sums]).sqrt_()
+        if settings.scale_after_decay:
+            rms.mul_(torch.cat([s.abs().expand(count) for s, count in zip(run.shrink, counts, strict=True)]))
+        alpha = alpha * rms.clamp_(min=hp.epsilon_2)  # eq. 9
     scale = torch.full_like(alpha, -1.0 if settings.maximize else 1.0)
     if hp.clip_threshold is not None:
         scale = scale / (means(sums_u2).sqrt_() / hp.clip_threshold).clamp_(min=1)  # eq. 10

@@ -34,6 +34,7 @@ class Settings:
         stochastic_rounding: round a bfloat16 or float16 parameter up or down at random, without bias.
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient is not finite.
         seed: of the random bits behind stochastic rounding.
+        scale_after_decay: take RMS(x) after weight decay instead, as Keras does.
     """
 
     hyperparameters: Hyperparameters
@@ -43,6 +44,7 @@ class Settings:
     stochastic_rounding: bool
     skip_nonfinite: bool
     seed: int
+    scale_after_decay: bool = False
 
 
 @dataclass(slots=True, eq=False)
