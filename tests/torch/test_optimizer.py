@@ -199,10 +199,12 @@ def test_step_hooks():
     assert seen == ["before", 1]
 
 
-def test_zero_grad_frees_the_gradient():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zero_grad_frees_the_gradient(compiled):
     param = parameter(3, 2)
     optimizer = Adafactor([param])
-    step(optimizer)
+    param.grad = torch.randn(3, 2)
+    torch.compile(lambda: optimizer.step(), backend="eager")() if compiled else optimizer.step()
     gradient = weakref.ref(param.grad)
     optimizer.zero_grad(set_to_none=False)
     assert param.grad is not None
