@@ -9,6 +9,7 @@ Equation numbers refer to ``docs/algorithm.md``; ``docs/torch.md`` has the migra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -194,8 +195,7 @@ class Adafactor(Optimizer):
                     self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
                 kernel(members, self._skipped[device])
         finally:
-            for w in work:
-                del w.grad  # zero_grad(set_to_none=True) must be able to free it
+            _release(work)
 
     def _collect(self, number: int) -> list[Work]:
         """One item of work per parameter of a group that has a gradient. All checks are here; nothing is written."""
@@ -248,11 +248,13 @@ class Adafactor(Optimizer):
     ) -> bool:
         """List the tensors of a group. By this name torch.compile knows to run it once, untraced."""
         number = next(number for number, other in enumerate(self.param_groups) if other is group)
-        for w in self._collect(number):
+        work = self._collect(number)
+        for w in work:
             params.append(w.param)
             grads.append(w.grad)
             values = self._state_of(w)
             state.extend(values[name] for name in w.slots)
+        _release(work)
         return False
 
     def _run_group(
@@ -260,12 +262,13 @@ class Adafactor(Optimizer):
     ) -> None:
         """Update the tensors that compiled code passes, which need not be the parameters themselves."""
         rest = iter(state)
-        self._run(
-            [
-                replace(w, param=param, grad=grad, state={name: next(rest) for name in w.slots})
-                for w, param, grad in zip(self._collect(number), params, grads, strict=True)
-            ]
-        )
+        work = self._collect(number)
+        passed = [
+            replace(w, param=param, grad=grad, state={name: next(rest) for name in w.slots})
+            for w, param, grad in zip(work, params, grads, strict=True)
+        ]
+        _release(work)
+        self._run(passed)
 
     def _group_settings(self, number: int, group: dict[str, Any]) -> Settings:
         """The group's settings: checked when they change, the learning rate every time."""
@@ -300,14 +303,18 @@ class Adafactor(Optimizer):
             ValueError: groups or shapes do not fit; nothing has been modified.
         """
 
+        notes: checkpoint.Notes = {}
+
         def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return checkpoint.read(state_dict, optimizer.param_groups)
+            return checkpoint.read(state_dict, optimizer.param_groups, notes)
 
         handle = self.register_load_state_dict_pre_hook(read)  # after the hooks that a user has registered
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for note in notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_skipped": self._skipped}
@@ -326,6 +333,12 @@ class Adafactor(Optimizer):
                 if name != "differentiable":
                     group.setdefault(name, default)
         self._forget()
+
+
+def _release(work: Sequence[Work]) -> None:
+    """Let go of the gradients, so that zero_grad(set_to_none=True) can free them."""
+    for w in work:
+        del w.grad
 
 
 def _layout(group: Mapping[str, Any], position: int, param: Tensor) -> Layout:

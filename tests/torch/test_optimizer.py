@@ -199,10 +199,12 @@ def test_step_hooks():
     assert seen == ["before", 1]
 
 
-def test_zero_grad_frees_the_gradient():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zero_grad_frees_the_gradient(compiled):
     param = parameter(3, 2)
     optimizer = Adafactor([param])
-    step(optimizer)
+    param.grad = torch.randn(3, 2)
+    torch.compile(lambda: optimizer.step(), backend="eager")() if compiled else optimizer.step()
     gradient = weakref.ref(param.grad)
     optimizer.zero_grad(set_to_none=False)
     assert param.grad is not None
@@ -310,3 +312,26 @@ def test_compiled_without_graph_breaks():
         step_b()
     assert all(torch.equal(p, q) for p, q in zip(eager, compiled, strict=True))
     assert int(b.state[compiled[0]]["step"]) == 3
+
+
+def test_compiled_with_a_scheduler():
+    """It moves a learning rate that is a tensor without compiling again, and one that is a number correctly."""
+    from torch._dynamo.utils import counters
+
+    for lr, graphs in ((torch.tensor(1e-2), 1), (1e-2, 2)):
+        torch._dynamo.reset()
+        counters.clear()
+        a, b = parameter(5, 4), parameter(5, 4)
+        with torch.no_grad():
+            b.copy_(a)
+        b.grad = a.grad = torch.randn(5, 4)
+        eager, compiled = (Adafactor([p], lr=copy.deepcopy(lr), relative_step=False) for p in (a, b))
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (eager, compiled)]
+        compiled_step = torch.compile(lambda optimizer=compiled: optimizer.step(), backend="aot_eager")
+        for _ in range(4):
+            eager.step()
+            compiled_step()
+            for scheduler in schedulers:
+                scheduler.step()
+        assert torch.equal(a, b)
+        assert counters["stats"]["unique_graphs"] <= graphs

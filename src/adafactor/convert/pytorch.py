@@ -16,7 +16,6 @@ is our momentum exactly while alpha was constant, and approximately otherwise.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from adafactor.kernels.work import math_dtype
 
 Group = dict[str, Any]
 State = dict[str, Any]
+Notes = dict[str, None]  # sentences, each once, in order
 
 NAMES = {
     **{"row_var": "row", "col_var": "column", "variance": "second_moment"},
@@ -48,12 +48,13 @@ class Held:
     tensor: Tensor
 
 
-def read(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
+def read(state_dict: Mapping[str, Any], groups: Sequence[Group], notes: Notes) -> dict[str, Any]:
     """A ``state_dict`` in our words, its tensors copied to where the parameters are, and ``Held``.
 
     Args:
         state_dict: of any of the three optimizers; not modified.
         groups: the groups of the optimizer that loads it, for parameters and for arguments the file has not.
+        notes: receives one sentence for everything that cannot carry over as it was.
 
     Raises:
         ValueError: a statistic does not have the shape the parameter's layout asks for.
@@ -64,22 +65,22 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> dict[str, An
     state = dict(state_dict["state"])
     read_groups = []
     for old, group in zip(saved, groups, strict=True):
-        new = {**{name: value for name, value in group.items() if name != "params"}, **_group(old)}
+        new = {**{name: value for name, value in group.items() if name != "params"}, **_group(old, notes)}
         read_groups.append(new)
         names = new.get("param_names") or [f"parameter {key}" for key in old["params"]]
         for key, param, name in zip(old["params"], group["params"], names, strict=True):
             if key in state:
-                state[key] = _state(state[key], old, new, param, name)
+                state[key] = _state(state[key], old, new, param, name, notes)
     return {**state_dict, "state": state, "param_groups": read_groups}
 
 
-def _group(old: Group) -> Group:
+def _group(old: Group, notes: Notes) -> Group:
     """A group's arguments in our words; what the file does not know is left out."""
     if "decay_rate" in old and "clip_threshold" in old:
-        return _transformers_group(old)
+        return _transformers_group(old, notes)
     if "beta2_decay" in old and "relative_step" not in old:
         if old["eps"][0]:
-            _warn(
+            notes.setdefault(
                 f"torch.optim.Adafactor used eps[0]={old['eps'][0]} as a floor under the second moment; "
                 "here it is added to g², which differs wherever g² is not much larger."
             )
@@ -87,26 +88,28 @@ def _group(old: Group) -> Group:
     return dict(old)
 
 
-def _transformers_group(old: Group) -> Group:
+def _transformers_group(old: Group, notes: Notes) -> Group:
     new = {TRANSFORMERS.get(name, name): value for name, value in old.items() if name != "warmup_init"}
     new.update(TRANSFORMERS_ALWAYS)
     if old["relative_step"]:
         new["lr"] = 1e-2
     if old.get("warmup_init"):
-        _warn("transformers' warmup_init does not carry over: add the scheduler of docs/torch.md, or lr stays at 1e-2.")
+        notes.setdefault(
+            "transformers' warmup_init does not carry over: add the scheduler of docs/torch.md, or lr stays at 1e-2."
+        )
     if old["weight_decay"] and (old["relative_step"] or old["scale_parameter"]):
-        _warn(
+        notes.setdefault(
             "transformers multiplied weight_decay by the step size and the parameter's scale, here lr alone "
             "multiplies it: choose weight_decay anew."
         )
     return new
 
 
-def _state(saved: State, old: Group, group: Group, param: Tensor, name: str) -> State:
+def _state(saved: State, old: Group, group: Group, param: Tensor, name: str, notes: Notes) -> State:
     """One parameter's state in our words."""
     values = {NAMES.get(key, key): value for key, value in saved.items() if key != "RMS"}
     if "exp_avg" in saved:
-        values["momentum"] = _momentum(saved, old)
+        values["momentum"] = _momentum(saved, old, notes)
     roles = layout(param.shape, group["factoring"], group["min_dim_size_to_factor"], name=name)
     dtype = math_dtype(param.dtype)
     wanted = {**roles.slots, "momentum": tuple(param.shape)}
@@ -132,7 +135,7 @@ def _state(saved: State, old: Group, group: Group, param: Tensor, name: str) -> 
     return read
 
 
-def _momentum(saved: State, old: Group) -> Tensor:
+def _momentum(saved: State, old: Group, notes: Notes) -> Tensor:
     """transformers' average of alpha times û, divided by the last alpha."""
     alpha = old["lr"]
     if old["relative_step"]:
@@ -141,13 +144,9 @@ def _momentum(saved: State, old: Group) -> Tensor:
     if old["scale_parameter"]:
         alpha = alpha * max(old["eps"][1], float(saved["RMS"]))
     if old["relative_step"] or old["scale_parameter"]:
-        _warn(
+        notes.setdefault(
             "transformers' momentum holds past step sizes, which were not constant: divided by the last one, it "
             "carries over approximately."
         )
     average: Tensor = saved["exp_avg"].to(torch.float32)
     return average / alpha if alpha else torch.zeros_like(average)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, UserWarning, stacklevel=8)
