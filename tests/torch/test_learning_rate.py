@@ -76,7 +76,8 @@ def test_lr_may_be_a_tensor(shape, relative_step):
     for t in range(3):
         step(with_tensor, t)
         step(with_number, t)
-    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    # float32 holds 0.9 to 3e-8, and three steps move a weight near zero by about 1.
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=3e-7)
     assert rate.item() == pytest.approx(0.9)
 
 

@@ -15,30 +15,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adafactor.kernels.rounding import mix
+
 _MASK = 0xFFFFFFFF
-_M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # "lowbias32", as signed 32-bit numbers
+_GOLDEN = 0x9E3779B9
 
 
-def mix(x: int) -> int:
-    """A bijection of 32-bit words in which every input bit moves about half of the output bits."""
-    x &= _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+def _signed(word: int) -> int:
+    """A 32-bit word as torch's int32 holds it."""
+    return (word & _MASK) - (1 << 32 if word >> 31 & 1 else 0)
 
 
-def mix_tensor(x: Tensor) -> Tensor:
+def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:
     """``mix`` of an int32 tensor. Products wrap around; >> copies the sign, which the masks take off again."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _M1
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _M2
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    x = (x ^ ((x >> 15) & 0x1FFFF) ^ key) * _signed(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 def random_bits(seed: int, step: Tensor, tensor: int, index: Tensor) -> Tensor:
-    """32 random bits per element, in unsigned 32-bit arithmetic
-
-        key  = mix(mix(mix(mix(seed_low) + seed_high) + tensor) + step)
-        bits = mix(mix(key + index_high) + index_low)
+    """32 random bits per element: those of ``rounding.py``, in torch operations.
 
     Args:
         seed: a 64-bit integer.
@@ -49,10 +45,13 @@ def random_bits(seed: int, step: Tensor, tensor: int, index: Tensor) -> Tensor:
     Returns:
         int32, of the shape of ``index``.
     """
-    key = mix(mix(mix(seed & _MASK) + (seed >> 32 & _MASK)) + tensor)
-    signed = key - (1 << 32) if key >> 31 else key
-    stepped = mix_tensor(step.to(torch.int32) + signed)
-    return mix_tensor(mix_tensor(stepped + (index >> 32).to(torch.int32)) + index.to(torch.int32))
+    known = 0
+    for word in (seed, seed >> 32):
+        known = mix(known ^ (word & _MASK)) + _GOLDEN & _MASK
+    k = _mix(step.to(torch.int32) ^ _signed(known)) + _signed(_GOLDEN)
+    k = _mix(k ^ _signed(tensor)) + _signed(_GOLDEN)
+    k = _mix(k ^ (index >> 32).to(torch.int32)) + _signed(_GOLDEN)
+    return _mix(index.to(torch.int32) + k, _mix(k ^ _signed(0x85EBCA6B)))
 
 
 def row_major(shape: Sequence[int], block: Sequence[slice] | None, device: torch.device) -> Tensor:
@@ -74,16 +73,20 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 
     Between neighbours lie 2**k float32 numbers (k = 16 for bfloat16, 13 for float16):
 
-        x                sign exponent | kept digits | k digits to go
-        + a random word of k bits                      r r r … r
-        - the last k digits                            0 0 0 … 0     a carry has moved x to the next neighbour
+        x                          sign exponent | kept digits | k digits to go
+        + the upper k random bits                                r r r … r
+        - the last k digits                                      0 0 0 … 0     a carry has moved x to the next neighbour
 
-    float16 numbers below 2**-14 are multiples of 2**-24 instead, and are rounded as such. What is not finite stays.
+    float16 numbers below 2**-14 are multiples of 2**-24 instead, and are rounded as such. Finite numbers stay finite,
+    and what is not finite stays.
     """
     k = 16 if dtype == torch.bfloat16 else 13
-    noise = bits & ((1 << k) - 1)
+    noise = (bits >> (32 - k)) & ((1 << k) - 1)
     rounded = ((x.view(torch.int32) + noise) & -(1 << k)).view(torch.float32)
     if dtype == torch.float16:
-        multiple = torch.floor(x.abs() * 2.0**24 + noise * 2.0**-13) * 2.0**-24
+        # 2**37 |x| counts multiples of 2**-24 with k binary digits behind the point; what is left is cut.
+        fixed = (x.abs().clamp(max=2.0**-14) * 2.0**37).to(torch.int32)
+        multiple = ((fixed + noise) >> k).to(torch.float32) * 2.0**-24
         rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(multiple, x), rounded)
-    return torch.where(torch.isfinite(x), rounded, x).to(dtype)
+    largest = torch.finfo(dtype).max
+    return torch.where(torch.isfinite(x), rounded.clamp(-largest, largest), x).to(dtype)

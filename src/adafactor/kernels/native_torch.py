@@ -31,7 +31,7 @@ class Step:
     def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
         """One update of every parameter in ``work``, in place; see ``work.py``."""
         grads = [w.grad for w in work]
-        if not all([g.is_contiguous() for g in grads]):
+        if not all(map(Tensor.is_contiguous, grads)):
             other = [w for w in work if not w.grad.is_contiguous()]
             aten.step(other, skipped)
             work = [w for w in work if w.grad.is_contiguous()]
@@ -70,9 +70,8 @@ class _Prepared:
 
     def stale(self) -> bool:
         """Whether a parameter has got other memory since (``param.data = ...``), or other statistics."""
-        return [p.data_ptr() for p in self.params] != self.addresses or any(
-            [w.state["step"] is not step for w, step in zip(self.work, self.steps, strict=True)]
-        )
+        moved = [p.data_ptr() for p in self.params] != self.addresses
+        return moved or any(w.state["step"] is not step for w, step in zip(self.work, self.steps, strict=True))
 
     def step(self, grads: list[Tensor], skipped: Tensor) -> None:
         record = self.table.records
