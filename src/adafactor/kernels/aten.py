@@ -98,7 +98,7 @@ def _runs(work: Sequence[Work]) -> Iterator[Run]:
         if isinstance(lr, Tensor):
             lr = lr.detach().reshape(()).to(exact.device, exact.dtype, non_blocking=True)
         rate = torch.ones_like(exact) * lr
-        rho = torch.minimum(rate, exact.rsqrt()) if hp.caps(scheduled=False) else rate
+        rho = torch.minimum(rate, exact.rsqrt()) if hp.caps(settings.scheduled) else rate
         shrink = 1.0 - rate * settings.weight_decay
         scalars = [values.to(dtype).unbind() for values in (decay, rho, shrink)]
         yield Run(run, settings, dtype, t.unbind(), *scalars)

@@ -55,7 +55,6 @@ class _Prepared:
 
     Attributes:
         work: what the table holds, in its order; ``other``: what it cannot hold.
-        t: updates made, per tensor.
         versions: of each parameter when ``table.Q`` was computed; -1 for not yet.
     """
 
@@ -63,44 +62,45 @@ class _Prepared:
     other: list[Work]
     table: native.Table
     params: list[Tensor]
-    steps: list[Tensor]
-    addresses: list[int]
-    t: NDArray[np.int64]
+    addresses: list[list[int]]
     versions: list[int] = field(default_factory=list)
 
     def stale(self) -> bool:
-        """Whether a parameter has got other memory since (``param.data = ...``), or other statistics."""
-        moved = [p.data_ptr() for p in self.params] != self.addresses
-        return moved or any(w.state["step"] is not step for w, step in zip(self.work, self.steps, strict=True))
+        """Whether a parameter or a statistic has got other memory since (``param.data = ...``, a loaded state)."""
+        return _addresses(self.work) != self.addresses
 
     def step(self, grads: list[Tensor], skipped: Tensor) -> None:
         record = self.table.records
         record["grad"] = [g.data_ptr() for g in grads]
         record["grad_dtype"] = [native.DTYPES[_DTYPES[g.dtype]] for g in grads]
         known = np.array([p._version for p in self.params]) == self.versions
+        steps = [w.state["step"] for w in self.work]
+        t = torch.stack(steps).numpy() + 1
         first = 0
         for _, run in groupby(self.work, lambda w: (id(w.settings), id(w.lr))):
             members = list(run)
             where = slice(first, first + len(members))
             first = where.stop
-            self._configure(members[0], where, known[where])
+            self._configure(members[0], where, t[where], known[where])
         self.table.step(torch.get_num_threads())
         torch.autograd.graph.increment_version(self.params)
         left_alone = self.table.skipped
-        self.t += ~left_alone
         if left_alone.any():
             skipped.add_(int(left_alone.sum()))
         if not left_alone.all():
-            updated = [step for step, alone in zip(self.steps, left_alone.tolist(), strict=True) if not alone]
+            updated = [step for step, alone in zip(steps, left_alone.tolist(), strict=True) if not alone]
             torch._foreach_add_(updated, 1)
         self.versions = [p._version for p in self.params]
 
-    def _configure(self, w: Work, where: slice, known: NDArray[np.bool_]) -> None:
+    def _configure(self, w: Work, where: slice, t: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
         settings, lr = w.settings, float(w.lr)
         hp = settings.hyperparameters
-        t = self.t[where] + 1
         same = bool((t == t[0]).all())
-        rho: float | NDArray[np.float64] = hp.rho(lr, int(t[0])) if same else np.array([hp.rho(lr, int(s)) for s in t])
+        rho: float | NDArray[np.float64] = (
+            hp.rho(lr, int(t[0]), settings.scheduled)
+            if same
+            else np.array([hp.rho(lr, int(s), settings.scheduled) for s in t])
+        )
         self.table.configure(
             hp,
             int(t[0]) if same else t,
@@ -136,11 +136,13 @@ def _prepare(work: Sequence[Work]) -> _Prepared:
         other=[w for w, form in zip(work, forms, strict=True) if form is None],
         table=table,
         params=[w.param for w in chosen],
-        steps=[w.state["step"] for w in chosen],
-        addresses=[w.param.data_ptr() for w in chosen],
-        t=np.array([int(w.state["step"]) for w in chosen], np.int64),
+        addresses=_addresses(chosen),
         versions=[-1] * len(chosen),
     )
+
+
+def _addresses(work: Sequence[Work]) -> list[list[int]]:
+    return [[w.param.data_ptr() for w in work], [w.state[name].data_ptr() for w in work for name in w.slots[1:]]]
 
 
 def _form(w: Work) -> native.Canonical | None:

@@ -35,6 +35,7 @@ class Settings:
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient is not finite.
         seed: of the random bits behind stochastic rounding.
         scale_after_decay: take RMS(x) after weight decay instead, as Keras does.
+        scheduled: the learning rate varies by itself, which ``relative_step=True`` leaves alone (eq. 8).
     """
 
     hyperparameters: Hyperparameters
@@ -45,6 +46,7 @@ class Settings:
     skip_nonfinite: bool
     seed: int
     scale_after_decay: bool = False
+    scheduled: bool = False
 
 
 @dataclass(slots=True, eq=False)
