@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from adafactor import __version__
 from adafactor.cli.command import Parser, Refusal
+from adafactor.cli.terminal import write_anything
 
 #: In the order of ``adafactor --help``.
 COMMANDS = ("demo",)
@@ -27,6 +28,7 @@ COMMANDS = ("demo",)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 refused with one sentence, 130 interrupted."""
+    write_anything()
     try:
         arguments = _parser().parse_args(argv)
         code: int = arguments.run(arguments)

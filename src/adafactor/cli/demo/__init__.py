@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,17 +22,18 @@ from pathlib import Path
 from adafactor.cli.command import Refusal, integer, need
 from adafactor.cli.demo import text
 from adafactor.cli.demo.settings import BACKENDS, CONTEXT, FILES, SIZES, STEPS, Settings
+from adafactor.cli.terminal import transient
 from adafactor.hyperparameters import message
 
 SUMMARY = "train a Transformer with three optimizers and compare memory, loss and speed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sizes = "; ".join(f"{name}: {size.layers} layers of width {size.width}" for name, size in SIZES.items())
+    sizes = ", ".join(f"{name} {size.layers} x {size.width}" for name, size in SIZES.items())
     add = parser.add_argument
     add("--text", metavar="PATH", help="a file or folder to learn (default: the Python standard library's sources)")
     add("--steps", type=integer("--steps", 1), default=STEPS, help="per optimizer (default: %(default)s)")
-    add("--size", choices=SIZES, default="small", help=f"of the model (default: %(default)s). {sizes}")
+    add("--size", choices=SIZES, default="small", help=f"layers x width: {sizes} (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="jax", help="what Keras runs on (default: %(default)s)")
     add("--seed", type=integer("--seed", 0, 2**32 - 1), default=0, help="of weights and batches (default: %(default)s)")
     add("--out", metavar="FOLDER", default="demo-output", help="where results go (default: ./%(default)s)")
@@ -59,8 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         # Keras imports TensorFlow where it is installed, and that prints a page unless oneDNN is off.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     print(f"Text: {corpus.describe()}", flush=True)
-    if sys.stdout.isatty():
-        print(f"Starting Keras on {settings.backend} …", end="\r", flush=True)
+    transient(f"Starting Keras on {settings.backend} …")
 
     from adafactor.cli.demo import session
 

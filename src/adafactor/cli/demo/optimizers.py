@@ -13,7 +13,7 @@ from adafactor.cli.demo.settings import Key
 from adafactor.keras import Adafactor
 
 #: Peak learning rates. Adafactor's is relative: it is multiplied by each variable's root mean square.
-ADAMW, ADAFACTOR = 1e-3, 3e-2
+ADAMW, ADAFACTOR = 1e-3, 2e-2
 
 _GLOBAL = {"iteration", "learning_rate"}
 

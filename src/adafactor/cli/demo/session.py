@@ -24,6 +24,7 @@ from adafactor.cli.demo.settings import (
 )
 from adafactor.cli.demo.text import Text, validation_set
 from adafactor.cli.demo.train import Batches, Run, train
+from adafactor.cli.terminal import transient
 
 PROMPT_BYTES = 64
 
@@ -34,6 +35,7 @@ def run(settings: Settings, text: Text, began: float) -> int:
         keras.utils.set_random_seed(settings.seed)
         model = transformer.build(SIZES[settings.size], CONTEXT)
         start = model.get_weights()
+        transient("")
         print(
             f"Model: {model.count_params():,} parameters, {settings.size}. "
             f"{settings.steps} steps of {BATCH} x {CONTEXT} bytes for each optimizer, Keras {keras.__version__} "
@@ -43,13 +45,16 @@ def run(settings: Settings, text: Text, began: float) -> int:
         runs = _train_all(settings, text, model, start, interrupt)
         summary = report.Summary(settings, text, {v.path: tuple(v.shape) for v in model.trainable_variables}, runs)
         if not interrupt.requested:
+            transient("Writing text …")
             first = validation_set(text, VALIDATION_WINDOWS, CONTEXT)[0][0]
             prompt = first.astype("uint8").tobytes()[:PROMPT_BYTES]
             written = generate(model, prompt, SAMPLE_BYTES, settings.seed, lambda: interrupt.requested)
             summary.sample = (prompt, written)
         if not interrupt.requested:
+            transient("Loading the saved model and resuming …")
             batches = Batches(text, settings.seed, settings.steps, RESUME_STEPS)
             summary.resume = resume(model, settings.out / runs[-1].file, batches)
+        transient("")
         summary.interrupted = interrupt.requested
         if runs:
             picture.draw(summary, settings.out / "demo.png")

@@ -61,8 +61,10 @@ def read(path: str | None, least: int) -> Text:
         name = f"the standard library of Python {platform.python_version()}"
         documents = _load(_walk(Path(sysconfig.get_path("stdlib")), ".py", _NOT_LIBRARY))
         remedy = "Pass a file or folder of your own with --text."
-    elif not os.path.exists(path):
+    elif not (os.path.isfile(path) or os.path.isdir(path)):
         raise Refusal(message("--text", "a file or folder that exists", path, "Check the path."))
+    elif not os.access(path, os.R_OK):
+        raise Refusal(message("--text", "a file or folder that you may read", path, "Check its permissions."))
     else:
         name = path
         documents = _load(_walk(Path(path)) if os.path.isdir(path) else iter([Path(path)]))

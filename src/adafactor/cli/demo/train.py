@@ -16,6 +16,7 @@ from adafactor.cli.demo.interrupt import Interrupt
 from adafactor.cli.demo.settings import BATCH, CONTEXT, LABELS, VALIDATION_WINDOWS, Key
 from adafactor.cli.demo.text import Text, training_batch, validation_set
 from adafactor.cli.table import clock
+from adafactor.cli.terminal import transient
 
 
 @dataclass(slots=True)
@@ -79,8 +80,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self.seconds: list[float] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if self._terminal:
-            self._show("compiling …")
+        transient(f"{self._label:<16} compiling …")
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -113,8 +113,10 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _show(self, text: str) -> None:
         line = f"{self._label:<16} {text}"
-        # \r returns to the line's start, \x1b[K wipes what a longer line left there.
-        print(f"\r{line}\x1b[K" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
+        if self._terminal:
+            transient(line)
+        else:
+            print(line, flush=True)
 
 
 def train(
