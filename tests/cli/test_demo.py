@@ -107,6 +107,31 @@ def test_a_saved_run_resumes_bit_for_bit(figures: dict[str, Any]) -> None:
     assert figures["resume"]["variables"] > 2 * len(figures["shapes"])  # weights and statistics
 
 
+LOADING = """
+import os
+os.environ["KERAS_BACKEND"] = "jax"
+import adafactor.keras, keras, numpy as np, sys
+model = keras.saving.load_model("adafactor.keras")
+assert not any(name.startswith("adafactor.cli") for name in sys.modules)
+assert model.optimizer.iterations == 8
+
+from pathlib import Path
+from adafactor.cli.demo import resume, text, train
+data = np.arange(1000, dtype=np.uint8)
+batches = train.Batches(text.Text("", 1, data, data), seed=0, first=0, count=1)
+changed = model.optimizer.variables[1]
+changed.assign(changed * 2)
+assert changed.path in resume.resume(model, Path("adafactor.keras"), batches).differing
+"""
+
+
+def test_a_saved_model_needs_nothing_of_the_demo_and_a_difference_is_found(finished: tuple[Any, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], cwd=finished[1], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_text_is_what_the_folder_holds(figures: dict[str, Any]) -> None:
     documents = [len(f"# file {i}\n" + SOURCE * 40) for i in range(12)]
     assert figures["text"]["files"] == 12

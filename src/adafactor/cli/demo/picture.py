@@ -89,3 +89,6 @@ def _bars(axes: Any, summary: Summary) -> None:
     axes.set_title("Optimizer state, megabytes")
     axes.set_xlabel(f"for a model of {summary.parameters:,} parameters")
     axes.tick_params(axis="x", length=0)
+    # Every bar says its value.
+    axes.yaxis.set_visible(False)
+    axes.spines["left"].set_visible(False)
