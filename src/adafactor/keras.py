@@ -263,7 +263,9 @@ class Adafactor(keras.optimizers.Optimizer):
         for gradient, variable in zip(grads, variables, strict=True):
             if gradient is None:
                 continue
-            shape, expected = tuple(gradient.shape), tuple(variable.shape)
+            shape, expected = _static_shape(gradient), tuple(variable.shape)
+            if shape is None:
+                continue  # a graph that does not know it until it runs
             if len(shape) != len(expected) or any(n not in (None, k) for n, k in zip(shape, expected, strict=True)):
                 rule = f"of its variable's shape {expected}"
                 raise ValueError(
@@ -438,6 +440,15 @@ def _path(variable: Any) -> str:
 def _is_sparse(gradient: Any) -> bool:
     """TensorFlow's IndexedSlices and JAX's BCOO; Keras has no public test for them."""
     return keras.backend.backend() != "torch" and hasattr(gradient, "indices")
+
+
+def _static_shape(gradient: Any) -> tuple[int | None, ...] | None:
+    """The shape as far as it is known; ``None`` where not even the rank is."""
+    dense_shape = getattr(gradient, "dense_shape", None)
+    if isinstance(dense_shape, (tuple, list)):  # legal, but then IndexedSlices.shape fails
+        return tuple(dense_shape)
+    shape = gradient.shape if hasattr(gradient, "shape") else np.shape(gradient)
+    return None if getattr(shape, "rank", 0) is None else tuple(shape)
 
 
 def _no_grad() -> contextlib.AbstractContextManager[Any]:
