@@ -4,6 +4,8 @@
 #   make test    every test, on every framework
 #   make lint    ruff and mypy
 #   make bench   step times against the peers, in this machine's terms
+#   make doctor  versions, the kernels in use, and what does not work
+#   make sanitize  the native kernels under the address, undefined-behaviour and thread sanitizers
 #
 # ARGS goes to the program: make demo ARGS="--backend torch --steps 100"
 
@@ -11,12 +13,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-SOURCES := pyproject.toml constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 PYTEST := $(BIN)/python -m pytest --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-tensorflow test-jax test-torch lint format bench clean
+.PHONY: help demo doctor test test-core test-torch test-keras-jax test-keras-tensorflow test-keras-torch lint format \
+        bench sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -24,19 +27,20 @@ help:
 demo: $(VENV)/demo
 	$(BIN)/adafactor demo $(ARGS)
 
-test: test-core test-jax test-tensorflow test-torch
+doctor: $(VENV)/test
+	$(BIN)/adafactor doctor
+
+test: test-core test-torch test-keras-jax test-keras-tensorflow test-keras-torch
 
 test-core: $(VENV)/test
-	$(PYTEST) tests/core tests/cli
-
-test-jax: $(VENV)/test
-	KERAS_BACKEND=jax $(PYTEST) tests/keras
-
-test-tensorflow: $(VENV)/test
-	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/keras
+	$(PYTEST) tests/core tests/test_native.py tests/cli
 
 test-torch: $(VENV)/test
-	KERAS_BACKEND=torch $(PYTEST) tests/keras
+	$(PYTEST) tests/torch
+
+# Once per backend: Keras reads it when it is imported.
+test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test
+	KERAS_BACKEND=$* TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/keras
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check
@@ -48,8 +52,14 @@ format: $(VENV)/lint
 	$(BIN)/ruff format
 
 bench: $(VENV)/test
+	@mkdir -p build/bench
+	$(BIN)/python benchmarks/torch_step.py --json build/bench/torch.json
 	@for backend in jax tensorflow torch; do \
-	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py $(ARGS) || exit 1; done
+	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py \
+	    --json build/bench/keras-$$backend.json || exit 1; done
+
+sanitize: $(VENV)/lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/sanitize.sh
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
@@ -66,7 +76,7 @@ $(VENV)/demo: $(SOURCES) | $(BIN)/python
 	@touch $@
 
 $(VENV)/test: $(SOURCES) | $(BIN)/python
-	$(PIP) -e '.[demo,tensorflow,jax,torch]' --group test
+	$(PIP) -e '.[demo,tensorflow,jax,torch]' --group test --group stacks
 	@touch $@
 
 $(VENV)/lint: $(VENV)/test
