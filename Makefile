@@ -54,6 +54,7 @@ format: $(VENV)/lint
 bench: $(VENV)/test
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/torch_step.py --json build/bench/torch.json
+	$(BIN)/python benchmarks/torch_memory.py --json build/bench/torch-memory.json
 	@for backend in jax tensorflow torch; do \
 	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py \
 	    --json build/bench/keras-$$backend.json || exit 1; done
