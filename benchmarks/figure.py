@@ -1,4 +1,4 @@
-"""Draw the step times of the PyTorch benchmark: python benchmarks/figure.py build/bench/torch.json docs/torch-step.png"""
+"""Draw the PyTorch step times: python benchmarks/figure.py build/bench/torch.json docs/torch-step.png"""
 
 from __future__ import annotations
 
