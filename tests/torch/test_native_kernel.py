@@ -1,0 +1,152 @@
+"""The native kernels under the PyTorch optimizer: what the table of descriptors must notice."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adafactor.kernels import native
+from adafactor.torch import Adafactor
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    if not native.available():
+        if os.environ.get("ADAFACTOR_REQUIRE_NATIVE") == "1":
+            pytest.fail(str(native.why_not()))
+        pytest.skip(str(native.why_not()))
+
+
+def parameters(*shapes, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def step(optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step()
+
+
+def pair(*shapes, **options):
+    """The same parameters under the native kernels and under torch operations."""
+    return [Adafactor(parameters(*shapes), **options, fused=fused) for fused in (True, False)]
+
+
+def assert_same(first, second, **tolerance):
+    for a, b in zip(first.param_groups[0]["params"], second.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_torchs_thread_setting_is_honoured(monkeypatch):
+    threads = []
+    monkeypatch.setattr(native.Table, "step", lambda table, count: threads.append(count))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        step(Adafactor(parameters((4, 4)), fused=True), 0)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1]
+
+
+def test_autograd_notices_a_parameter_that_was_stepped():
+    (p,) = parameters((3, 3))
+    loss = (p * p).sum()
+    p.grad = torch.ones(3, 3)
+    Adafactor([p], fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_parameter_that_somebody_else_wrote_to_is_read_again():
+    ours, theirs = pair((30, 40), (7,))
+    for seed in range(4):
+        step(ours, seed)
+        step(theirs, seed)
+        with torch.no_grad():
+            for optimizer in (ours, theirs):
+                for p in optimizer.param_groups[0]["params"]:
+                    p.mul_(3)
+    assert_same(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_parameter_with_new_memory_is_stepped_there():
+    ours, theirs = pair((30, 40))
+    for seed in range(4):
+        step(ours, seed)
+        step(theirs, seed)
+        for optimizer in (ours, theirs):
+            (p,) = optimizer.param_groups[0]["params"]
+            p.data = p.data.clone()
+    assert_same(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_list_that_changes_from_step_to_step():
+    ours, theirs = pair((5, 6), (7,), (8, 3), (2, 2))
+    for seed in range(12):
+        for optimizer in (ours, theirs):
+            generator = torch.Generator().manual_seed(seed)
+            for number, p in enumerate(optimizer.param_groups[0]["params"]):
+                g = torch.randn(p.shape, generator=generator)
+                p.grad = None if (seed >> number) % 2 else g
+            optimizer.step()
+    assert_same(ours, theirs, rtol=1e-5, atol=1e-6)
+    counts = [[int(o.state[p]["step"]) for p in o.param_groups[0]["params"]] for o in (ours, theirs)]
+    assert counts[0] == counts[1]
+
+
+def test_memory_formats_that_the_kernels_do_not_know_go_another_way():
+    ours, theirs = pair((6, 5, 3, 3), (4, 4))
+    for optimizer in (ours, theirs):
+        p = optimizer.param_groups[0]["params"][0]
+        p.data = p.data.to(memory_format=torch.channels_last)
+    for seed in range(3):
+        step(ours, seed)
+        step(theirs, seed)
+    assert_same(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_missing_library_is_a_slower_path_and_fused_says_why(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "The native kernels are not built.")
+    step(Adafactor(parameters((4, 4))), 0)
+    with pytest.raises(RuntimeError, match=r"^fused for cpu tensors must be None or False here, got True\. The native"):
+        step(Adafactor(parameters((4, 4)), fused=True), 0)
+
+
+FORK = """
+import os, torch
+from adafactor.torch import Adafactor
+torch.set_num_threads(1)  # PyTorch's own threads (OpenMP) do not survive a fork; ADAFACTOR_NUM_THREADS gives us ours
+torch.manual_seed(0)
+params = [torch.nn.Parameter(torch.randn(300, 400)) for _ in range(8)]
+optimizer = Adafactor(params, fused=True)
+def train(steps):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return sum(p.double().sum().item() for p in params)
+train(3)
+child = os.fork()
+print(f"{train(5)!r}", flush=True)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_fork_in_the_middle_of_training_leaves_two_that_go_on():
+    environment = os.environ | {"ADAFACTOR_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FORK]
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    first, second = outcome.stdout.split()
+    assert first == second
