@@ -20,6 +20,7 @@ from adafactor.kernels import aten, native
 from adafactor.kernels.work import Work
 
 _DTYPES = {getattr(torch, name): name for name in native.DTYPES}
+_CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 
 
 class Step:
@@ -72,7 +73,7 @@ class _Prepared:
     def step(self, grads: list[Tensor], skipped: Tensor) -> None:
         record = self.table.records
         record["grad"] = [g.data_ptr() for g in grads]
-        record["grad_dtype"] = [native.DTYPES[_DTYPES[g.dtype]] for g in grads]
+        record["grad_dtype"] = [_CODES[g.dtype] for g in grads]
         known = np.array([p._version for p in self.params]) == self.versions
         steps = [w.state["step"] for w in self.work]
         t = torch.stack(steps).numpy() + 1
@@ -87,9 +88,9 @@ class _Prepared:
         left_alone = self.table.skipped
         if left_alone.any():
             skipped.add_(int(left_alone.sum()))
-        if not left_alone.all():
-            updated = [step for step, alone in zip(steps, left_alone.tolist(), strict=True) if not alone]
-            torch._foreach_add_(updated, 1)
+            steps = [step for step, alone in zip(steps, left_alone.tolist(), strict=True) if not alone]
+        if steps:
+            torch._foreach_add_(steps, 1)
         self.versions = [p._version for p in self.params]
 
     def _configure(self, w: Work, where: slice, t: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
@@ -142,7 +143,11 @@ def _prepare(work: Sequence[Work]) -> _Prepared:
 
 
 def _addresses(work: Sequence[Work]) -> list[list[int]]:
-    return [[w.param.data_ptr() for w in work], [w.state[name].data_ptr() for w in work for name in w.slots[1:]]]
+    states = [w.state for w in work]
+    lists = [[w.param.data_ptr() for w in work]]
+    for name in ("row", "column", "second_moment", "momentum"):
+        lists.append([state[name].data_ptr() for state in states if name in state])
+    return lists
 
 
 def _form(w: Work) -> native.Canonical | None:
