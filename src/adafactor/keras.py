@@ -333,6 +333,14 @@ class Adafactor(keras.optimizers.Optimizer):
             rate = learning_rate.value if isinstance(learning_rate, keras.Variable) else learning_rate
             self._torch_step(members, rate, ops.convert_to_tensor(self.iterations), callable(self._learning_rate))
 
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Set the variables to their moving averages (``use_ema``), each in memory of its own."""
+        super().finalize_variable_values(var_list)
+        if self.use_ema and keras.backend.backend() == "jax":
+            # Assigning shares the average's buffer here, and the next compiled step cannot donate it twice.
+            for variable in var_list:
+                variable.assign(ops.copy(variable))
+
     # -- configuration and checkpoints -----------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
