@@ -156,6 +156,7 @@ class Adafactor(keras.optimizers.Optimizer):
         self._layouts: list[Layout | None] = []
         self._slots: list[Any] = []
         self._momentums: list[Any] = []
+        self._waiting: list[np.ndarray] = []
         self._torch_step: Any = None
         if keras.backend.backend() == "torch":
             from adafactor.keras_torch import TorchStep
@@ -194,6 +195,13 @@ class Adafactor(keras.optimizers.Optimizer):
             slots.append(names)
             momentums.append(self._add_statistic(variable, "momentum", its_layout) if momentum else None)
         self._layouts, self._slots, self._momentums = layouts, slots, momentums
+        if self._waiting:
+            values, self._waiting = self._waiting, []
+            if [value.shape for value in values] == [tuple(variable.shape) for variable in self.variables]:
+                self.set_weights(values)
+            else:
+                warnings.warn(f"The state loaded for {self.name!r} is not that of this model: it starts afresh.",
+                              stacklevel=2)  # fmt: skip
 
     def _layout_of(self, variable: Any) -> Layout | None:
         if self._overwrite_variable_with_gradient(variable):
@@ -363,6 +371,18 @@ class Adafactor(keras.optimizers.Optimizer):
             config["factoring"] = keras.saving.deserialize_keras_object(config["factoring"], custom_objects)
         optimizer: Adafactor = super().from_config(config, custom_objects)
         return optimizer
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set every variable, in the order of ``optimizer.variables``.
+
+        Keras's reader of legacy ``.h5`` files first builds the optimizer on no variables at all. The values wait for
+        the model's then, and the optimizer counts as not built.
+        """
+        if self.built and not self._trainable_variables and len(weights) > len(self.variables):
+            self._waiting = [np.asarray(value) for value in weights]
+            self.built = False
+            return
+        super().set_weights(weights)
 
     def save_own_variables(self, store: Any) -> None:
         """Write every variable under its position, and the version of this order."""
