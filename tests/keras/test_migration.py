@@ -77,6 +77,8 @@ def fit(model, steps):
     shape = (4 * steps, *model.input_shape[1:])
     x = rng.integers(0, 11, shape) if len(shape) == 2 else rng.normal(size=shape)
     model.fit(x, rng.normal(size=(4 * steps, 2)), batch_size=4, shuffle=False, verbose=0)
+    for variable in model.trainable_variables:  # or JAX refuses Keras's class a second fit with use_ema
+        variable.assign(keras.ops.copy(variable))
 
 
 def keras_run(layers, options, wrap=lambda optimizer: optimizer):

@@ -251,6 +251,15 @@ def test_state_of_other_options_is_skipped_with_a_warning(options, tmp_path):
     assert_same(numbers(model.optimizer.variables), before)
 
 
+def test_a_legacy_file_on_another_model_warns_and_starts_afresh(tmp_path):
+    trained().save(tmp_path / "model.h5")
+    optimizer = keras.saving.load_model(tmp_path / "model.h5").optimizer
+    with pytest.warns(UserWarning, match="it starts afresh"):
+        optimizer.build(compiled_model({}, width=7).trainable_variables)
+    assert int(optimizer.iterations) == 0
+    assert not any(value.any() for value in numbers(optimizer.variables[2:]))
+
+
 def test_an_optimizer_that_is_not_built_warns_and_loads_nothing(tmp_path):
     trained().save_weights(tmp_path / "model.weights.h5")
     model = compiled_model({})
