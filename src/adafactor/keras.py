@@ -85,6 +85,8 @@ class Adafactor(keras.optimizers.Optimizer):
             variable's is refused before any variable changes.
     """
 
+    built: bool
+
     def __init__(
         self,
         learning_rate: Any = 0.001,
