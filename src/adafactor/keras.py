@@ -85,6 +85,8 @@ class Adafactor(keras.optimizers.Optimizer):
             variable's is refused before any variable changes.
     """
 
+    built: bool
+
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -156,6 +158,7 @@ class Adafactor(keras.optimizers.Optimizer):
         self._layouts: list[Layout | None] = []
         self._slots: list[Any] = []
         self._momentums: list[Any] = []
+        self._waiting: list[np.ndarray] = []
         self._torch_step: Any = None
         if keras.backend.backend() == "torch":
             from adafactor.keras_torch import TorchStep
@@ -194,6 +197,13 @@ class Adafactor(keras.optimizers.Optimizer):
             slots.append(names)
             momentums.append(self._add_statistic(variable, "momentum", its_layout) if momentum else None)
         self._layouts, self._slots, self._momentums = layouts, slots, momentums
+        if self._waiting:
+            values, self._waiting = self._waiting, []
+            if [value.shape for value in values] == [tuple(variable.shape) for variable in self.variables]:
+                self.set_weights(values)
+            else:
+                warnings.warn(f"The state loaded for {self.name!r} is not that of this model: it starts afresh.",
+                              stacklevel=2)  # fmt: skip
 
     def _layout_of(self, variable: Any) -> Layout | None:
         if self._overwrite_variable_with_gradient(variable):
@@ -333,6 +343,14 @@ class Adafactor(keras.optimizers.Optimizer):
             rate = learning_rate.value if isinstance(learning_rate, keras.Variable) else learning_rate
             self._torch_step(members, rate, ops.convert_to_tensor(self.iterations), callable(self._learning_rate))
 
+    def finalize_variable_values(self, var_list: list[Any]) -> None:
+        """Set the variables to their moving averages (``use_ema``), each in memory of its own."""
+        super().finalize_variable_values(var_list)
+        if self.use_ema and keras.backend.backend() == "jax":
+            # Assigning shares the average's buffer here, and the next compiled step cannot donate it twice.
+            for variable in var_list:
+                variable.assign(ops.copy(variable))
+
     # -- configuration and checkpoints -----------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
@@ -356,6 +374,18 @@ class Adafactor(keras.optimizers.Optimizer):
         optimizer: Adafactor = super().from_config(config, custom_objects)
         return optimizer
 
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set every variable, in the order of ``optimizer.variables``.
+
+        Keras's reader of legacy ``.h5`` files first builds the optimizer on no variables at all. The values wait for
+        the model's then, and the optimizer counts as not built.
+        """
+        if self.built and not self._trainable_variables and len(weights) > len(self.variables):
+            self._waiting = [np.asarray(value) for value in weights]
+            self.built = False
+            return
+        super().set_weights(weights)
+
     def save_own_variables(self, store: Any) -> None:
         """Write every variable under its position, and the version of this order."""
         super().save_own_variables(store)
@@ -365,7 +395,7 @@ class Adafactor(keras.optimizers.Optimizer):
         """Read what ``save_own_variables`` wrote, or what ``keras.optimizers.Adafactor`` did.
 
         From the latter, row and column are taken over, and the velocity of variables that are not factored; the
-        velocity of factored ones holds nothing that row and column do not.
+        velocity of factored ones holds nothing that row and column do not. Momentum starts at zero.
 
         Raises:
             ValueError: the file does not fit this optimizer. Nothing has changed then.
@@ -379,7 +409,7 @@ class Adafactor(keras.optimizers.Optimizer):
             positions: list[int | None] = list(range(len(self.variables)))
             expected = len(positions)
         else:
-            positions, expected = self._keras_positions()
+            positions, expected = self._keras_positions(len(keys))
         if len(keys) != expected:
             warnings.warn(
                 f"Skipping variable loading for optimizer '{self.name}', because it has {len(self.variables)} "
@@ -388,8 +418,10 @@ class Adafactor(keras.optimizers.Optimizer):
                 stacklevel=2,
             )
             return
-        values = [None if position is None else np.asarray(store[str(position)]) for position in positions]
-        pairs = [(v, value) for v, value in zip(self.variables, values, strict=True) if value is not None]
+        pairs = [
+            (variable, np.zeros(variable.shape) if position is None else np.asarray(store[str(position)]))
+            for variable, position in zip(self.variables, positions, strict=True)
+        ]
         for variable, value in pairs:
             if value.shape != tuple(variable.shape):
                 rule = f"of shape {tuple(variable.shape)}"
@@ -398,29 +430,37 @@ class Adafactor(keras.optimizers.Optimizer):
         for variable, value in pairs:
             variable.assign(value)
 
-    def _keras_positions(self) -> tuple[list[int | None], int]:
-        """Where ``keras.optimizers.Adafactor`` keeps each of our variables, and how many it keeps in all.
+    def _keras_positions(self, count: int) -> tuple[list[int | None], int]:
+        """Where ``keras.optimizers.Adafactor`` keeps each of our variables (no momentum), and how many it keeps.
 
-        It stores row, column and velocity of every variable, 0-d placeholders for the first two below rank 2.
+        It stores row, column and velocity of every variable. Below rank 2 the first two are placeholders, which are
+        missing from a file written inside a ``LossScaleOptimizer``; the ``count`` of variables in the file tells.
         """
         own = sum(len(slots) for slots in self._slots if slots) + sum(m is not None for m in self._momentums)
-        position = len(self.variables) - own
-        positions: list[int | None] = list(range(position))
-        for variable, its_layout, momentum in zip(
-            self._trainable_variables, self._layouts, self._momentums, strict=False
+        start = len(self.variables) - own
+        matrices = [len(variable.shape) >= 2 for variable in self._trainable_variables]
+        kept = [3 if m else 1 for m, its_layout in zip(matrices, self._layouts, strict=True) if its_layout is not None]
+        placeholders = 0 if count == start + sum(kept) else 2
+        position = start
+        positions: list[int | None] = list(range(start))
+        for variable, its_layout, momentum, matrix in zip(
+            self._trainable_variables, self._layouts, self._momentums, matrices, strict=True
         ):
-            matrix = len(variable.shape) >= 2
+            if not matrix:
+                position += placeholders
             if its_layout is None:
-                position += 0 if matrix else 2
                 continue
             if its_layout.factored and its_layout != layout(its_layout.shape, "last_two"):
                 remedy = 'Pass factoring="last_two" to load this file.'
                 rule = "the last two axes, as in a file of keras.optimizers.Adafactor"
                 roles = (its_layout.rows, its_layout.columns)
                 raise ValueError(message(f"the factored axes of {_path(variable)}", rule, roles, remedy))
-            positions += [position, position + 1] if its_layout.factored else [position + 2]
+            if its_layout.factored:
+                positions += [position, position + 1]
+            else:
+                positions += [position + 2 if matrix else position]
             positions += [None] if momentum is not None else []
-            position += 3
+            position += 3 if matrix else 1
         return positions, position
 
 
