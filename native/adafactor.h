@@ -1,0 +1,91 @@
+/* Adafactor's measure and apply for CPU tensors: the C interface of the native kernels.
+ *
+ * Equation numbers are those of docs/algorithm.md. All pointers are to dense memory, aligned to their element. A
+ * factored parameter is seen as x[b0][n][B1][m]: b0 and B1 index a stack of matrices with n rows and m columns, m is
+ * contiguous. The row statistic is [b0][n][B1], the column statistic [b0][B1][m]. A parameter that is not factored is
+ * x[b0][m] with n = B1 = 1 and b0 = slices. A slice, b0 / slices consecutive blocks, has a clip factor and a scale of
+ * its own.
+ *
+ * T below is double for a float64 parameter and float for any other: the type of every statistic and of the math.
+ */
+#ifndef ADAFACTOR_H
+#define ADAFACTOR_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define ADAFACTOR_API __declspec(dllexport)
+#else
+#define ADAFACTOR_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ADAFACTOR_ABI 1
+
+enum { ADAFACTOR_FLOAT32, ADAFACTOR_BFLOAT16, ADAFACTOR_FLOAT16, ADAFACTOR_FLOAT64 };
+
+enum {
+  ADAFACTOR_FACTORED = 1,
+  ADAFACTOR_SCALE_PARAMETER = 2,    /* multiply the learning rate by max(eps2, RMS(x)), eq. 9 */
+  ADAFACTOR_SCALE_AFTER_DECAY = 4,  /* RMS(x) of the decayed parameter (Keras), not of the one before (PyTorch) */
+  ADAFACTOR_MAXIMIZE = 8,
+  ADAFACTOR_SKIP_NONFINITE = 16,    /* leave a tensor alone whose gradient is not finite */
+  ADAFACTOR_STOCHASTIC_ROUNDING = 32, /* of a bfloat16 or float16 parameter; see random.h */
+  ADAFACTOR_Q_KNOWN = 64            /* Q holds the sums of x^2 already: measure does not read x */
+};
+
+enum { ADAFACTOR_BASELINE, ADAFACTOR_AVX2, ADAFACTOR_AVX512, ADAFACTOR_ISAS };
+
+/* One parameter in one update. Every field is eight bytes wide. */
+typedef struct adafactor_tensor {
+  void* param;
+  const void* grad;
+  void* row;         /* T[b0][n][B1], or the second moment T[b0][m] if not factored */
+  void* column;      /* T[b0][B1][m]; unused if not factored */
+  void* momentum;    /* of momentum_dtype, or NULL for none */
+  double* Q;         /* [slices], eq. 6. measure: sums of x^2 (unless known). apply: those of the new x, as stored.
+                        Needed with SCALE_PARAMETER only */
+  void* finished;    /* T, like row (eq. 2): held here until apply commits it. Factored only */
+  void* S;           /* T, like column (eq. 4), overwritten by apply; T[slices], sums of g^2, if not factored */
+  void* W;           /* T, like column (eq. 5); T[slices], sums of u^2 (eq. 11), if not factored.
+                        step takes NULL for finished, S and W, and keeps them to itself */
+  int64_t b0, n, B1, m, slices;
+  int64_t n_global;      /* rows of the whole matrix, of which a shard holds n; 1 if not factored */
+  int64_t N_global;      /* elements behind one clip factor, over all shards */
+  int64_t m_global;      /* columns of the whole matrix; of a whole slice if not factored */
+  int64_t row_offset;    /* first row and column of the shard: they number elements for stochastic rounding only */
+  int64_t column_offset;
+  int64_t param_dtype, grad_dtype, momentum_dtype;
+  uint64_t flags;
+  double rho;        /* step size before the parameter scale, eq. 8 */
+  double decay;      /* 1 - beta(t), eq. 1 */
+  double eps1, eps2;
+  double clip;       /* d of eq. 10; infinity switches clipping off */
+  double keep;       /* x is multiplied by this before the step: 1 - learning_rate * weight_decay */
+  double beta1;      /* momentum, eq. 12 */
+  uint64_t seed, step, id; /* name the random numbers of this tensor in this update */
+  int64_t skipped;   /* out: 1 where SKIP_NONFINITE left the tensor alone, else 0 */
+} adafactor_tensor;
+
+/* Each returns 0, or 1: out of memory, 2: an unknown dtype, 3: a missing buffer, 4: an instruction set that this
+ * machine or this build does not have. Nothing has been written then, except after 1. The result has the same bits
+ * for every instruction set and every number of threads. */
+
+/* Fills finished, S, W and Q, which add up over shards (all but finished). Commits nothing. */
+ADAFACTOR_API int adafactor_measure(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);
+/* Finishes and commits the statistics and moves the parameters. */
+ADAFACTOR_API int adafactor_apply(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);
+/* Both, on one device. */
+ADAFACTOR_API int adafactor_step(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);
+
+ADAFACTOR_API int64_t adafactor_abi(void);            /* ADAFACTOR_ABI * 65536 + sizeof(adafactor_tensor) */
+ADAFACTOR_API int adafactor_built(int64_t isa);       /* whether the library holds this instruction set */
+ADAFACTOR_API int adafactor_supported(int64_t isa);   /* whether this processor and system run it */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,447 @@
+// Measure and apply: plain loops over tiles of float (double for float64 parameters), compiled once per instruction
+// set as ADAFACTOR_NS. No function here or in what it includes has external linkage but `kernels`, and no sum
+// depends on the width of a register: hence the same bits everywhere.
+
+#include "kernels.h"
+#include "storage.h"
+#include "sums.h"
+
+namespace ADAFACTOR_NS {
+namespace {
+
+using adafactor::Unit;
+using adafactor::Workspace;
+
+const size_t kColumns = 512;            // columns that eight rows visit while they are in the first-level cache
+const size_t kBlockBytes = 192 * 1024;  // of gradient between its first and its second look: second-level cache
+
+inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+template <class T>
+inline T* at(void* buffer, size_t index) {
+  return static_cast<T*>(buffer) + index;
+}
+
+inline size_t bytes_of(int64_t dtype) {
+  return dtype == ADAFACTOR_FLOAT64 ? 8 : dtype == ADAFACTOR_FLOAT32 ? 4 : 2;
+}
+
+inline bool finite(double x) { return x - x == 0; }
+
+// Sum of x^2 over [begin, end) of the parameter, in float tiles added up in double.
+template <class T>
+double sum_squares(const adafactor_tensor& t, size_t begin, size_t end) {
+  T tile[kTile];
+  double total = 0;
+  for (size_t j = begin; j < end; j += kTile) {
+    const size_t n = least(kTile, end - j);
+    total += sum<Square>(load(t.param_dtype, t.param, j, tile, n), n);
+  }
+  return total;
+}
+
+// ---- measure --------------------------------------------------------------------------------------------------
+
+// sums[r] = sum_j g[r][j]^2 over runs [first, last).
+template <class T>
+void sum_rows(const adafactor_tensor& t, T* sums, size_t first, size_t last) {
+  const size_t m = size_t(t.m);
+  T tile[kTile];
+  if (m <= kTile) {
+    for (size_t r = first; r < last;) {
+      const size_t rows = least(kTile / m, last - r);
+      const T* g = load(t.grad_dtype, t.grad, r * m, tile, rows * m);
+      for (size_t q = 0; q < rows; ++q) sums[r + q] = sum<Square>(g + q * m, m);
+      r += rows;
+    }
+    return;
+  }
+  for (size_t r = first; r < last; ++r) {
+    T lanes[kLanes] = {};
+    for (size_t j = 0; j < m; j += kTile) {
+      const size_t n = least(kTile, m - j);
+      add_lanes<Square>(lanes, load(t.grad_dtype, t.grad, r * m + j, tile, n), n);
+    }
+    sums[r] = tree(lanes);
+  }
+}
+
+// Adds R rows to S and W (eqs. 4 and 5). One after the other, so R does not change a bit.
+template <int R, class T>
+inline void add_rows(const T* g, size_t stride, const T* inverse_roots, T* ADAFACTOR_RESTRICT S,
+                     T* ADAFACTOR_RESTRICT W, size_t n) {
+  T scale[R];
+  for (int q = 0; q < R; ++q) scale[q] = inverse_roots[q];
+  for (size_t j = 0; j < n; ++j) {
+    T s = S[j], w = W[j];
+    for (int q = 0; q < R; ++q) {
+      const T v = g[size_t(q) * stride + j];
+      const T u = v * scale[q];
+      s += v * v;
+      w += u * u;
+    }
+    S[j] = s;
+    W[j] = w;
+  }
+}
+
+// Adds R rows, `stride` apart and starting at element `first` of the gradient, to the m columns of S and W.
+template <int R, class T>
+void add_columns(const adafactor_tensor& t, size_t first, size_t stride, const T* inverse_roots, T* S, T* W) {
+  const size_t m = size_t(t.m);
+  if (t.grad_dtype == Own<T>::dtype) {
+    add_rows<R>(static_cast<const T*>(t.grad) + first, stride, inverse_roots, S, W, m);
+    return;
+  }
+  T tile[R * kColumns];
+  if (m <= kColumns && stride == m) {
+    widen(t.grad_dtype, t.grad, first, tile, least(R * m, kTile));
+    for (size_t done = kTile; done < R * m; done += kTile)
+      widen(t.grad_dtype, t.grad, first + done, tile + done, least(R * m - done, kTile));
+    add_rows<R>(tile, m, inverse_roots, S, W, m);
+    return;
+  }
+  for (size_t j = 0; j < m; j += kColumns) {
+    const size_t n = least(kColumns, m - j);
+    for (size_t q = 0; q < R; ++q) widen(t.grad_dtype, t.grad, first + q * stride + j, tile + q * kColumns, n);
+    add_rows<R>(tile, kColumns, inverse_roots, S + j, W + j, n);
+  }
+}
+
+// row^(-1/2) for the weights of eq. 5. A sum of squares that overflowed must not hide behind a weight of 0.
+template <class T>
+inline T weight(T row) {
+  const T poison = row - row;
+  return poison == 0 ? inverse_root(row) : poison;
+}
+
+template <class T>
+void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
+  const size_t n = size_t(t.n), m = size_t(t.m), B1 = size_t(t.B1), stride = B1 * m;
+  const T* row = at<T>(t.row, 0);
+  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  memset(S, 0, stride * sizeof(T));
+  memset(W, 0, stride * sizeof(T));
+
+  size_t rows = kBlockBytes / (stride * bytes_of(t.grad_dtype));
+  rows = rows >= 64 ? 64 : rows >= 8 ? rows / 8 * 8 : rows >= 4 ? 4 : 1;
+  for (size_t i = begin; i < end; i += rows) {
+    const size_t i_end = least(i + rows, end);
+    const size_t first = (b * n + i) * B1, last = (b * n + i_end) * B1;
+    sum_rows(t, finished, first, last);
+    for (size_t r = first; r < last; ++r) finished[r] = past * row[r] + decay * (finished[r] / T(m) + eps1);  // eq. 2
+    for (size_t b1 = 0; b1 < B1; ++b1) {
+      T weights[8];
+      for (size_t k = i; k < i_end;) {
+        const size_t count = i_end - k >= 8 ? 8 : i_end - k >= 4 ? 4 : 1;
+        const size_t run = (b * n + k) * B1 + b1;
+        for (size_t q = 0; q < count; ++q) weights[q] = weight(finished[run + q * B1]);
+        T *s = S + b1 * m, *w = W + b1 * m;
+        if (count == 8) add_columns<8>(t, run * m, stride, weights, s, w);
+        else if (count == 4) add_columns<4>(t, run * m, stride, weights, s, w);
+        else add_columns<1>(t, run * m, stride, weights, s, w);
+        k += count;
+      }
+    }
+  }
+}
+
+// g^2 and u^2 = g^2/v of a tile (eq. 11); u is left in `u`, the finished second moment in `v`.
+template <class T>
+inline void normalise(const adafactor_tensor& t, const T* g, const T* second_moment, T* v, T* ADAFACTOR_RESTRICT u,
+                      size_t n) {
+  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  for (size_t j = 0; j < n; ++j) {
+    const T finished = past * second_moment[j] + decay * (g[j] * g[j] + eps1);
+    const T normalised = g[j] / root(finished);
+    v[j] = finished;
+    u[j] = finished == 0 ? T(0) : normalised;
+  }
+}
+
+template <class T>
+void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+  const bool factored = t.flags & ADAFACTOR_FACTORED;
+  const size_t m = size_t(t.m), run = size_t(t.B1) * m, block = size_t(t.n) * run;
+  size_t begin = size_t(unit.b) * block, end = size_t(unit.b_end) * block;
+  if (factored) {
+    for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b) {
+      const bool whole = w.parts == 1;
+      const size_t place = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * run;
+      measure_block(t, at<T>(w.finished, 0), at<T>(whole ? w.S : w.partial_S, place),
+                    at<T>(whole ? w.W : w.partial_W, place), b, size_t(unit.begin), size_t(unit.end));
+    }
+    if (w.parts > 1) end = begin + size_t(unit.end) * run, begin += size_t(unit.begin) * run;
+  } else {
+    end = begin + size_t(unit.end), begin += size_t(unit.begin);
+    T tile[kTile], v[kTile], u[kTile];
+    double g2 = 0, u2 = 0;
+    for (size_t j = begin; j < end; j += kTile) {
+      const size_t n = least(kTile, end - j);
+      const T* g = load(t.grad_dtype, t.grad, j, tile, n);
+      normalise(t, g, at<T>(t.row, j), v, u, n);
+      g2 += sum<Square>(g, n);
+      u2 += sum<Square>(u, n);
+    }
+    w.g2[unit.index] = g2;
+    w.u2[unit.index] = u2;
+  }
+  if ((t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN))
+    w.Q[unit.index] = sum_squares<T>(t, begin, end);  // eq. 6
+}
+
+// ---- combine and finish ---------------------------------------------------------------------------------------
+
+template <class T>
+void add_parts(T* sums, const T* parts, size_t blocks, size_t count, size_t n) {
+  for (size_t b = 0; b < blocks; ++b, sums += n) {
+    memcpy(sums, parts, n * sizeof(T));
+    parts += n;
+    for (size_t p = 1; p < count; ++p, parts += n)
+      for (size_t j = 0; j < n; ++j) sums[j] += parts[j];
+  }
+}
+
+template <class T>
+void combine(const adafactor_tensor& t, const Workspace& w) {
+  const bool factored = t.flags & ADAFACTOR_FACTORED;
+  const bool measured = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
+  if (factored && w.parts > 1) {
+    const size_t n = size_t(t.B1 * t.m), count = size_t(w.parts);
+    add_parts(at<T>(w.S, 0), at<T>(w.partial_S, 0), size_t(t.b0), count, n);
+    add_parts(at<T>(w.W, 0), at<T>(w.partial_W, 0), size_t(t.b0), count, n);
+  }
+  for (int64_t s = 0; s < t.slices; ++s) {
+    double Q = 0, g2 = 0, u2 = 0;
+    for (int64_t k = s * w.units_per_slice; k < (s + 1) * w.units_per_slice; ++k) {
+      if (measured) Q += w.Q[k];
+      if (!factored) g2 += w.g2[k], u2 += w.u2[k];
+    }
+    if (measured) t.Q[s] = Q;
+    if (!factored) *at<T>(w.S, size_t(s)) = T(g2), *at<T>(w.W, size_t(s)) = T(u2);
+  }
+}
+
+// Finishes the columns of one matrix (eq. 3), leaves sqrt(mu) col^(-1/2) in S and returns its sum of u^2 (eq. 7).
+template <class T>
+double finish_columns(const adafactor_tensor& t, T* column, T* ADAFACTOR_RESTRICT S, const T* W) {
+  const size_t m = size_t(t.m);
+  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1), rows = T(t.n_global);
+  T tile[kTile];
+  double total = 0, weighted = 0;
+  for (size_t j = 0; j < m; j += kTile) {
+    const size_t n = least(kTile, m - j);
+    T* c = column + j;
+    for (size_t k = 0; k < n; ++k) c[k] = past * c[k] + decay * (S[j + k] / rows + eps1);
+    for (size_t k = 0; k < n; ++k) {
+      const T ratio = W[j + k] / c[k];
+      tile[k] = c[k] == 0 ? T(0) : ratio;
+    }
+    total += sum<Identity>(c, n);
+    weighted += sum<Identity>(tile, n);
+  }
+  const double mu = total / double(t.m);  // equals the mean of the rows
+  const T root_mu = T(root(mu));
+  for (size_t j = 0; j < m; ++j) S[j] = root_mu * inverse_root(column[j]);
+  return mu * weighted;
+}
+
+template <class T>
+double total(const T* x, size_t count) {
+  double s = 0;
+  for (size_t j = 0; j < count; j += kTile) s += sum<Identity>(x + j, least(kTile, count - j));
+  return s;
+}
+
+template <class T>
+bool finish(const adafactor_tensor& t, const Workspace& w) {
+  const bool factored = t.flags & ADAFACTOR_FACTORED;
+  const size_t columns = size_t(t.B1 * t.m), sums = factored ? size_t(t.b0) * columns : size_t(t.slices);
+  T *S = at<T>(w.S, 0), *W = at<T>(w.W, 0);
+  // A gradient that is not finite shows in its sums: no pass over it just to look.
+  if ((t.flags & ADAFACTOR_SKIP_NONFINITE) && !(finite(total(S, sums)) && finite(total(W, sums)))) return false;
+
+  for (int64_t s = 0; s < t.slices; ++s) {
+    double u2 = 0;
+    if (factored) {
+      const size_t blocks = size_t(t.b0 / t.slices) * size_t(t.B1);
+      for (size_t k = size_t(s) * blocks; k < size_t(s + 1) * blocks; ++k)
+        u2 += finish_columns(t, at<T>(t.column, k * size_t(t.m)), S + k * size_t(t.m), W + k * size_t(t.m));
+    } else {
+      u2 = double(W[s]);
+    }
+    const double N = double(t.N_global);
+    const double excess = root(u2 / N) / t.clip;
+    w.shrink[s] = !finite(t.clip) || excess <= 1 ? 1 : 1 / excess;  // eq. 10; NaN stays NaN
+    w.alpha[s] = t.rho;
+    if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
+      double scale = root(t.Q[s] / N);
+      if (t.flags & ADAFACTOR_SCALE_AFTER_DECAY) scale *= t.keep < 0 ? -t.keep : t.keep;
+      w.alpha[s] *= scale <= t.eps2 ? t.eps2 : scale;  // eq. 9
+    }
+  }
+  return true;
+}
+
+// ---- apply ----------------------------------------------------------------------------------------------------
+
+// The scalars of one slice. Without momentum `normalised` holds alpha, with momentum (1 - beta1), beside the clip.
+template <class T>
+struct Step {
+  T normalised, keep, beta1, alpha;
+  Step(const adafactor_tensor& t, const Workspace& w, int64_t slice) {
+    const double sign = (t.flags & ADAFACTOR_MAXIMIZE) ? -1 : 1;
+    const double scale = t.momentum ? 1 - t.beta1 : w.alpha[slice];
+    normalised = T(sign * w.shrink[slice] * scale);
+    keep = T(t.keep);
+    beta1 = T(t.beta1);
+    alpha = T(w.alpha[slice]);
+  }
+};
+
+// x -= a * g * c (eq. 13), where a holds everything but the columns.
+template <class T>
+inline void descend(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n) {
+  for (size_t j = 0; j < n; ++j) x[j] = keep * x[j] - g[j] * a * c[j];
+}
+
+// eq. 12, then eq. 13.
+template <class T>
+inline void descend_momentum(const T* u, const Step<T>& step, T* ADAFACTOR_RESTRICT momentum,
+                             T* ADAFACTOR_RESTRICT x, size_t n) {
+  for (size_t j = 0; j < n; ++j) {
+    const T average = step.beta1 * momentum[j] + u[j];
+    momentum[j] = average;
+    x[j] = step.keep * x[j] - step.alpha * average;
+  }
+}
+
+// One tile of x and of momentum, opened for the loops above and written back.
+template <class T>
+struct Target {
+  const adafactor_tensor& t;
+  size_t first, n;
+  bool stochastic;
+  T x_tile[kTile], momentum_tile[kTile];
+  T *x, *momentum;
+
+  Target(const adafactor_tensor& tensor, size_t first_element, size_t count) : t(tensor), first(first_element), n(count) {
+    const bool half = t.param_dtype == ADAFACTOR_BFLOAT16 || t.param_dtype == ADAFACTOR_FLOAT16;
+    stochastic = half && (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING);
+    x = open(t.param_dtype, t.param, first, x_tile, n);
+    momentum = t.momentum ? open(t.momentum_dtype, t.momentum, first, momentum_tile, n) : nullptr;
+  }
+
+  // Rounds a part of the tile whose elements have the indices index, index + 1, ... in the whole parameter.
+  void round(size_t offset, size_t count, uint64_t index) {
+    narrow_stochastic(t, x + offset, first + offset, count, index);
+  }
+
+  double finish() {
+    if (!stochastic) close(t.param_dtype, x, t.param, first, n);
+    if (momentum) close(t.momentum_dtype, momentum, t.momentum, first, n);
+    if (!(t.flags & ADAFACTOR_SCALE_PARAMETER)) return 0;
+    return double(sum<Square>(load(t.param_dtype, t.param, first, x_tile, n), n));  // as stored
+  }
+};
+
+// Walks over the runs of x[b0][n][B1][m]; `columns` is where the run's columns start.
+struct Cursor {
+  size_t n, B1, m, i, b1, block;
+  void next() {
+    if (++b1 < B1) return;
+    b1 = 0;
+    if (++i < n) return;
+    i = 0;
+    block += B1 * m;
+  }
+  size_t columns() const { return block + b1 * m; }
+};
+
+// Index of an element in the whole parameter, of which this may be a shard.
+inline uint64_t global_index(const adafactor_tensor& t, uint64_t run, uint64_t column) {
+  const uint64_t n = uint64_t(t.n), B1 = uint64_t(t.B1), b = run / (n * B1);
+  run += (b * (uint64_t(t.n_global) - n) + uint64_t(t.row_offset)) * B1;
+  return run * uint64_t(t.m_global) + uint64_t(t.column_offset) + column;
+}
+
+template <class T>
+double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+  const size_t n = size_t(t.n), m = size_t(t.m), B1 = size_t(t.B1);
+  const Step<T> step(t, w, unit.slice);
+  const T *finished = at<T>(w.finished, 0), *scaled = at<T>(w.S, 0);
+  T* row = at<T>(t.row, 0);
+  T tile[kTile], u[kTile];
+  double Q = 0;
+
+  const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * B1;
+  const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * B1;
+  Cursor cursor = {n, B1, m, size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
+  for (size_t r = first; r < last;) {
+    // A tile is a piece of one long run, or several short runs.
+    const size_t runs = m < kTile ? least(kTile / m, last - r) : 1;
+    const Cursor start = cursor;
+    for (size_t j = 0; j < m; j += kTile) {
+      const size_t count = least(kTile, m - j);
+      const T* g = load(t.grad_dtype, t.grad, r * m + j, tile, runs * count);
+      Target<T> target(t, r * m + j, runs * count);
+      cursor = start;
+      for (size_t q = 0; q < runs; ++q, cursor.next()) {
+        const T a = inverse_root(finished[r + q]) * step.normalised;
+        const T *c = scaled + cursor.columns() + j, *h = g + q * count;
+        if (target.momentum) {
+          for (size_t k = 0; k < count; ++k) u[q * count + k] = h[k] * a * c[k];
+        } else {
+          descend(h, c, a, step.keep, target.x + q * count, count);
+        }
+        row[r + q] = finished[r + q];
+      }
+      if (target.momentum) descend_momentum(u, step, target.momentum, target.x, runs * count);
+      if (target.stochastic)
+        for (size_t q = 0; q < runs; ++q) target.round(q * count, count, global_index(t, r + q, j));
+      Q += target.finish();
+    }
+    r += runs;
+  }
+  return Q;
+}
+
+template <class T>
+double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+  const size_t m = size_t(t.m);
+  const Step<T> step(t, w, unit.slice);
+  T tile[kTile], u[kTile];
+  double Q = 0;
+  for (size_t j = size_t(unit.begin); j < size_t(unit.end); j += kTile) {
+    const size_t n = least(kTile, size_t(unit.end) - j), start = size_t(unit.b) * m + j;
+    const T* g = load(t.grad_dtype, t.grad, start, tile, n);
+    T* v = at<T>(t.row, start);
+    Target<T> target(t, start, n);
+    normalise(t, g, v, v, u, n);
+    for (size_t k = 0; k < n; ++k) u[k] *= step.normalised;
+    if (target.momentum) {
+      descend_momentum(u, step, target.momentum, target.x, n);
+    } else {
+      for (size_t k = 0; k < n; ++k) target.x[k] = step.keep * target.x[k] - u[k];
+    }
+    if (target.stochastic) target.round(0, n, global_index(t, uint64_t(unit.b), j));
+    Q += target.finish();
+  }
+  return Q;
+}
+
+template <class T>
+void apply(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+  const double Q = (t.flags & ADAFACTOR_FACTORED) ? apply_factored<T>(t, w, unit) : apply_whole<T>(t, w, unit);
+  if (t.flags & ADAFACTOR_SCALE_PARAMETER) w.Q[unit.index] = Q;
+}
+
+}  // namespace
+
+extern const adafactor::Kernels kernels[2];
+const adafactor::Kernels kernels[2] = {  // of float and of double
+    {measure<float>, combine<float>, finish<float>, apply<float>},
+    {measure<double>, combine<double>, finish<double>, apply<double>},
+};
+
+}  // namespace ADAFACTOR_NS

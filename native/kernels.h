@@ -1,0 +1,41 @@
+// What the engine asks of each instruction set. Plain data only: this header is compiled for several processors, and
+// an inline function from the standard library would be merged by the linker and might run on the wrong one.
+#ifndef ADAFACTOR_KERNELS_H
+#define ADAFACTOR_KERNELS_H
+
+#include "adafactor.h"
+
+namespace adafactor {
+
+// Scratch of one tensor between measure and apply: buffers of T, doubles where said. A unit is a piece that one
+// thread works on at a time; the cut depends on the shape alone, so that sums do not depend on the threads.
+struct Workspace {
+  void* finished;   // these three as in adafactor_tensor
+  void* S;
+  void* W;
+  void* partial_S;  // [b0][parts][B1*m], where the rows of a matrix are measured in several parts
+  void* partial_W;
+  double* Q;        // [units] sums of x^2, before or after the step
+  double* g2;       // [units] if not factored: sums of g^2 and of u^2
+  double* u2;
+  double* alpha;    // [slices] eq. 9
+  double* shrink;   // [slices] 1 / max(1, RMS(u) / d), eq. 10
+  int64_t parts;
+  int64_t units_per_slice;
+};
+
+// Blocks [b, b_end) and of these the rows (elements, if not factored) [begin, end). Only a whole block has company.
+struct Unit {
+  int64_t index, slice, part;
+  int64_t b, b_end, begin, end;
+};
+
+struct Kernels {
+  void (*measure)(const adafactor_tensor&, const Workspace&, const Unit&);
+  void (*combine)(const adafactor_tensor&, const Workspace&);  // adds what the units measured
+  bool (*finish)(const adafactor_tensor&, const Workspace&);   // commits the columns; false: skip this tensor
+  void (*apply)(const adafactor_tensor&, const Workspace&, const Unit&);
+};
+
+}  // namespace adafactor
+#endif

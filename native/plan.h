@@ -1,0 +1,62 @@
+// How one tensor is cut into units, by its shape alone.
+#ifndef ADAFACTOR_PLAN_H
+#define ADAFACTOR_PLAN_H
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace adafactor {
+
+constexpr int64_t kGrain = 64 * 1024;         // elements below which a piece is not worth a turn of its own
+constexpr int64_t kPart = 256 * 1024;         // elements of one block in one part
+constexpr int64_t kRowsPerPart = 128;         // so that partial column sums stay small beside the matrix
+constexpr int64_t kMostParts = 16;
+
+struct Plan {
+  int64_t parts = 1;            // of one block
+  int64_t part_length = 0;      // rows, or elements if not factored
+  int64_t blocks_per_unit = 1;
+  int64_t blocks_per_slice = 0;
+  int64_t units_per_slice = 0;
+  int64_t units = 0;
+  int64_t units_per_chunk = 1;  // what a thread takes at a time
+  int64_t chunks = 0;
+
+  explicit Plan(const adafactor_tensor& t) {
+    const bool factored = t.flags & ADAFACTOR_FACTORED;
+    const int64_t block = t.n * t.B1 * t.m, length = factored ? t.n : t.m;
+    if (block == 0 || t.b0 == 0) return;
+    const int64_t most = factored ? std::min(kMostParts, t.n / kRowsPerPart) : kMostParts;
+    parts = std::max<int64_t>(1, std::min(most, block / kPart));
+    part_length = (length + parts - 1) / parts;
+    if (parts > 1) part_length = (part_length + 15) / 16 * 16;
+    parts = (length + part_length - 1) / part_length;
+
+    blocks_per_slice = t.b0 / t.slices;
+    if (parts == 1) blocks_per_unit = std::max<int64_t>(1, std::min(blocks_per_slice, kGrain / block));
+    units_per_slice = (blocks_per_slice + blocks_per_unit - 1) / blocks_per_unit * parts;
+    units = t.slices * units_per_slice;
+    const int64_t unit = block / parts * blocks_per_unit;
+    units_per_chunk = std::max<int64_t>(1, kGrain / std::max<int64_t>(unit, 1));
+    chunks = (units + units_per_chunk - 1) / units_per_chunk;
+  }
+
+  Unit unit(int64_t index, const adafactor_tensor& t) const {
+    const int64_t length = (t.flags & ADAFACTOR_FACTORED) ? t.n : t.m;
+    Unit u;
+    u.index = index;
+    u.slice = index / units_per_slice;
+    u.part = index % parts;
+    const int64_t group = index % units_per_slice / parts;
+    u.b = u.slice * blocks_per_slice + group * blocks_per_unit;
+    u.b_end = std::min(u.b + blocks_per_unit, (u.slice + 1) * blocks_per_slice);
+    u.begin = u.part * part_length;
+    u.end = std::min(u.begin + part_length, length);
+    return u;
+  }
+};
+
+}  // namespace adafactor
+#endif
