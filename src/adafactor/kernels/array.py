@@ -36,6 +36,15 @@ class Update(NamedTuple):
     alpha: Array
 
 
+class Constants(NamedTuple):
+    """What a step takes from ``Hyperparameters``, where its numbers may be traced."""
+
+    epsilon_1: Any
+    epsilon_2: Any
+    clip_threshold: Any
+    scale_parameter: bool
+
+
 def identity(*arrays: Array) -> tuple[Array, ...]:
     return arrays
 
@@ -67,7 +76,7 @@ def measure(
     g: Array,
     slots: dict[str, Array],
     layout: Layout,
-    hp: Hyperparameters,
+    hp: Hyperparameters | Constants,
     decay: Array,
     rho: Array,
     keep: Array | None = None,
@@ -100,7 +109,7 @@ def measuring(
     g: Array,
     slots: dict[str, Array],
     layout: Layout,
-    hp: Hyperparameters,
+    hp: Hyperparameters | Constants,
     decay: Array,
     rho: Array,
     keep: Array | None = None,
@@ -192,7 +201,7 @@ def apply(
     return ops.cast((kept if keep is None else kept * keep) - step, x.dtype), momentum
 
 
-def _clip(ops: Any, u2: list[Array], layout: Layout, hp: Hyperparameters) -> Array:
+def _clip(ops: Any, u2: list[Array], layout: Layout, hp: Hyperparameters | Constants) -> Array:
     """1 / max(1, RMS(u)/d) (eq. 10); ``u2`` holds the sum of u², or nothing where clipping is off."""
     if hp.clip_threshold is None:
         return 1.0

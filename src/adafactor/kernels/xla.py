@@ -39,7 +39,7 @@ LARGE = 1 << 16
 
 def barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays themselves; the compiler computes nothing on their far side from their near side."""
-    behind: tuple[jax.Array, ...] = jax.lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
+    behind: tuple[jax.Array, ...] = jax.lax.optimization_barrier(arrays)
     return behind
 
 
@@ -55,15 +55,6 @@ class Tensor(NamedTuple):
     slots: dict[str, jax.Array]
     keep: jax.Array | float = 1.0
     momentum: jax.Array | None = None
-
-
-class Constants(NamedTuple):
-    """What the kernels take from ``Hyperparameters``, perhaps traced."""
-
-    epsilon_1: Any
-    epsilon_2: Any
-    clip_threshold: Any
-    scale_parameter: bool
 
 
 class Measured(NamedTuple):
@@ -168,14 +159,16 @@ def _written(tensor: Tensor) -> list[jax.Array]:
     return [tensor.g, tensor.x, *slots, *([] if tensor.momentum is None else [tensor.momentum])]
 
 
-def _constants(numbers: jax.Array, rank: int, clip: bool, scale: bool) -> tuple[jax.Array, jax.Array, Constants, Any]:
-    """decay, rho, the other constants and beta_1, each a scalar or, under vmap, broadcasting to a tensor of ``rank``."""
+def _constants(
+    numbers: jax.Array, rank: int, clip: bool, scale: bool
+) -> tuple[jax.Array, jax.Array, array.Constants, Any]:
+    """decay, rho, the other constants and beta_1: scalars, or under vmap broadcasting to a tensor of ``rank``."""
     lead = numbers.shape[:-1]
     one = [numbers[..., k].reshape(lead + (1,) * (rank - len(lead)) if lead else ()) for k in range(6)]
-    return one[0], one[1], Constants(one[2], one[3], one[4] if clip else None, scale), one[5]
+    return one[0], one[1], array.Constants(one[2], one[3], one[4] if clip else None, scale), one[5]
 
 
-# -- the primitives on jax.numpy -----------------------------------------------------------------------------------------
+# -- the primitives on jax.numpy ---------------------------------------------------------------------------------------
 
 
 def _measure_jnp(
@@ -225,7 +218,7 @@ def _step_jnp(
     return out
 
 
-# -- the primitives ------------------------------------------------------------------------------------------------------
+# -- the primitives ----------------------------------------------------------------------------------------------------
 
 
 def _primitive(name: str, on_jnp: Callable[..., list[jax.Array]], lower_native: Any, heads: int) -> Primitive:

@@ -43,7 +43,7 @@ def lower_measure(context: Any, operands: Any, *, layouts: tuple[Layout, ...], c
     tensors = _tensors(context, layouts)
     if tensors is None:
         return None
-    order, back, results = [0], [], []
+    order, results = [0], list[int]()
     at, out = 1, 0
     for layout, (_, swapped) in zip(layouts, tensors, strict=True):
         taken = list(range(at, at + 1 + scale + len(layout.slots)))
@@ -73,7 +73,7 @@ def lower_step(
     tensors = _tensors(context, layouts)
     if tensors is None:
         return None
-    order, results, aliases = [0, 1], [], {}
+    order, results, aliases = [0, 1], list[int](), dict[int, int]()
     at, out = 2, 0
     for layout, (_, swapped) in zip(layouts, tensors, strict=True):
         taken = list(range(at, at + 2 + len(layout.slots) + momentum))
