@@ -253,9 +253,9 @@ def _zeros(leaf: Any, dtype: Any, removed: Shape, sharding: Any) -> jax.Array:
     if isinstance(leaf, jax.core.Tracer):
         if sharding is None:  # XLA decides where the leaf is: as it decides, so it shall for the zeros
             return jnp.sum(shard_alike(leaf, jnp.zeros(leaf.shape, dtype))[1], axis=removed)
-        if isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-            return jnp.zeros(shape, dtype, out_sharding=shards.reduced(sharding, len(leaf.shape), removed))
         wanted = shards.reduced(sharding, len(leaf.shape), removed)
+        if shards.explicit(sharding):
+            return jnp.zeros(shape, dtype, out_sharding=wanted)
         zeros: jax.Array = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), wanted)
         return zeros
     if sharding is not None:

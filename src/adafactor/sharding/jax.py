@@ -29,15 +29,22 @@ def of(x: Any) -> NamedSharding | None:
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty or sharding.mesh.size == 1:
         return None
-    if traced and not all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
+    if traced and not explicit(sharding):
         return None  # the axes that XLA partitions by itself are not in the type, and inside shard_map x is a shard
     return sharding
 
 
+def explicit(sharding: NamedSharding) -> bool:
+    """Whether every axis of the mesh is part of the types of traced arrays."""
+    return all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
+
+
 def reduced(sharding: NamedSharding, rank: int, removed: Shape) -> NamedSharding:
     """The sharding of a statistic: the parameter's less the axes that were reduced."""
-    spec = _entries(sharding, rank)
-    return NamedSharding(sharding.mesh, PartitionSpec(*(name for axis, name in enumerate(spec) if axis not in removed)))
+    spec = [entry for axis, entry in enumerate(_entries(sharding, rank)) if axis not in removed]
+    while spec and spec[-1] is None and not explicit(sharding):
+        spec.pop()  # as a compiled step will spell it: another spelling would compile it again
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def measure(
