@@ -13,10 +13,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from shapes import MIXES, Shapes, parameters
-from timing import HEADER, interleave
 
 import adafactor.keras
+from shapes import MIXES, Shapes, parameters
+from timing import HEADER, interleave
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adafactor.keras.Adafactor": lambda: adafactor.keras.Adafactor(1e-3),

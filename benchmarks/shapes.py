@@ -17,6 +17,15 @@ def transformer(width: int = 768, layers: int = 4, vocabulary: int = 8192) -> Sh
     return [(vocabulary, width), (1024, width), *layer * layers, (width,), (width,)]
 
 
+#: The kernels and norms of one layer of Llama 7B.
+LLAMA_LAYER: Shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
+
+#: GPT-2 small, 124 M parameters.
+GPT2_SMALL: Shapes = transformer(768, 12, 50257)
+
+#: What LoRA trains: a thousand thin matrices.
+LORA: Shapes = [(16, 1024), (1024, 16)] * 500
+
 MIXES: dict[str, Shapes] = {"4096x4096": MATRIX, "Transformer": transformer()}
 
 

@@ -28,14 +28,34 @@ inline size_t bytes_of(int64_t dtype) {
 
 inline bool finite(double x) { return x - x == 0; }
 
-// Sum of x^2 over [begin, end) of the parameter, in float tiles added up in double.
+// A tile of a factored parameter is a piece of one long run, or several short runs: how many of them.
+inline size_t runs_of_a_tile(size_t m, size_t left) { return m < kTile ? least(kTile / m, left) : 1; }
+
+// Sum of x^2 over runs [first, last) of m elements, in the tiles of `apply`: its sums of the new x and the sums found
+// here in the next update have the same bits, so it does not matter which of them a run uses.
+template <class T>
+double sum_squares(const adafactor_tensor& t, size_t first, size_t last, size_t m) {
+  T tile[kTile];
+  double total = 0;
+  for (size_t r = first; r < last;) {
+    const size_t runs = runs_of_a_tile(m, last - r);
+    for (size_t j = 0; j < m; j += kTile) {
+      const size_t n = runs * least(kTile, m - j);
+      total += double(sum<Square>(load(t.param_dtype, t.param, r * m + j, tile, n), n));
+    }
+    r += runs;
+  }
+  return total;
+}
+
+// The same over [begin, end) of a parameter that is not factored.
 template <class T>
 double sum_squares(const adafactor_tensor& t, size_t begin, size_t end) {
   T tile[kTile];
   double total = 0;
   for (size_t j = begin; j < end; j += kTile) {
     const size_t n = least(kTile, end - j);
-    total += sum<Square>(load(t.param_dtype, t.param, j, tile, n), n);
+    total += double(sum<Square>(load(t.param_dtype, t.param, j, tile, n), n));
   }
   return total;
 }
@@ -160,34 +180,43 @@ inline void normalise(const adafactor_tensor& t, const T* g, const T* second_mom
 }
 
 template <class T>
-void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
-  const bool factored = t.flags & ADAFACTOR_FACTORED;
-  const size_t m = size_t(t.m), run = size_t(t.B1) * m, block = size_t(t.n) * run;
-  size_t begin = size_t(unit.b) * block, end = size_t(unit.b_end) * block;
-  if (factored) {
-    for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b) {
-      const bool whole = w.parts == 1;
-      const size_t place = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * run;
-      measure_block(t, at<T>(w.finished, 0), at<T>(whole ? w.S : w.partial_S, place),
-                    at<T>(whole ? w.W : w.partial_W, place), b, size_t(unit.begin), size_t(unit.end));
-    }
-    if (w.parts > 1) end = begin + size_t(unit.end) * run, begin += size_t(unit.begin) * run;
-  } else {
-    end = begin + size_t(unit.end), begin += size_t(unit.begin);
-    T tile[kTile], v[kTile], u[kTile];
-    double g2 = 0, u2 = 0;
-    for (size_t j = begin; j < end; j += kTile) {
-      const size_t n = least(kTile, end - j);
-      const T* g = load(t.grad_dtype, t.grad, j, tile, n);
-      normalise(t, g, at<T>(t.row, j), v, u, n);
-      g2 += sum<Square>(g, n);
-      u2 += sum<Square>(u, n);
-    }
-    w.g2[unit.index] = g2;
-    w.u2[unit.index] = u2;
+void measure_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+  const size_t run = size_t(t.B1 * t.m);
+  const bool whole = w.parts == 1;
+  for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b) {
+    const size_t place = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * run;
+    measure_block(t, at<T>(w.finished, 0), at<T>(whole ? w.S : w.partial_S, place),
+                  at<T>(whole ? w.W : w.partial_W, place), b, size_t(unit.begin), size_t(unit.end));
   }
-  if ((t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN))
-    w.Q[unit.index] = sum_squares<T>(t, begin, end);  // eq. 6
+}
+
+template <class T>
+void measure_whole(const adafactor_tensor& t, const Workspace& w, const Unit& unit, size_t begin, size_t end) {
+  T tile[kTile], v[kTile], u[kTile];
+  double g2 = 0, u2 = 0;
+  for (size_t j = begin; j < end; j += kTile) {
+    const size_t n = least(kTile, end - j);
+    const T* g = load(t.grad_dtype, t.grad, j, tile, n);
+    normalise(t, g, at<T>(t.row, j), v, u, n);
+    g2 += sum<Square>(g, n);
+    u2 += sum<Square>(u, n);
+  }
+  w.g2[unit.index] = g2;
+  w.u2[unit.index] = u2;
+}
+
+template <class T>
+void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+  const bool reads_x = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
+  if (t.flags & ADAFACTOR_FACTORED) {
+    measure_factored<T>(t, w, unit);
+    const size_t first = size_t((unit.b * t.n + unit.begin) * t.B1), last = size_t(((unit.b_end - 1) * t.n + unit.end) * t.B1);
+    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, first, last, size_t(t.m));  // eq. 6
+  } else {
+    const size_t begin = size_t(unit.b * t.m + unit.begin), end = size_t(unit.b * t.m + unit.end);
+    measure_whole<T>(t, w, unit, begin, end);
+    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, begin, end);
+  }
 }
 
 // ---- combine and finish ---------------------------------------------------------------------------------------
@@ -378,8 +407,7 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
   const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * B1;
   Cursor cursor = {n, B1, m, size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
   for (size_t r = first; r < last;) {
-    // A tile is a piece of one long run, or several short runs.
-    const size_t runs = m < kTile ? least(kTile / m, last - r) : 1;
+    const size_t runs = runs_of_a_tile(m, last - r);
     const Cursor start = cursor;
     for (size_t j = 0; j < m; j += kTile) {
       const size_t count = least(kTile, m - j);

@@ -219,6 +219,16 @@ def test_the_sum_of_squares_is_that_of_the_stored_parameter() -> None:
             assert error(Q, np.sum(x.astype(np.float64) ** 2, axis=whole).reshape(-1)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_known_sum_of_squares_and_one_read_anew_give_the_same_bits(dtype: str) -> None:
+    layouts = [*BITS, layout((700, 1100)), layout((3, 40, 700)), layout((700_000,)), layout((30, 5, 7), "largest_two")]
+    known, anew = Model(layouts, dtype=dtype), Model(layouts, dtype=dtype)
+    for t in range(1, 4):
+        known.step(gradients(layouts, t), q_known=t > 1)
+        anew.step(gradients(layouts, t), threads=3)
+    assert known.everything() == anew.everything()
+
+
 def test_a_permuted_tensor_is_stepped_in_its_own_order() -> None:
     # Axes in memory order (0, 2, 3, 1), as channels-last has them: rows are output channels, columns all else.
     plain = layout((6, 5, 3, 3), lambda name, shape: Factored(rows=(0,), columns=(1, 2, 3)))

@@ -3,6 +3,7 @@
 The framework is in the import path, and importing this package imports none of them:
 
     from adafactor.keras import Adafactor    # Keras 3: TensorFlow, JAX or PyTorch
+    from adafactor.torch import Adafactor    # PyTorch
     from adafactor.optax import adafactor    # JAX: Flax, Equinox, anything that takes an optax transformation
 """
 
@@ -14,6 +15,7 @@ __all__ = ["Factored", "Hyperparameters", "Layout", "layout"]
 
 _IMPORTS = {
     "Keras 3": "from adafactor.keras import Adafactor",
+    "PyTorch": "from adafactor.torch import Adafactor",
     "JAX": "from adafactor.optax import adafactor",
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend import in_stateless_scope  # not public, and nothing public tells
 
 from adafactor import factoring as _factoring
 from adafactor.factoring import Factoring, Layout, Shape, layout
@@ -155,6 +156,11 @@ class Adafactor(keras.optimizers.Optimizer):
         self._layouts: list[Layout | None] = []
         self._slots: list[Any] = []
         self._momentums: list[Any] = []
+        self._torch_step: Any = None
+        if keras.backend.backend() == "torch":
+            from adafactor.keras_torch import TorchStep
+
+            self._torch_step = TorchStep(hyperparameters)
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -257,7 +263,9 @@ class Adafactor(keras.optimizers.Optimizer):
         for gradient, variable in zip(grads, variables, strict=True):
             if gradient is None:
                 continue
-            shape, expected = tuple(gradient.shape), tuple(variable.shape)
+            shape, expected = _static_shape(gradient), tuple(variable.shape)
+            if shape is None:
+                continue  # a graph that does not know it until it runs
             if len(shape) != len(expected) or any(n not in (None, k) for n, k in zip(shape, expected, strict=True)):
                 rule = f"of its variable's shape {expected}"
                 raise ValueError(
@@ -301,6 +309,29 @@ class Adafactor(keras.optimizers.Optimizer):
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         """Nothing: ``update_step`` decays a variable while it reads it anyway."""
+
+    def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+        if self._torch_step is None or in_stateless_scope():
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            return
+        import torch
+
+        from adafactor.keras_torch import Member
+
+        with torch.no_grad():
+            members = []
+            for gradient, variable in zip(grads, trainable_variables, strict=True):
+                index = self._get_variable_index(variable)
+                its_layout, slots, momentum = self._layouts[index], self._slots[index], self._momentums[index]
+                if its_layout is None or not its_layout.size:
+                    continue
+                state = {name: slot.value for name, slot in slots.items()}
+                if momentum is not None:
+                    state["momentum"] = momentum.value
+                decay = self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
+                members.append(Member(index, variable.value, ops.convert_to_tensor(gradient), its_layout, state, decay))
+            rate = learning_rate.value if isinstance(learning_rate, keras.Variable) else learning_rate
+            self._torch_step(members, rate, ops.convert_to_tensor(self.iterations), callable(self._learning_rate))
 
     # -- configuration and checkpoints -----------------------------------------------------------------------------
 
@@ -409,6 +440,15 @@ def _path(variable: Any) -> str:
 def _is_sparse(gradient: Any) -> bool:
     """TensorFlow's IndexedSlices and JAX's BCOO; Keras has no public test for them."""
     return keras.backend.backend() != "torch" and hasattr(gradient, "indices")
+
+
+def _static_shape(gradient: Any) -> tuple[int | None, ...] | None:
+    """The shape as far as it is known; ``None`` where not even the rank is."""
+    dense_shape = getattr(gradient, "dense_shape", None)
+    if isinstance(dense_shape, (tuple, list)):  # legal, but then IndexedSlices.shape fails
+        return tuple(dense_shape)
+    shape = gradient.shape if hasattr(gradient, "shape") else np.shape(gradient)
+    return None if getattr(shape, "rank", 0) is None else tuple(shape)
 
 
 def _no_grad() -> contextlib.AbstractContextManager[Any]:

@@ -60,7 +60,7 @@ def bfloat16(x: NDArray[np.float32], bits: Bits) -> NDArray[np.uint16]:
     total = magnitude + (bits >> np.uint32(16))
     total = np.where(magnitude < 0x7F800000, np.minimum(total, np.uint32(0x7F7FFFFF)), total)
     total = np.where(magnitude > 0x7F800000, magnitude | np.uint32(0x400000), total)
-    return ((total | (u & np.uint32(0x80000000))) >> np.uint32(16)).astype(np.uint16)
+    return np.asarray((total | (u & np.uint32(0x80000000))) >> np.uint32(16), np.uint16)
 
 
 def float16(x: NDArray[np.float32], bits: Bits) -> NDArray[np.uint16]:
@@ -77,4 +77,4 @@ def float16(x: NDArray[np.float32], bits: Bits) -> NDArray[np.uint16]:
     h = np.where(magnitude >= 0x477FE000, 0x7BFF, h)
     h = np.where(magnitude == 0x7F800000, 0x7C00, h)
     h = np.where(magnitude > 0x7F800000, 0x7E00 | ((magnitude >> np.uint32(13)) & np.uint32(0x3FF)), h)
-    return (h | ((u >> np.uint32(16)) & np.uint32(0x8000))).astype(np.uint16)
+    return np.asarray(h | ((u >> np.uint32(16)) & np.uint32(0x8000)), np.uint16)

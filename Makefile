@@ -1,0 +1,85 @@
+# Every target sets up what it needs in .venv, from nothing but Python 3.11 or later, and is quick when it is there.
+#
+#   make demo    train a small Transformer with AdamW, Keras's Adafactor and ours, side by side
+#   make test    every test, on every framework
+#   make lint    ruff and mypy
+#   make bench   step times against the peers, in this machine's terms
+#   make doctor  versions, the kernels in use, and what does not work
+#   make sanitize  the native kernels under the address, undefined-behaviour and thread sanitizers
+#
+# ARGS goes to the program: make demo ARGS="--backend torch --steps 100"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+PYTEST := $(BIN)/python -m pytest --quiet
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo doctor test test-core test-torch test-keras-jax test-keras-tensorflow test-keras-torch lint format \
+        bench sanitize clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/demo
+	$(BIN)/adafactor demo $(ARGS)
+
+doctor: $(VENV)/test
+	$(BIN)/adafactor doctor
+
+test: test-core test-torch test-keras-jax test-keras-tensorflow test-keras-torch
+
+test-core: $(VENV)/test
+	$(PYTEST) tests/core tests/test_native.py tests/cli
+
+test-torch: $(VENV)/test
+	$(PYTEST) tests/torch
+
+# Once per backend: Keras reads it when it is imported.
+test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test
+	KERAS_BACKEND=$* TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/keras
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/test
+	@mkdir -p build/bench
+	$(BIN)/python benchmarks/torch_step.py --json build/bench/torch.json
+	$(BIN)/python benchmarks/torch_memory.py --json build/bench/torch-memory.json
+	@for backend in jax tensorflow torch; do \
+	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py \
+	    --json build/bench/keras-$$backend.json || exit 1; done
+
+sanitize: $(VENV)/lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/sanitize.sh
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+
+# A file per set of packages, touched when it is installed; newer requirements install again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  f"Python must be 3.11 or later, got {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+
+$(VENV)/demo: $(SOURCES) | $(BIN)/python
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/test: $(SOURCES) | $(BIN)/python
+	$(PIP) -e '.[demo,tensorflow,jax,torch]' --group test --group stacks
+	@touch $@
+
+$(VENV)/lint: $(VENV)/test
+	$(PIP) --group lint
+	@touch $@

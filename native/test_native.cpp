@@ -1,0 +1,150 @@
+// Runs the kernels over many shapes, dtypes and threads, for the sanitizers (scripts/sanitize.sh) and for whoever has
+// no Python at hand. Numbers are checked in tests/test_native.py; here: every thread count and instruction set gives
+// the same bytes, several callers at once get them too, and nothing outside the buffers is touched (each has its own
+// heap block of exactly its size).
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "adafactor.h"
+
+namespace {
+
+size_t bytes_of(int64_t dtype) { return dtype == ADAFACTOR_FLOAT64 ? 8 : dtype == ADAFACTOR_FLOAT32 ? 4 : 2; }
+
+using Buffer = std::unique_ptr<char[]>;
+
+struct Model {
+  std::vector<adafactor_tensor> tensors;
+  std::vector<Buffer> buffers;
+  std::vector<size_t> sizes;
+  uint32_t random = 1;
+
+  void* zeros(size_t size) {
+    buffers.emplace_back(new char[size]());
+    sizes.push_back(size);
+    return buffers.back().get();
+  }
+
+  void* numbers(size_t count, int64_t dtype) {
+    char* data = static_cast<char*>(zeros(count * bytes_of(dtype)));
+    for (size_t k = 0; k < count; ++k) {
+      random = random * 1664525u + 1013904223u;
+      const float x = float(int32_t(random)) * 0x1p-31f;
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      const uint16_t high = uint16_t(bits >> 16), half = uint16_t(0x3c00 | (bits & 0x83ff));
+      const double wide = x;
+      switch (dtype) {
+        case ADAFACTOR_FLOAT64: std::memcpy(data + 8 * k, &wide, 8); break;
+        case ADAFACTOR_FLOAT32: std::memcpy(data + 4 * k, &x, 4); break;
+        case ADAFACTOR_BFLOAT16: std::memcpy(data + 2 * k, &high, 2); break;
+        default: std::memcpy(data + 2 * k, &half, 2); break;
+      }
+    }
+    return data;
+  }
+
+  void add(bool factored, int64_t b0, int64_t n, int64_t B1, int64_t m, int64_t slices, int64_t dtype, int64_t grad,
+           int64_t momentum, bool separate) {
+    adafactor_tensor t = {};
+    const size_t N = size_t(b0 * n * B1 * m), element = dtype == ADAFACTOR_FLOAT64 ? 8 : 4;
+    const size_t rows = factored ? size_t(b0 * n * B1) : N, columns = factored ? size_t(b0 * B1 * m) : 0;
+    t.b0 = b0, t.n = t.n_global = n, t.B1 = B1, t.m = t.m_global = m, t.slices = slices;
+    t.N_global = slices ? int64_t(N) / slices : 0;
+    t.param_dtype = dtype, t.grad_dtype = grad, t.momentum_dtype = momentum < 0 ? 0 : momentum;
+    t.param = numbers(N, dtype);
+    t.grad = numbers(N, grad);
+    t.row = zeros(rows * element);
+    if (factored) t.column = zeros(columns * element);
+    if (momentum >= 0) t.momentum = zeros(N * bytes_of(momentum));
+    t.Q = static_cast<double*>(zeros(size_t(slices) * 8));
+    if (separate) {
+      if (factored) t.finished = zeros(rows * element);
+      const size_t sums = factored ? columns : size_t(slices);
+      t.S = zeros(sums * element);
+      t.W = zeros(sums * element);
+    }
+    t.rho = 0.01, t.decay = 0.5, t.eps1 = 1e-30, t.eps2 = 1e-3, t.clip = 1, t.keep = 0.99, t.beta1 = 0.9;
+    t.seed = 7, t.id = tensors.size();
+    t.flags = ADAFACTOR_SCALE_PARAMETER | ADAFACTOR_SKIP_NONFINITE | (factored ? ADAFACTOR_FACTORED : 0u);
+    if (tensors.size() % 2) t.flags |= ADAFACTOR_STOCHASTIC_ROUNDING;
+    tensors.push_back(t);
+  }
+
+  explicit Model(bool separate) {
+    const int64_t shapes[][6] = {
+        // factored, b0, n, B1, m, slices
+        {0, 1, 1, 1, 1, 1},      {0, 1, 1, 1, 70001, 1}, {0, 5, 1, 1, 33, 5},    {0, 1, 1, 1, 530000, 1},
+        {0, 0, 1, 1, 5, 0},      {0, 1, 1, 1, 0, 1},     {1, 1, 1, 1, 1, 1},     {1, 1, 7, 1, 5, 1},
+        {1, 1, 1300, 1, 410, 1}, {1, 1, 40, 1, 2051, 1}, {1, 3, 17, 4, 19, 1},   {1, 6, 30, 1, 31, 3},
+        {1, 2, 700, 1, 900, 2},  {1, 50, 3, 1, 3, 1},    {1, 1, 300, 9, 200, 1},
+    };
+    int64_t k = 0;
+    for (const auto& s : shapes)
+      for (int64_t dtype = 0; dtype < 4; ++dtype, ++k)
+        add(s[0], s[1], s[2], s[3], s[4], s[5], dtype, (dtype + k / 4) % 4, k % 5 - 1, separate);
+  }
+
+  std::string contents() const {
+    std::string all;
+    for (const adafactor_tensor& t : tensors) {  // what a step leaves behind, not its scratch
+      const size_t N = size_t(t.b0 * t.n * t.B1 * t.m);
+      all.append(static_cast<const char*>(t.param), N * bytes_of(t.param_dtype));
+      all.append(reinterpret_cast<const char*>(t.Q), size_t(t.slices) * 8);
+      if (t.momentum) all.append(static_cast<const char*>(t.momentum), N * bytes_of(t.momentum_dtype));
+    }
+    return all;
+  }
+};
+
+void train(bool separate, int64_t threads, int64_t isa, std::string& contents) {
+  Model model(separate);
+  for (uint64_t step = 1; step <= 2; ++step) {
+    for (adafactor_tensor& t : model.tensors) t.step = step;
+    adafactor_tensor* first = model.tensors.data();
+    const int64_t count = int64_t(model.tensors.size());
+    const int error = separate ? adafactor_measure(first, count, threads, isa) | adafactor_apply(first, count, threads, isa)
+                               : adafactor_step(first, count, threads, isa);
+    if (error) std::fprintf(stderr, "error %d\n", error), std::exit(1);
+  }
+  contents = model.contents();
+}
+
+}  // namespace
+
+int main() {
+  std::string expected;
+  train(false, 1, ADAFACTOR_BASELINE, expected);
+  for (int64_t isa = 0; isa < ADAFACTOR_ISAS; ++isa) {
+    if (!adafactor_supported(isa)) continue;
+    for (const bool separate : {false, true}) {
+      std::string contents;
+      train(separate, separate ? 2 : 7, isa, contents);
+      if (contents != expected) return std::fprintf(stderr, "other bits: isa %d\n", int(isa)), 1;
+    }
+  }
+  std::vector<std::string> results(3);
+  std::vector<std::thread> callers;
+  for (std::string& result : results) callers.emplace_back([&result] { train(false, 3, ADAFACTOR_BASELINE, result); });
+  for (std::thread& caller : callers) caller.join();
+  for (const std::string& result : results)
+    if (result != expected) return std::fprintf(stderr, "other bits from concurrent callers\n"), 1;
+#if !defined(__SANITIZE_THREAD__)  // which does not follow a fork of a process with threads
+  const pid_t child = fork();
+  train(false, 3, ADAFACTOR_BASELINE, results[0]);
+  if (child == 0) _exit(results[0] == expected ? 0 : 1);
+  int status = 1;
+  if (waitpid(child, &status, 0) != child || status != 0) return std::fprintf(stderr, "other bits after fork\n"), 1;
+#endif
+  std::puts("ok");
+  return 0;
+}

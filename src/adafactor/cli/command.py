@@ -1,0 +1,50 @@
+"""What every command shares: how it refuses, and how it reads numbers and finds packages."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from adafactor.hyperparameters import message
+
+
+class Refusal(Exception):
+    """The command cannot be carried out; the text is one sentence for the user. Exit code 2, no traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """``ArgumentParser`` that refuses in one sentence instead of a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"{message.rstrip('.')}. See {self.prog} --help.")
+
+
+def integer(option: str, low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer in [low, high]. It raises Refusal, which argparse does not rephrase."""
+    rule = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise Refusal(message(option, rule, text, "Leave the option out for the default."))
+        return value
+
+    return parse
+
+
+def need(packages: Iterable[str], what: str, install: str) -> None:
+    """Refuse before any work is done when a package is missing.
+
+    Args:
+        packages: import names.
+        what: who needs them, for the sentence.
+        install: the command that brings them.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise Refusal(f"{what} needs {' and '.join(missing)}. Install with: {install}")

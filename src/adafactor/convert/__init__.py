@@ -1,0 +1,1 @@
+"""Checkpoints of other implementations, read into this project's own state."""

@@ -1,0 +1,153 @@
+"""The native kernels under the PyTorch front end: a list of work becomes one table of descriptors and one call.
+
+A table is kept for as long as the same parameters come in the same order, so a step costs, besides the arithmetic,
+the addresses of the gradients and a handful of numbers per group. What has no form that the kernels know (a
+channels-last gradient beside a contiguous parameter, rows between columns) goes to ``aten.py``, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adafactor.kernels import aten, native
+from adafactor.kernels.work import Work
+
+_DTYPES = {getattr(torch, name): name for name in native.DTYPES}
+
+
+class Step:
+    """The kernel ``step(work, skipped)`` for CPU tensors, with the tables of the lists it has seen."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, ...], _Prepared] = {}
+
+    def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
+        """One update of every parameter in ``work``, in place; see ``work.py``."""
+        grads = [w.grad for w in work]
+        if not all(map(Tensor.is_contiguous, grads)):
+            other = [w for w in work if not w.grad.is_contiguous()]
+            aten.step(other, skipped)
+            work = [w for w in work if w.grad.is_contiguous()]
+            grads = [w.grad for w in work]
+        key = tuple(map(id, work))
+        prepared = self._tables.get(key)
+        if prepared is None or prepared.stale():
+            if len(self._tables) >= 8:  # a model whose list changes every step must not fill the memory
+                self._tables.clear()
+            prepared = self._tables[key] = _prepare(work)
+        if prepared.other:
+            aten.step(prepared.other, skipped)
+            grads = [w.grad for w in prepared.work]
+        if prepared.work:
+            prepared.step(grads, skipped)
+
+
+@dataclass(eq=False)
+class _Prepared:
+    """A table and the tensors behind its addresses.
+
+    Attributes:
+        work: what the table holds, in its order; ``other``: what it cannot hold.
+        versions: of each parameter when ``table.Q`` was computed; -1 for not yet.
+    """
+
+    work: list[Work]
+    other: list[Work]
+    table: native.Table
+    params: list[Tensor]
+    addresses: list[list[int]]
+    versions: list[int] = field(default_factory=list)
+
+    def stale(self) -> bool:
+        """Whether a parameter or a statistic has got other memory since (``param.data = ...``, a loaded state)."""
+        return _addresses(self.work) != self.addresses
+
+    def step(self, grads: list[Tensor], skipped: Tensor) -> None:
+        record = self.table.records
+        record["grad"] = [g.data_ptr() for g in grads]
+        record["grad_dtype"] = [native.DTYPES[_DTYPES[g.dtype]] for g in grads]
+        known = np.array([p._version for p in self.params]) == self.versions
+        steps = [w.state["step"] for w in self.work]
+        t = torch.stack(steps).numpy() + 1
+        first = 0
+        for _, run in groupby(self.work, lambda w: (id(w.settings), id(w.lr))):
+            members = list(run)
+            where = slice(first, first + len(members))
+            first = where.stop
+            self._configure(members[0], where, t[where], known[where])
+        self.table.step(torch.get_num_threads())
+        torch.autograd.graph.increment_version(self.params)
+        left_alone = self.table.skipped
+        if left_alone.any():
+            skipped.add_(int(left_alone.sum()))
+        if not left_alone.all():
+            updated = [step for step, alone in zip(steps, left_alone.tolist(), strict=True) if not alone]
+            torch._foreach_add_(updated, 1)
+        self.versions = [p._version for p in self.params]
+
+    def _configure(self, w: Work, where: slice, t: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
+        settings, lr = w.settings, float(w.lr)
+        hp = settings.hyperparameters
+        same = bool((t == t[0]).all())
+        rho: float | NDArray[np.float64] = (
+            hp.rho(lr, int(t[0]), settings.scheduled)
+            if same
+            else np.array([hp.rho(lr, int(s), settings.scheduled) for s in t])
+        )
+        self.table.configure(
+            hp,
+            int(t[0]) if same else t,
+            rho,  # type: ignore[arg-type]
+            where,
+            keep=1.0 - lr * settings.weight_decay,
+            scale_after_decay=settings.scale_after_decay,
+            maximize=settings.maximize,
+            skip_nonfinite=settings.skip_nonfinite,
+            stochastic_rounding=settings.stochastic_rounding,
+            q_known=known,
+            seed=settings.seed,
+        )
+
+
+def _prepare(work: Sequence[Work]) -> _Prepared:
+    forms = [_form(w) for w in work]
+    chosen = [w for w, form in zip(work, forms, strict=True) if form is not None]
+    table = native.Table([form for form in forms if form is not None])
+    for k, w in enumerate(chosen):
+        momentum = w.state.get("momentum")
+        table.place(
+            k,
+            param=w.param.data_ptr(),
+            param_dtype=_DTYPES[w.param.dtype],
+            second_moment={name: w.state[name].data_ptr() for name in w.layout.slots},
+            momentum=0 if momentum is None else momentum.data_ptr(),
+            momentum_dtype="float32" if momentum is None else _DTYPES[momentum.dtype],
+        )
+    table.records["id"] = [w.tensor for w in chosen]
+    return _Prepared(
+        work=chosen,
+        other=[w for w, form in zip(work, forms, strict=True) if form is None],
+        table=table,
+        params=[w.param for w in chosen],
+        addresses=_addresses(chosen),
+        versions=[-1] * len(chosen),
+    )
+
+
+def _addresses(work: Sequence[Work]) -> list[list[int]]:
+    return [[w.param.data_ptr() for w in work], [w.state[name].data_ptr() for w in work for name in w.slots[1:]]]
+
+
+def _form(w: Work) -> native.Canonical | None:
+    """The kernels' form of a tensor, or ``None`` where only ``aten.py`` can update it."""
+    momentum = w.state.get("momentum")
+    if not w.param.is_contiguous() or (momentum is not None and not momentum.is_contiguous()):
+        return None
+    return native.canonical(w.layout)

@@ -1,0 +1,98 @@
+"""What the PyTorch front end hands to a kernel: one item of work per tensor and step.
+
+A kernel is a function ``step(work, skipped)``. It makes one update of every parameter in the list, all of them
+on one device, and in the items' ``state`` in place, without asking the device for a value. `kernels/aten.py` is
+the kernel for any device; a native one takes the same list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adafactor.factoring import Layout
+from adafactor.hyperparameters import Hyperparameters
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+Kernel = Callable[[Sequence["Work"], Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a parameter group says besides its learning rate, which a scheduler moves.
+
+    Attributes:
+        hyperparameters: the numbers of the algorithm, in the project's own names.
+        weight_decay: x is multiplied by 1 - lr * weight_decay before the update, after RMS(x) has been taken.
+        maximize: follow the gradient instead of descending.
+        momentum_dtype: how momentum is stored; ``None`` as the statistics are.
+        stochastic_rounding: round a bfloat16 or float16 parameter up or down at random, without bias.
+        skip_nonfinite: leave a tensor alone, parameter and state, when its gradient is not finite.
+        seed: of the random bits behind stochastic rounding.
+        scale_after_decay: take RMS(x) after weight decay instead, as Keras does.
+        scheduled: the learning rate varies by itself, which ``relative_step=True`` leaves alone (eq. 8).
+    """
+
+    hyperparameters: Hyperparameters
+    weight_decay: float
+    maximize: bool
+    momentum_dtype: torch.dtype | None
+    stochastic_rounding: bool
+    skip_nonfinite: bool
+    seed: int
+    scale_after_decay: bool = False
+    scheduled: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One parameter, all that its update reads, and all that it writes.
+
+    Attributes:
+        param: the parameter, of any strides; written.
+        grad: its gradient, of the same shape and device, of any of ``DTYPES``; never written.
+        state: the optimizer's own dictionary for this parameter; its tensors are written in place:
+            ``step``, int64 of shape (): the updates made so far, before this one (t is one more);
+            ``row`` of ``layout.row_shape`` and ``column`` of ``layout.column_shape``, or ``second_moment`` of the
+            parameter's shape, all contiguous and of ``math_dtype``;
+            ``momentum`` of the parameter's shape, where ``settings`` ask for one.
+        layout: the role of every axis.
+        settings: the group's.
+        lr: the group's learning rate before eq. 8: a number, or a tensor of one element.
+        tensor: the parameter's place among all the optimizer's parameters, which keys its random bits.
+        kernel: what updates it.
+        square_sum, square_sum_of: what the last apply knew of sum(x²), and of which contents (``contents``).
+            Never saved: a kernel that uses it must get the same bits from reading x again.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    layout: Layout
+    settings: Settings
+    lr: float | Tensor
+    tensor: int
+    kernel: Kernel
+    square_sum: Tensor | float | None = None
+    square_sum_of: tuple[int, int] | None = None
+
+    @property
+    def contents(self) -> tuple[int, int]:
+        """Changes when anybody writes to the parameter, except through ``.data``, which leaves no trace in it."""
+        return self.param._version, self.param.data_ptr()
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of ``state`` that this update reads and writes."""
+        momentum = ("momentum",) if self.settings.hyperparameters.momentum is not None else ()
+        return ("step", *self.layout.slots, *momentum)
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and arithmetic: float64 for float64 parameters, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

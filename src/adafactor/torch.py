@@ -1,0 +1,348 @@
+"""Adafactor for PyTorch: takes the place of ``torch.optim.Adafactor`` by changing the import.
+
+    from adafactor.torch import Adafactor
+
+    optimizer = Adafactor(model.parameters(), lr=1e-2)
+
+Equation numbers refer to ``docs/algorithm.md``; ``docs/torch.md`` has the migration tables.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from adafactor.convert import pytorch as checkpoint
+from adafactor.factoring import Factored, Factoring, Layout, layout
+from adafactor.hyperparameters import RelativeStep, message
+from adafactor.kernels import aten, native, opaque
+from adafactor.kernels.native_torch import Step
+from adafactor.kernels.work import Kernel, Settings, Work, math_dtype
+from adafactor.torch_arguments import SETTINGS, check_lr, check_tensors, translate
+
+__all__ = ["Adafactor", "Factored"]
+
+
+class Adafactor(Optimizer):
+    """Adafactor (Shazeer and Stern, 2018), with row and column statistics in place of Adam's second moment.
+
+    Statistics and arithmetic are float32 whatever the parameter's dtype, and float64 for float64 parameters.
+
+    Args:
+        params: parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``. Each
+            argument below except ``foreach`` may differ from group to group.
+        lr: learning rate, at least 0; a number or a tensor of one element (eq. 8).
+        beta2_decay: exponent of the second-moment decay: beta2(t) = 1 - t**beta2_decay (eq. 1).
+        eps: two numbers, at least 0. ``eps[0]`` is added to every squared gradient (eq. 2); ``None`` means 1e-30.
+            ``eps[1]`` is the least parameter scale (eq. 9).
+        d: largest root mean square of an update, above 0; ``None`` switches clipping off (eq. 10).
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay``, after its root mean square was taken.
+        foreach: accepted, and without effect: all tensors of a step are handed to one kernel anyway.
+        maximize: follow the gradient instead of descending.
+        fused: ``None`` uses the native kernel for CPU tensors where it is installed, ``True`` insists on it,
+            ``False`` uses torch operations, as every other device does.
+        relative_step: cap the learning rate at 1/sqrt(t), as ``torch.optim.Adafactor`` always does (eq. 8). A
+            scheduler writes into the same place as the user, so here ``True`` and ``"always"`` mean the same.
+        scale_parameter: multiply the learning rate by the parameter's root mean square (eq. 9).
+        beta1: momentum of the clipped update, in [0, 1) (eq. 12); ``None`` or 0 keeps none.
+        momentum_dtype: how momentum is stored: ``torch.float32``, ``bfloat16`` or ``float16``; ``None`` stores it
+            like the statistics.
+        beta2_max: upper bound of beta2(t), in [0, 1] (eq. 1).
+        factoring: which axes become rows and columns; see :func:`adafactor.layout`.
+        min_dim_size_to_factor: matrices with a smaller side keep the whole second moment.
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, without bias.
+        skip_nonfinite: leave a tensor alone, parameter and state, when its gradient holds an inf or a NaN, or
+            when its squares overflow; count it in :attr:`skipped`. ``False`` lets it spread.
+        seed: an integer; of the bits behind ``stochastic_rounding``.
+
+    State of a parameter: ``step``, int64 of shape (), the updates made; ``row`` and ``column``, or
+    ``second_moment``, of the shapes ``adafactor.layout`` gives; ``momentum`` of the parameter's shape, with ``beta1``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. Nothing has been modified.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (1e-30, 1e-3),
+        d: float | None = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+        relative_step: RelativeStep = True,
+        scale_parameter: bool = True,
+        beta1: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        beta2_max: float | None = None,
+        factoring: Factoring = "last_two",
+        min_dim_size_to_factor: int = 1,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = True,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta2_decay": beta2_decay,
+            "eps": eps,
+            "d": d,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "fused": fused,
+            "relative_step": relative_step,
+            "scale_parameter": scale_parameter,
+            "beta1": beta1,
+            "momentum_dtype": momentum_dtype,
+            "beta2_max": beta2_max,
+            "factoring": factoring,
+            "min_dim_size_to_factor": min_dim_size_to_factor,
+            "stochastic_rounding": stochastic_rounding,
+            "skip_nonfinite": skip_nonfinite,
+            "seed": seed,
+        }
+        translate(defaults)
+        self._forget()
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._handle = opaque.register(self)
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Drop what is derived from groups and state, so that the next step derives it anew."""
+        self._work: dict[Tensor, Work] = {}
+        self._settings: dict[int, tuple[tuple[object, ...], Settings]] = {}
+        self._native = Step() if native.available() else None
+
+    def _kernel(self, fused: bool | None, device: torch.device) -> Kernel:
+        """The kernel for a device; see ``fused``."""
+        if fused is not False and device.type == "cpu" and self._native is not None:
+            return self._native
+        if fused:
+            cause = "" if device.type != "cpu" else f"{native.why_not()} "
+            rule, remedy = "None or False here", f"{cause}Pass fused=None for the fastest kernel there is."
+            raise RuntimeError(message(f"fused for {device.type} tensors", rule, fused, remedy))
+        return aten.step
+
+    @property
+    def skipped(self) -> int:
+        """How often a tensor was left alone because its gradient was not finite, since construction.
+
+        Reading it waits for the device; nothing else here does.
+        """
+        return sum(int(count) for count in self._skipped.values())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what it does not say is taken from the constructor's arguments.
+
+        Raises:
+            TypeError, ValueError: an argument of the group does not fit.
+        """
+        if isinstance(param_group, dict):
+            translate({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._forget()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: a gradient or a group does not fit. No tensor has been modified.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            self._traced_step()
+            return loss
+        # Every check comes before the first write: a step happens wholly or not at all.
+        work = [w for number in range(len(self.param_groups)) for w in self._collect(number)]
+        for w in work:
+            w.state = self._state_of(w)
+        self._run(work)
+        return loss
+
+    def _run(self, work: Sequence[Work]) -> None:
+        lists: dict[tuple[torch.device, Kernel], list[Work]] = {}
+        for w in work:
+            lists.setdefault((w.param.device, w.kernel), []).append(w)
+        try:
+            for (device, kernel), members in lists.items():
+                if device not in self._skipped:
+                    self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+                kernel(members, self._skipped[device])
+        finally:
+            _release(work)
+
+    def _collect(self, number: int) -> list[Work]:
+        """One item of work per parameter of a group that has a gradient. All checks are here; nothing is written."""
+        group = self.param_groups[number]
+        settings = self._group_settings(number, group)
+        first = sum(len(other["params"]) for other in self.param_groups[:number])
+        work: dict[Tensor, Work] = {}  # a parameter that is listed twice is updated once
+        for position, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None or not param.numel():
+                continue
+            check_tensors(param, grad)
+            kernel = self._kernel(group["fused"], param.device)
+            w = self._work.get(param)
+            if w is None or w.layout.shape != param.shape:
+                roles = _layout(group, position, param)
+                w = Work(param, grad, {}, roles, settings, group["lr"], first + position, kernel)
+                self._work[param] = w
+            w.grad, w.settings, w.lr, w.kernel = grad, settings, group["lr"], kernel
+            work[param] = w
+        return list(work.values())
+
+    def _state_of(self, w: Work) -> dict[str, Tensor]:
+        """The parameter's state, made of zeros where there is none (their weight is 0 at t = 1)."""
+        state: dict[str, Tensor] = self.state[w.param]
+        dtype, device = math_dtype(w.param.dtype), w.param.device
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.int64, device=device)
+            for name, shape in w.layout.slots.items():
+                state[name] = torch.zeros(shape, dtype=dtype, device=device)
+        if w.settings.hyperparameters.momentum is not None and "momentum" not in state:
+            stored = w.settings.momentum_dtype or dtype
+            state["momentum"] = torch.zeros_like(w.param, dtype=stored, memory_format=torch.preserve_format)
+        return state
+
+    def _traced_step(self) -> None:
+        """The step as torch.compile sees it: one operator per group."""
+        number = 0
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            state: list[Tensor] = []
+            self._init_group(group, params, grads, state)
+            if params:
+                torch.ops.adafactor.step(self._handle, number, params, grads, state)
+            number += 1  # noqa: SIM113 - the compiler must see that group comes from param_groups
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: list[Tensor]
+    ) -> bool:
+        """List the tensors of a group. By this name torch.compile knows to run it once, untraced."""
+        number = next(number for number, other in enumerate(self.param_groups) if other is group)
+        work = self._collect(number)
+        for w in work:
+            params.append(w.param)
+            grads.append(w.grad)
+            values = self._state_of(w)
+            state.extend(values[name] for name in w.slots)
+        _release(work)
+        return False
+
+    def _run_group(
+        self, number: int, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor]
+    ) -> None:
+        """Update the tensors that compiled code passes, which need not be the parameters themselves."""
+        rest = iter(state)
+        work = self._collect(number)
+        passed = [
+            replace(w, param=param, grad=grad, state={name: next(rest) for name in w.slots})
+            for w, param, grad in zip(work, params, grads, strict=True)
+        ]
+        _release(work)
+        self._run(passed)
+
+    def _group_settings(self, number: int, group: dict[str, Any]) -> Settings:
+        """The group's settings: checked when they change, the learning rate every time."""
+        values = tuple([group[name] for name in SETTINGS])
+        known = self._settings.get(number)
+        if known is not None and known[0] == values:
+            check_lr(group["lr"])
+            return known[1]
+        settings = translate(group)
+        self._settings[number] = values, settings
+        return settings
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, as every optimizer gives them.
+
+        A callable ``factoring`` is left out, because code does not belong in a checkpoint: the optimizer that
+        loads one uses its own.
+        """
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            if callable(group["factoring"]):
+                del group["factoring"]
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what this class, ``torch.optim.Adafactor`` or transformers' ``Adafactor`` has written.
+
+        Statistics keep their dtype, whatever the parameters'. Tensors are copied. ``docs/torch.md`` says what of
+        a transformers run cannot carry over; where that matters, a warning says so in one sentence.
+
+        Raises:
+            ValueError: groups or shapes do not fit; nothing has been modified.
+        """
+
+        notes: checkpoint.Notes = {}
+
+        def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return checkpoint.read(state_dict, optimizer.param_groups, notes)
+
+        handle = self.register_load_state_dict_pre_hook(read)  # after the hooks that a user has registered
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for note in notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_skipped": self._skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Both unpickling and the base class's load_state_dict come through here.
+        super().__setstate__(state)
+        if "_handle" not in self.__dict__:
+            self._handle = opaque.register(self)
+        for values in self.state.values():
+            for name, value in values.items():
+                if isinstance(value, checkpoint.Held):
+                    values[name] = value.tensor
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                if name != "differentiable":
+                    group.setdefault(name, default)
+        self._forget()
+
+
+def _release(work: Sequence[Work]) -> None:
+    """Let go of the gradients, so that zero_grad(set_to_none=True) can free them."""
+    for w in work:
+        del w.grad
+
+
+def _layout(group: Mapping[str, Any], position: int, param: Tensor) -> Layout:
+    """The role of every axis of a parameter, by the group's policy."""
+    names = group.get("param_names")
+    name = names[position] if names else ""
+    return layout(param.shape, group["factoring"], group["min_dim_size_to_factor"], name=name)
