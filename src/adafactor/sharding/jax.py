@@ -53,8 +53,11 @@ def measure(
     hp: Hyperparameters,
     decay: jax.Array,
     rho: jax.Array,
+    scale_after_decay: bool = False,
 ) -> list[Measured]:
     """As ``adafactor.kernels.xla.measure``, for tensors of which every device holds the shard that its sharding says.
+
+    ``scale_after_decay`` takes RMS(x) of the parameter times its ``keep``.
 
     Raises:
         ValueError: the tensors are on different meshes.
@@ -67,13 +70,18 @@ def measure(
     layouts = [tensor.layout for tensor in tensors]
     specs = [PartitionSpec(*_entries(s, len(t.layout.shape))) for s, t in zip(shardings, tensors, strict=True)]
 
-    def local(shards: list[tuple[Any, Any, Any]], decay: jax.Array, rho: jax.Array) -> list[tuple[Any, Any, Any]]:
+    keeps = [jnp.asarray(tensor.keep) for tensor in tensors] if scale_after_decay else []
+
+    def local(
+        shards: list[tuple[Any, Any, Any]], keeps: list[Any], decay: jax.Array, rho: jax.Array
+    ) -> list[tuple[Any, Any, Any]]:
         steps = []
-        for layout, spec, (x, g, slots) in zip(layouts, specs, shards, strict=True):
+        for k, (layout, spec, (x, g, slots)) in enumerate(zip(layouts, specs, shards, strict=True)):
             dtype = next(iter(slots.values())).dtype
             numbers = (decay.astype(dtype), rho.astype(dtype))
             rows_first = bool(_split(spec, layout.rows)) and not _split(spec, layout.columns)
-            steps.append(array.measuring(ops, x, g, slots, layout, hp, *numbers, None, barrier, rows_first))
+            keep = keeps[k].astype(dtype) if keeps else None
+            steps.append(array.measuring(ops, x, g, slots, layout, hp, *numbers, keep, barrier, rows_first))
         updates = _together(steps, specs, mesh.axis_names)
         return [
             (update.slots, update.direction[0], _scale(update, layout, x))
@@ -96,10 +104,10 @@ def measure(
     out = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=([(s, s, statistics(layout, s)) for layout, s in roles], PartitionSpec(), PartitionSpec()),
+        in_specs=([(s, s, statistics(layout, s)) for layout, s in roles], *[PartitionSpec()] * 3),
         out_specs=[(statistics(layout, s), *factors(layout, s)) for layout, s in roles],
         check_vma=False,  # sums of different tensors travel in one array, so each seems to vary as all do
-    )([(t.x, t.g, t.slots) for t in tensors], decay, rho)
+    )([(t.x, t.g, t.slots) for t in tensors], keeps, decay, rho)
     return [Measured(*values) for values in out]
 
 
