@@ -133,11 +133,10 @@ def adafactor(
         beta_2_max=decay_rate_max,
         scale_parameter=multiply_by_parameter_scale,
     )
+    policy = factoring if _flag("factored", factored) else _unfactored
     transformation = Transformation(
         hp,
-        Roles(
-            factoring if _flag("factored", factored) else lambda path, shape: None, min_dim_size_to_factor, batch_axes
-        ),
+        Roles(policy, _known(min_dim_size_to_factor), batch_axes),
         _number("learning_rate", learning_rate, "Pass a number, a schedule or None.", low=-math.inf),
         _number("weight_decay_rate", weight_decay_rate, "Pass None to switch it off."),
         weight_decay_mask,
@@ -146,6 +145,10 @@ def adafactor(
         shardings,
     )
     return Adafactor(transformation.init, transformation.update, transformation.step)
+
+
+def _unfactored(path: str, shape: Shape) -> None:
+    """The factoring that keeps the whole second moment of every parameter."""
 
 
 def _unfactored(path: str, shape: Shape) -> None:

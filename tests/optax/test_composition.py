@@ -27,7 +27,9 @@ def test_chain(params, grads, alone):
 
 
 def test_masked(params, grads, alone):
-    updates = first_update(optax.masked(adafactor(1e-2), {**dict.fromkeys(params, False), "kernel": True}), params, grads)
+    updates = first_update(
+        optax.masked(adafactor(1e-2), {**dict.fromkeys(params, False), "kernel": True}), params, grads
+    )
     assert_close(updates, {**grads[0], "kernel": alone["kernel"]})
 
 

@@ -39,11 +39,18 @@ def two_axes(name, x):
 SPECS = {"one": (one_axis, (8,)), "two": (two_axes, (4, 2))}
 
 
+def spelt(spec, kind):
+    """As compiled functions spell it, which do not keep what they were given: another spelling compiles again."""
+    entries = list(spec)
+    while kind == "Auto" and entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
+
+
 def place(params, kind, name):
     spec, shape = SPECS[name]
     mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], axis_types=(getattr(AxisType, kind),) * len(shape))
-    trim = (lambda s: s) if kind == "Explicit" else lambda s: P() if s == P(None) else s
-    shardings = {key: NamedSharding(mesh, trim(spec(key, x))) for key, x in params.items()}
+    shardings = {key: NamedSharding(mesh, spelt(spec(key, x), kind)) for key, x in params.items()}
     return mesh, shardings, jax.tree.map(jax.device_put, params, shardings)
 
 
