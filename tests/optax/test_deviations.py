@@ -67,9 +67,10 @@ def decay_offset_in_the_future():
 
 def inject_hyperparams_under_jit():
     x = jnp.ones((140, 150))
+    tx = optax.inject_hyperparams(optax.adafactor)(1e-2)
+    state = tx.init(x)
     with pytest.raises(jax.errors.TracerBoolConversionError):
-        tx = optax.inject_hyperparams(optax.adafactor)(1e-2)
-        jax.jit(tx.update)(x, tx.init(x), x)
+        jax.jit(tx.update)(x, state, x)
     tx = optax.inject_hyperparams(adafactor)(1e-2, momentum=0.9, clipping_threshold=0.5)
     updates, state = jax.jit(tx.update)(x, jax.jit(tx.init)(x), x)
     np.testing.assert_allclose(updates, _once(adafactor(1e-2, momentum=0.9, clipping_threshold=0.5), x, x), rtol=1e-6)
