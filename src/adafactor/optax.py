@@ -151,10 +151,6 @@ def _unfactored(path: str, shape: Shape) -> None:
     """The factoring that keeps the whole second moment of every parameter."""
 
 
-def _unfactored(path: str, shape: Shape) -> None:
-    """The factoring that keeps the whole second moment of every parameter."""
-
-
 def _hyperparameters(decay_rate: Any, **others: Any) -> Hyperparameters:
     decay_rate = _number("decay_rate", decay_rate, "The paper uses 0.8; beta(t) is 1 - t**-decay_rate.")
     if decay_rate is None:

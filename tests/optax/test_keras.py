@@ -18,10 +18,10 @@ x, y = rng.standard_normal((64, 16)).astype("float32"), rng.standard_normal((64,
 
 def trained():
     keras.utils.set_random_seed(0)
-    layers = [keras.layers.Dense(32, activation="relu", name=f"up{k}") for k in range(3)]
+    layers = [keras.layers.Dense(32, activation="relu", name=f"up{k}") for k in range(2)]
     model = keras.Sequential([keras.Input((16,)), *layers, keras.layers.Dense(8, name="down")])
     model.compile(optimizer=Adafactor(1e-2, weight_decay=0.1), loss="mse")
-    return model, model.fit(x, y, epochs=3, verbose=0, shuffle=False).history["loss"]
+    return model, model.fit(x, y, epochs=2, batch_size=64, verbose=0, shuffle=False).history["loss"]
 
 _, expected = trained()
 mesh = keras.distribution.DeviceMesh((1, 8), ["batch", "model"], keras.distribution.list_devices())
