@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test test-core test-torch test-keras-jax test-keras-tensorflow test-keras-torch lint format \
+.PHONY: help demo doctor test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch lint format \
         bench sanitize clean
 
 help:
@@ -30,13 +30,16 @@ demo: $(VENV)/demo
 doctor: $(VENV)/test
 	$(BIN)/adafactor doctor
 
-test: test-core test-torch test-keras-jax test-keras-tensorflow test-keras-torch
+test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch
 
 test-core: $(VENV)/test
 	$(PYTEST) tests/core tests/test_native.py tests/cli
 
 test-torch: $(VENV)/test
 	$(PYTEST) tests/torch
+
+test-optax: $(VENV)/test
+	$(PYTEST) tests/optax
 
 # Once per backend: Keras reads it when it is imported.
 test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test
@@ -55,6 +58,7 @@ bench: $(VENV)/test
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/torch_step.py --json build/bench/torch.json
 	$(BIN)/python benchmarks/torch_memory.py --json build/bench/torch-memory.json
+	$(BIN)/python benchmarks/jax_step.py --json build/bench/jax.json
 	@for backend in jax tensorflow torch; do \
 	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py \
 	    --json build/bench/keras-$$backend.json || exit 1; done
@@ -72,11 +76,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
+# jaxlib before the package: its headers turn the native kernels into XLA custom calls.
 $(VENV)/demo: $(SOURCES) | $(BIN)/python
+	$(PIP) jaxlib
 	$(PIP) -e '.[demo]'
 	@touch $@
 
 $(VENV)/test: $(SOURCES) | $(BIN)/python
+	$(PIP) jaxlib
 	$(PIP) -e '.[demo,tensorflow,jax,torch]' --group test --group stacks
 	@touch $@
 

@@ -4,6 +4,7 @@ The framework is in the import path, and importing this package imports none of 
 
     from adafactor.keras import Adafactor    # Keras 3: TensorFlow, JAX or PyTorch
     from adafactor.torch import Adafactor    # PyTorch
+    from adafactor.optax import adafactor    # JAX: Flax, Equinox, anything that takes an optax transformation
 """
 
 from adafactor.factoring import Factored, Layout, layout
@@ -15,6 +16,7 @@ __all__ = ["Factored", "Hyperparameters", "Layout", "layout"]
 _IMPORTS = {
     "Keras 3": "from adafactor.keras import Adafactor",
     "PyTorch": "from adafactor.torch import Adafactor",
+    "JAX": "from adafactor.optax import adafactor",
 }
 
 

@@ -64,10 +64,10 @@ class Hyperparameters:
         number("epsilon_1", ">= 0 and finite", test("epsilon_1", 0.0, math.inf), "The paper uses 1e-30.")
         number("epsilon_2", ">= 0 and finite", test("epsilon_2", 0.0, math.inf), "The paper uses 1e-3.")
         if self.clip_threshold is not None:
-            positive = test("clip_threshold", 0.0, math.inf) and self.clip_threshold > 0
+            positive = test("clip_threshold", math.ulp(0.0), math.inf)
             number("clip_threshold", "> 0 and finite", positive, "Pass None to switch clipping off.")
         if self.beta_1 is not None:
-            below_one = test("beta_1", 0.0, 1.0) and self.beta_1 < 1
+            below_one = test("beta_1", 0.0, math.nextafter(1.0, 0.0))
             number("beta_1", ">= 0 and < 1", below_one, "Pass None to keep no momentum.")
         if self.beta_2_max is not None:
             number("beta_2_max", ">= 0 and <= 1", test("beta_2_max", 0.0, 1.0), "Pass None for no upper bound.")
@@ -82,7 +82,7 @@ class Hyperparameters:
     @property
     def momentum(self) -> float | None:
         """The momentum coefficient, or ``None`` where no momentum is kept (``beta_1`` of ``None`` or 0)."""
-        return self.beta_1 or None
+        return self.beta_1 if is_traced(self.beta_1) else self.beta_1 or None
 
     def decay(self, t: int) -> float:
         """1 - beta(t), the weight of the newest squared gradient (eq. 1), for update ``t`` counted from 1."""
@@ -98,8 +98,15 @@ class Hyperparameters:
         return min(learning_rate, 1.0 / math.sqrt(t)) if self.caps(scheduled) else learning_rate
 
 
+def is_traced(value: object) -> bool:
+    """Whether JAX is tracing ``value``: a number that nobody knows yet, as under ``optax.inject_hyperparams``."""
+    return hasattr(value, "aval")
+
+
 def in_range(value: object, low: float, high: float) -> bool | None:
     """Whether ``value`` is a finite number in [low, high]; ``None`` where it is no real number at all."""
+    if is_traced(value):
+        return True
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     return math.isfinite(value) and low <= float(value) <= high

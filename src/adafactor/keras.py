@@ -321,6 +321,8 @@ class Adafactor(keras.optimizers.Optimizer):
         """Nothing: ``update_step`` decays a variable while it reads it anyway."""
 
     def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+        if keras.backend.backend() == "jax" and self._jax_step(grads, trainable_variables, learning_rate):
+            return
         if self._torch_step is None or in_stateless_scope():
             super()._backend_update_step(grads, trainable_variables, learning_rate)
             return
@@ -350,6 +352,44 @@ class Adafactor(keras.optimizers.Optimizer):
             # Assigning shares the average's buffer here, and the next compiled step cannot donate it twice.
             for variable in var_list:
                 variable.assign(ops.copy(variable))
+
+    def _jax_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> bool:
+        """One update of all variables at once; False where it has to be made one by one."""
+        from adafactor import keras_jax
+
+        members, targets = [], []
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            index = self._get_variable_index(variable)
+            its_layout, slots, momentum = self._layouts[index], self._slots[index], self._momentums[index]
+            if its_layout is None or not its_layout.size:
+                continue
+            if _is_sparse(gradient) and momentum is None:
+                return False
+            decay = self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
+            targets.append((variable, slots, momentum))
+            members.append(
+                keras_jax.Member(
+                    its_layout,
+                    ops.convert_to_tensor(variable),
+                    ops.convert_to_tensor(gradient, sparse=False),
+                    {name: ops.convert_to_tensor(slot) for name, slot in slots.items()},
+                    None if momentum is None else ops.convert_to_tensor(momentum),
+                    decay,
+                    keras_jax.sharding_of(variable),
+                )
+            )
+        rate = ops.convert_to_tensor(learning_rate)
+        iterations = ops.convert_to_tensor(self.iterations)
+        moved = keras_jax.step(members, self._hyperparameters, rate, iterations, callable(self._learning_rate))
+        if moved is None:
+            return False
+        for (variable, slots, momentum), new in zip(targets, moved, strict=True):
+            self.assign(variable, new.x)
+            for name, slot in slots.items():
+                self.assign(slot, new.slots[name])
+            if momentum is not None:
+                self.assign(momentum, new.momentum)
+        return True
 
     # -- configuration and checkpoints -----------------------------------------------------------------------------
 

@@ -32,6 +32,18 @@ assert p.isfinite().all() and (p != 1).all()
 print(CPU_TENSORS, "on other devices torch operations")
 """,
     ),
+    "adafactor.optax": (
+        ("jax", "optax"),
+        """
+import jax, jax.numpy as jnp
+from adafactor.kernels import xla_native
+from adafactor.optax import adafactor
+optimizer = adafactor(0.01)
+p = jnp.ones((4, 4)); updates, _ = jax.jit(optimizer.update)(p, optimizer.init(p), p)
+assert jnp.isfinite(updates).all() and (updates != 0).all()
+print(f"works; {xla_native.why_not() or 'on the CPU native kernels inside jit'}")
+""",
+    ),
     **{
         f"adafactor.keras on {backend}": (
             ("keras", module),

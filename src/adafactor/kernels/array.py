@@ -11,7 +11,7 @@ fast. ``barrier`` keeps the compiler from computing g² once and storing it for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from adafactor.factoring import Layout, Shape
@@ -36,6 +36,15 @@ class Update(NamedTuple):
     alpha: Array
 
 
+class Constants(NamedTuple):
+    """What a step takes from ``Hyperparameters``, where its numbers may be traced."""
+
+    epsilon_1: Any
+    epsilon_2: Any
+    clip_threshold: Any
+    scale_parameter: bool
+
+
 def identity(*arrays: Array) -> tuple[Array, ...]:
     return arrays
 
@@ -49,64 +58,122 @@ def schedule(ops: Any, t: Array, learning_rate: Array, hp: Hyperparameters, sche
     return decay, rho
 
 
+class Partial(NamedTuple):
+    """A sum over ``axes`` of the parameter: complete unless shards split one of them."""
+
+    sum: Array
+    axes: Shape
+
+
+#: A step that stops ``ROUNDS`` times for sums to be added up over shards, and is sent the totals.
+Rounds = Generator[list[Partial], list[Array], Update]
+ROUNDS = 4
+
+
 def measure(
     ops: Any,
     x: Array,
     g: Array,
     slots: dict[str, Array],
     layout: Layout,
-    hp: Hyperparameters,
+    hp: Hyperparameters | Constants,
     decay: Array,
     rho: Array,
     keep: Array | None = None,
     barrier: Barrier = identity,
 ) -> Update:
-    """Everything about one step of one parameter short of moving it (eqs. 2 to 11).
+    """Everything about one step of one parameter short of moving it (eqs. 2 to 11), on one device.
 
     Args:
         x, g: parameter and gradient of ``layout.shape``, in their own dtypes.
         slots: statistics by name; their dtype is that of the arithmetic.
-        decay, rho: 1 - beta(t) and rho(t), scalars.
+        decay, rho: 1 - beta(t) and rho(t): scalars, or one value per slice in a shape that broadcasts to x.
         keep: what decoupled weight decay multiplies x by before the step, if anything; RMS(x) is taken after it.
         barrier: returns its arguments behind a barrier of the compiler, if it needs one.
 
     A parameter without elements must not be passed: its means do not exist.
     """
+    rounds = measuring(ops, x, g, slots, layout, hp, decay, rho, keep, barrier)
+    partials = next(rounds)
+    while True:
+        try:
+            partials = rounds.send([partial.sum for partial in partials])  # one device: nothing to add
+        except StopIteration as finished:
+            update: Update = finished.value
+            return update
+
+
+def measuring(
+    ops: Any,
+    x: Array,
+    g: Array,
+    slots: dict[str, Array],
+    layout: Layout,
+    hp: Hyperparameters | Constants,
+    decay: Array,
+    rho: Array,
+    keep: Array | None = None,
+    barrier: Barrier = identity,
+    rows_first: bool = False,
+) -> Rounds:
+    """As `measure` on one of several shards: the arrays are the shard's, ``layout`` is the whole parameter's.
+
+    ``rows_first`` finishes the row statistic before the columns'. A shard that holds whole rows needs nobody else
+    for that, and the sums of its one other round can share an all-reduce with those of every other parameter.
+    """
+    dtype = next(iter(slots.values())).dtype
 
     def g2(behind: Array) -> tuple[Array, Array]:
         """g² read anew, after ``behind`` is known."""
         g_behind, behind = barrier(g, behind)
         return ops.square(ops.cast(g_behind, dtype)), behind
 
-    alpha = rho
-    dtype = next(iter(slots.values())).dtype
-    if hp.scale_parameter:
-        rms = ops.sqrt(_total(ops, ops.square(ops.cast(x, dtype)), layout) / layout.slice_size)  # eq. 6
-        alpha = rho * ops.maximum(rms if keep is None else rms * ops.absolute(keep), hp.epsilon_2)  # eq. 9
+    Q = [_total(ops, ops.square(ops.cast(x, dtype)), layout)] if hp.scale_parameter else []  # eq. 6
+
+    def alpha() -> Array:  # eq. 9
+        if not Q:
+            return rho
+        rms = ops.sqrt(Q[0] / layout.slice_size)
+        return rho * ops.maximum(rms if keep is None else rms * ops.absolute(keep), hp.epsilon_2)
+
     if not layout.factored:
         v = slots["second_moment"]
         v = (1 - decay) * v + decay * (ops.square(ops.cast(g, dtype)) + hp.epsilon_1)  # eq. 11
         squares, v = g2(v)
-        clip = _clip(ops, lambda: _total(ops, squares * _inverse(ops, v), layout), layout, hp)
-        return Update({"second_moment": v}, (_inverse_sqrt(ops, v), clip), alpha)
+        u2 = [] if hp.clip_threshold is None else [_total(ops, squares * _inverse(ops, v), layout)]
+        yield []
+        Q, u2 = _split((yield [Partial(a, layout.whole) for a in (*Q, *u2)]), len(Q))
+        yield []
+        yield []
+        return Update({"second_moment": v}, (_inverse_sqrt(ops, v), _clip(ops, u2, layout, hp)), alpha())
 
-    column = ops.reshape(slots["column"], _keep(layout.shape, layout.rows))
-    S = _sum(ops, ops.square(ops.cast(g, dtype)), layout.rows)
-    column = (1 - decay) * column + decay * (S / layout.n + hp.epsilon_1)  # eq. 3
-    squares, column = g2(column)
-    row = ops.reshape(slots["row"], _keep(layout.shape, layout.columns))
-    row = (1 - decay) * row + decay * (_sum(ops, squares, layout.columns) / layout.m + hp.epsilon_1)  # eq. 2
-    squares, row = g2(row)
-    mu = _sum(ops, row, layout.rows) / layout.n  # = mean of column
+    # `first` is finished before `second` is begun; each is a sum over the axes of the other.
+    names, over, counts = ("column", "row"), (layout.rows, layout.columns), (layout.n, layout.m)
+    if rows_first:
+        names, over, counts = names[::-1], over[::-1], counts[::-1]
+    old = [_spread(ops, slots[name], axes) for name, axes in zip(names, over, strict=True)]
+    stack = tuple(axis for axis in layout.whole if axis not in (*layout.rows, *layout.columns))
 
-    def sum_u2() -> Array:
-        W = _sum(ops, squares * _inverse(ops, column), layout.columns)  # eq. 5 with the roles swapped
-        return _sum(ops, mu * _sum(ops, W * _inverse(ops, row), layout.rows), layout.whole)  # eq. 7
+    S = _sum(ops, ops.square(ops.cast(g, dtype)), over[0])  # eq. 4
+    S, *Q = yield [Partial(a, over[0]) for a in (S, *Q)]
+    first = (1 - decay) * old[0] + decay * (S / counts[0] + hp.epsilon_1)  # eq. 3
+    squares, first = g2(first)
+    S = _sum(ops, squares, over[1])
+    W = []
+    if hp.clip_threshold is not None:
+        squares, S = g2(S)
+        W = [_sum(ops, squares * _inverse(ops, first), over[1])]  # eq. 5
+    S, *totals = yield [Partial(a, over[1]) for a in (S, *Q, *W)]
+    Q, W = _split(totals, len(Q))
+    second = (1 - decay) * old[1] + decay * (S / counts[1] + hp.epsilon_1)  # eq. 2
+    mu, *u2 = yield [Partial(_sum(ops, a, over[0]), over[0]) for a in (second, *(w * _inverse(ops, second) for w in W))]
+    mu = mu / counts[0]  # = mean of either statistic
+    Q, u2 = _split((yield [Partial(a, stack) for a in (*Q, *(_sum(ops, mu * u, stack) for u in u2))]), len(Q))  # eq. 7
 
-    clip = _clip(ops, sum_u2, layout, hp)
-    direction = (_inverse_sqrt(ops, row), ops.sqrt(mu) * _inverse_sqrt(ops, column) * clip)
-    slots = {"row": ops.reshape(row, layout.row_shape), "column": ops.reshape(column, layout.column_shape)}
-    return Update(slots, direction, alpha)
+    column, row = (second, first) if rows_first else (first, second)
+    direction = (_inverse_sqrt(ops, row), ops.sqrt(mu) * _inverse_sqrt(ops, column) * _clip(ops, u2, layout, hp))
+    slots = {name: ops.reshape(a, slots[name].shape) for name, a in (("row", row), ("column", column))}
+    return Update(slots, direction, alpha())
 
 
 def apply(
@@ -134,11 +201,11 @@ def apply(
     return ops.cast((kept if keep is None else kept * keep) - step, x.dtype), momentum
 
 
-def _clip(ops: Any, sum_u2: Callable[[], Array], layout: Layout, hp: Hyperparameters) -> Array:
-    """1 / max(1, RMS(u)/d) (eq. 10)."""
+def _clip(ops: Any, u2: list[Array], layout: Layout, hp: Hyperparameters | Constants) -> Array:
+    """1 / max(1, RMS(u)/d) (eq. 10); ``u2`` holds the sum of u², or nothing where clipping is off."""
     if hp.clip_threshold is None:
         return 1.0
-    return 1 / ops.maximum(ops.sqrt(sum_u2() / layout.slice_size) / hp.clip_threshold, 1.0)
+    return 1 / ops.maximum(ops.sqrt(u2[0] / layout.slice_size) / hp.clip_threshold, 1.0)
 
 
 def _sum(ops: Any, a: Array, axes: Shape) -> Array:
@@ -156,8 +223,16 @@ def _total(ops: Any, squares: Array, layout: Layout) -> Array:
     return _sum(ops, ops.maximum(_sum(ops, squares, across), 0.0), layout.whole)
 
 
-def _keep(shape: Shape, reduced: Shape) -> Shape:
-    return tuple(1 if axis in reduced else n for axis, n in enumerate(shape))
+def _spread(ops: Any, statistic: Array, removed: Shape) -> Array:
+    """The statistic with an axis of size 1 in place of each that it was reduced over."""
+    shape = list(statistic.shape)
+    for axis in removed:
+        shape.insert(axis, 1)
+    return ops.reshape(statistic, tuple(shape))
+
+
+def _split(arrays: list[Array], count: int) -> tuple[list[Array], list[Array]]:
+    return arrays[:count], arrays[count:]
 
 
 def _inverse(ops: Any, v: Array) -> Array:

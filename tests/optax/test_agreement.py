@@ -1,0 +1,182 @@
+"""The same numbers as the oracle, and as optax.adafactor where deviations.toml has no row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax_support import assert_close, run
+
+from adafactor import Factored, Hyperparameters, layout, reference
+from adafactor.optax import adafactor
+
+
+def schedule(count):
+    return 1e-2 / (1 + count)
+
+
+OPTIONS = {
+    "default": {},
+    "rate": {"learning_rate": 1e-2},
+    "momentum": {"learning_rate": schedule, "momentum": 0.9, "weight_decay_rate": 0.01},
+    "plain": {
+        "learning_rate": 1e-2,
+        "clipping_threshold": None,
+        "multiply_by_parameter_scale": False,
+        "factored": False,
+        "eps": 1e-10,
+        "decay_rate": 0.6,
+    },
+    "mask": {
+        "learning_rate": 1e-2,
+        "min_dim_size_to_factor": 2,
+        "clipping_threshold": 0.5,
+        "weight_decay_rate": schedule,
+        "weight_decay_mask": {"kernel": True, "bias": False, "stack": True, "scale": False},
+        "decay_offset": -10,
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_optax(options, path, params, grads):
+    expected, _ = run(optax.adafactor(**options), params, grads)
+    for form in ("jit", "step"):
+        got, _ = run(adafactor(**options), params, grads, form)
+        for step, reached in enumerate(got):
+            assert_close(reached, expected[step])
+
+
+def test_not_jitted(params, grads):
+    options = OPTIONS["momentum"]
+    assert_close(
+        run(adafactor(**options), params, grads, "eager")[0], run(optax.adafactor(**options), params, grads)[0]
+    )
+
+
+SHAPES = [(), (7,), (3, 5), (200, 300), (5, 40, 30), (40, 5, 30), (2, 3, 4, 5), (1, 9), (300, 7)]
+FACTORINGS = ["largest_two", "last_two", "smallest", "sets", "batch", "none"]
+
+
+def spec(name, shape):
+    rank = len(shape)
+    if rank < 2 or name == "none":
+        return None
+    if name == "sets":
+        return Factored(rows=(0,), columns=tuple(range(1, rank)))
+    if name == "batch":
+        return Factored(rows=(1,), columns=(2,), batch=(0,)) if rank > 2 else Factored(batch=(0,))
+    return None
+
+
+@pytest.mark.parametrize("factoring", FACTORINGS)
+def test_reference(factoring, path, rng):
+    """Every shape, float32 and bfloat16, through update and step."""
+    rule = factoring if factoring in FACTORINGS[:3] else lambda path, shape: spec(factoring, shape)
+    layouts = [layout(shape, rule) for shape in SHAPES]
+    hp = Hyperparameters(clip_threshold=0.7, relative_step=True, beta_2_max=0.6)
+    options = {"clipping_threshold": 0.7, "relative_step": True, "decay_rate_max": 0.6, "factoring": rule}
+    tx = adafactor(0.5, 1, **options)
+    start = [rng.standard_normal(shape) for shape in SHAPES]
+    gradients = [[10 * rng.standard_normal(shape) for shape in SHAPES] for _ in range(3)]
+    oracles = [reference.Adafactor(its_layout, hp) for its_layout in layouts]
+    xs = list(start)
+    for g in gradients:
+        xs = [oracle.step(x, its_g, 0.5) for oracle, x, its_g in zip(oracles, xs, g, strict=True)]
+    for form in ("jit", "step") if factoring == "sets" else ("step",):
+        as_jax = [[jnp.asarray(a, jnp.float32) for a in g] for g in (start, *gradients)]
+        got, state = run(tx, as_jax[0], as_jax[1:], form)
+        assert_close(got[-1], xs, 2e-6)
+        for k, oracle in enumerate(oracles):
+            for name, value in oracle.state.second_moment.items():
+                assert_close(getattr(state, name)[k], value, 2e-6)
+
+
+def test_low_precision_step_rounds_once(path, rng):
+    """bfloat16 and float16: the exact step from the stored parameter, rounded to nearest."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        x = jnp.asarray(rng.standard_normal((140, 150)), dtype)
+        g = jnp.asarray(rng.standard_normal((140, 150)), dtype)
+        its_layout = layout(x.shape)
+        exact = reference.Adafactor(its_layout, Hyperparameters(relative_step=False)).step(
+            np.asarray(x, np.float64), np.asarray(g, np.float64), 0.1
+        )
+        tx = adafactor(0.1)
+        new, state = jax.jit(tx.step)(x, g, tx.init(x))
+        assert new.dtype == dtype
+        assert state.row.dtype == jnp.float32
+        rounded = np.asarray(jnp.asarray(exact, jnp.float32).astype(dtype), np.float32)
+        assert np.mean(np.asarray(new, np.float32) != rounded) < 1e-3  # but for ties that float32 cannot see
+        updates, _ = jax.jit(tx.update)(g, tx.init(x), x)
+        assert updates.dtype == dtype
+
+
+def test_float64(params):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        x = rng.standard_normal((20, 30))
+        gradients = [rng.standard_normal((20, 30)) for _ in range(3)]
+        tx = adafactor(1e-2, 1)
+        got, state = run(tx, jnp.asarray(x), [jnp.asarray(g) for g in gradients], "step")
+        oracle = reference.Adafactor(layout((20, 30)), Hyperparameters(relative_step=False))
+        for g in gradients:
+            x = oracle.step(x, g, 1e-2)
+        assert state.row.dtype == jnp.float64
+        assert_close(got[-1], x, 1e-13)
+
+
+def test_native_and_jnp_agree_under_vmap(path, rng):
+    """Three models at once: each as if it were alone, with a count and a clip of its own."""
+    x = jnp.asarray(rng.standard_normal((3, 140, 150)), jnp.float32)
+    g = jnp.asarray(rng.standard_normal((3, 140, 150)) * [[[1]], [[100]], [[1e-3]]], jnp.float32)
+    tx = adafactor(1e-2)
+    state = jax.vmap(tx.init)(x)
+    state = state._replace(count=jnp.array([0, 5, 100]))
+    lowered = jax.jit(jax.vmap(tx.step)).lower(x, g, state).as_text()
+    assert ("adafactor_xla_step" in lowered) == (path == "native")
+    together, _ = jax.jit(jax.vmap(tx.step))(x, g, state)
+    updates, _ = jax.jit(jax.vmap(tx.update))(g, state, x)
+    for k in range(3):
+        one, _ = tx.step(x[k], g[k], jax.tree.map(lambda a, k=k: a[k], state))
+        assert_close(together[k], one)
+        assert_close(updates[k], one - x[k], 1e-3)
+
+
+def test_vmap_over_learning_rates(params, grads):
+    def first(rate):
+        tx = adafactor(rate)
+        return tx.update(grads[0], tx.init(params), params)[0]
+
+    both = jax.jit(jax.vmap(first))(jnp.array([1e-2, 3.0]))
+    for k, rate in enumerate((1e-2, 3.0)):
+        assert_close(jax.tree.map(lambda a, k=k: a[k], both), first(rate))
+
+
+def test_scan(path, params, grads):
+    tx = adafactor(1e-2, momentum=0.5)
+
+    def body(carry, g):
+        updates, state = tx.update(g, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+    (scanned, state), _ = jax.jit(lambda c, g: jax.lax.scan(body, c, g))((params, tx.init(params)), stacked)
+    assert_close(scanned, run(tx, params, grads)[0][-1])
+    assert int(state.count) == len(grads)
+
+
+def test_gradient_through_the_optimizer():
+    """Meta-learning: the derivative of a loss by the learning rate, through two steps."""
+    start = {"w": jnp.linspace(-1.0, 1.0, 130 * 140).reshape(130, 140)}
+
+    def loss(rate, make):
+        tx, p = make(rate), start
+        state = tx.init(p)
+        for _ in range(2):
+            updates, state = tx.update(jax.tree.map(lambda a: a**3, p), state, p)
+            p = optax.apply_updates(p, updates)
+        return jnp.sum(p["w"] ** 2)
+
+    ours = jax.jit(jax.grad(lambda rate: loss(rate, adafactor)))(1e-2)
+    theirs = jax.jit(jax.grad(lambda rate: loss(rate, optax.adafactor)))(1e-2)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
