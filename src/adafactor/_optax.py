@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
-from jax.sharding import NamedSharding, PartitionSpec
 
 from adafactor.factoring import Factored, Layout, Rule, Shape, layout, validate
 from adafactor.hyperparameters import Hyperparameters, is_traced, message
