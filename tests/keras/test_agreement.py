@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras_support import SHAPES, make_variables, numbers, precise, problem, tensors, train
+from keras_support import make_variables, numbers, precise, problem, tensors, train
 
 from adafactor import Factored, layout, reference
 from adafactor.keras import Adafactor
