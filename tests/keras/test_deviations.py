@@ -222,3 +222,16 @@ def test_excluding_every_variable_from_weight_decay_works():
     if BACKEND == "torch":
         with pytest.raises(RuntimeError, match="at least one tensor"):
             optimizer(KERAS)
+
+
+@both
+@pytest.mark.backend("tensorflow", reason="its slices come one by one")
+def test_an_embedding_row_that_was_looked_up_twice_has_one_gradient(cls, right):
+    import tensorflow as tf
+
+    values = np.arange(1.0, 10.0).reshape(3, 3)
+    sliced, summed = make_variables([np.ones((4, 3))] * 2)
+    gradient = tf.IndexedSlices(tf.constant(values, "float32"), tf.constant([2, 0, 2]), (4, 3))
+    cls(0.25).apply([gradient], [sliced])
+    cls(0.25).apply([tf.convert_to_tensor(gradient)], [summed])
+    assert np.allclose(*numbers([sliced, summed]), rtol=1e-5) == right
