@@ -449,7 +449,8 @@ def _is_sparse(gradient: Any) -> bool:
 def _dense(gradient: Any, variable: Any) -> Any:
     """The gradient as a tensor, the slices of one row summed; Keras leaves TensorFlow's IndexedSlices as they are."""
     if _is_sparse(gradient) and keras.backend.backend() == "tensorflow":
-        return ops.segment_sum(gradient.values, gradient.indices, num_segments=variable.shape[0])
+        rows = ops.convert_to_tensor(gradient.indices)  # a tuple is legal
+        return ops.segment_sum(gradient.values, rows, num_segments=variable.shape[0])
     return ops.convert_to_tensor(gradient, sparse=False)
 
 
