@@ -231,9 +231,8 @@ class Adafactor(keras.optimizers.Optimizer):
         strategy = getattr(self, "_distribution_strategy", None)
         if strategy is None:
             return contextlib.nullcontext()
-        beside: contextlib.AbstractContextManager[Any] = strategy.extended.colocate_vars_with(
-            getattr(variable, "value", variable)
-        )
+        native = variable.value if isinstance(variable, keras.Variable) else variable
+        beside: contextlib.AbstractContextManager[Any] = strategy.extended.colocate_vars_with(native)
         return beside
 
     def add_variable(self, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
@@ -261,7 +260,12 @@ class Adafactor(keras.optimizers.Optimizer):
         grads = list(grads)
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-        self._check(grads, self._trainable_variables if trainable_variables is None else trainable_variables)
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        self._check(grads, variables)
+        # Keras clips, accumulates and unscales the slices of a sparse gradient before they are summed, or cannot.
+        around = (self.clipnorm, self.clipvalue, self.global_clipnorm, self.gradient_accumulation_steps)
+        if any(around) or self.loss_scale_factor is not None:
+            grads = [_dense(g, v) if _is_sparse(g) else g for g, v in zip(grads, variables, strict=False)]
         super().apply(grads, trainable_variables)
 
     def _check(self, grads: list[Any], variables: list[Any]) -> None:
@@ -294,7 +298,7 @@ class Adafactor(keras.optimizers.Optimizer):
             x = ops.convert_to_tensor(variable)
             # A sparse gradient is dense in the statistics and stays sparse in the variable's update.
             sparse = _is_sparse(gradient) and momentum is None
-            g = ops.convert_to_tensor(gradient, sparse=False)
+            g = _dense(gradient, variable)
             t = ops.cast(self.iterations + 1, dtype)
             learning_rate = ops.cast(learning_rate, dtype)
             decay, rho = array.schedule(_ops, t, learning_rate, hp, callable(self._learning_rate))
@@ -520,6 +524,14 @@ def _path(variable: Any) -> str:
 def _is_sparse(gradient: Any) -> bool:
     """TensorFlow's IndexedSlices and JAX's BCOO; Keras has no public test for them."""
     return keras.backend.backend() != "torch" and hasattr(gradient, "indices")
+
+
+def _dense(gradient: Any, variable: Any) -> Any:
+    """The gradient as a tensor, the slices of one row summed; Keras leaves TensorFlow's IndexedSlices as they are."""
+    if _is_sparse(gradient) and keras.backend.backend() == "tensorflow":
+        rows = ops.convert_to_tensor(gradient.indices)  # a tuple is legal
+        return ops.segment_sum(gradient.values, rows, num_segments=variable.shape[0])
+    return ops.convert_to_tensor(gradient, sparse=False)
 
 
 def _static_shape(gradient: Any) -> tuple[int | None, ...] | None:
