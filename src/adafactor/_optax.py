@@ -119,9 +119,8 @@ class Transformation:
         count = jnp.zeros([], jnp.int32)
         mesh = next((sharding.mesh for sharding in placed if sharding is not None), None)
         if mesh is not None and not isinstance(mesh, jax.sharding.AbstractMesh):
-            count = jax.device_put(
-                count, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            )  # where every later count will be
+            # where every later count will be
+            count = jax.device_put(count, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         return AdafactorState._make((count, *(treedef.unflatten(trees[name]) for name in SLOTS), momentum))
 
     def _placed(self, params: Tree) -> list[Any]:

@@ -43,7 +43,7 @@ def lower_measure(context: Any, operands: Any, *, layouts: tuple[Layout, ...], c
     tensors = _tensors(context, layouts)
     if tensors is None:
         return None
-    order, results = [0], list[int]()
+    order, results, aliases = [0], list[int](), dict[int, int]()
     at, out = 1, 0
     for layout, (_, swapped) in zip(layouts, tensors, strict=True):
         taken = list(range(at, at + 1 + scale + len(layout.slots)))
@@ -53,10 +53,13 @@ def lower_measure(context: Any, operands: Any, *, layouts: tuple[Layout, ...], c
         if swapped:  # the kernel's row is our column
             taken[-2:] = taken[:-3:-1]
             given = [given[1], given[0], given[3], given[2]]
+        if layout.factored:  # the statistics are replaced in place
+            end, first = len(order) + len(taken), len(results)
+            aliases |= {end - 2: first, end - 1: first + 1}
         order += taken
         results += given
     back = [results.index(k) for k in range(out)]
-    return _call("adafactor_xla_measure", context, operands, order, results, back, {}, tensors, scale=scale)
+    return _call("adafactor_xla_measure", context, operands, order, results, back, aliases, tensors, scale=scale)
 
 
 def lower_step(
