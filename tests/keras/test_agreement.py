@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras_support import make_variables, numbers, precise, problem, tensors, train
+from keras_support import SHAPES, make_variables, numbers, precise, problem, tensors, train
 
 from adafactor import Factored, layout, reference
 from adafactor.keras import Adafactor
@@ -89,10 +89,10 @@ def test_fifty_float64_steps_are_the_oracles(options):
     assert distance_from_oracle("float64", options) < 1e-6
 
 
-# Measured: at most 3e-6, rounding of 50 steps.
+# Measured: at most 6e-7 on the three backends.
 @pytest.mark.parametrize("name", ["defaults", "uncapped", "momentum", "smallest", "callable factoring", "weight decay"])
 def test_fifty_float32_steps_are_the_oracles_but_for_rounding(name):
-    assert distance_from_oracle("float32", OPTIONS[name]) < 2e-5
+    assert distance_from_oracle("float32", OPTIONS[name]) < 5e-6
 
 
 def distance_from_oracle(dtype, options):
@@ -121,12 +121,12 @@ def test_a_learning_rate_that_varies_is_capped_only_always(kind, relative_step):
     variables = make_variables(values)
     train(optimizer, variables, gradients)
     expected, _ = oracle(values, gradients, optimizer, {}, learning_rates=rates)
-    assert worst(numbers(variables), expected) < 2e-5
+    assert worst(numbers(variables), expected) < 5e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"beta_1": 0.9}], ids=["plain", "momentum"])
 def test_eager_and_compiled_agree(options):
-    values, gradients = problem(steps=3)
+    values, gradients = problem({"scalar": (), "vector": (5,), "cube": (2, 3, 4)}, steps=3)
     moved = []
     for compiled in (False, True):
         variables = make_variables(values)
@@ -149,7 +149,9 @@ def test_eager_and_compiled_agree(options):
     ids=["defaults", "capped", "paper's numbers", "around the step", "schedule", "moving average", "accumulation"],
 )
 def test_always_capped_is_keras_own_adafactor(options):
-    values, gradients = rounded(*problem(steps=STEPS), "float32")
+    # Keras's moving average cannot add empty tensors on TensorFlow.
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "empty" or "use_ema" not in options}
+    values, gradients = rounded(*problem(shapes, steps=STEPS), "float32")
     moved = []
     for optimizer in (Adafactor(**options, relative_step="always"), keras.optimizers.Adafactor(**options)):
         variables = make_variables(values)
