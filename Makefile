@@ -13,6 +13,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# An editable install knows the modules that were there when it was made: another list of files is another install.
+MODULES := $(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 PYTEST := $(BIN)/python -m pytest --quiet
 ARGS ?=
@@ -24,37 +26,37 @@ ARGS ?=
 help:
 	@sed -n 's/^#   //p' Makefile
 
-demo: $(VENV)/demo
+demo: $(VENV)/demo.$(MODULES)
 	$(BIN)/adafactor demo $(ARGS)
 
-doctor: $(VENV)/test
+doctor: $(VENV)/test.$(MODULES)
 	$(BIN)/adafactor doctor
 
 test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch
 
-test-core: $(VENV)/test
+test-core: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/core tests/test_native.py tests/cli
 
-test-torch: $(VENV)/test
+test-torch: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/torch
 
-test-optax: $(VENV)/test
+test-optax: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/optax
 
 # Once per backend: Keras reads it when it is imported.
-test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test
+test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test.$(MODULES)
 	KERAS_BACKEND=$* TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/keras
 
-lint: $(VENV)/lint
+lint: $(VENV)/lint.$(MODULES)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(VENV)/lint
+format: $(VENV)/lint.$(MODULES)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/test
+bench: $(VENV)/test.$(MODULES)
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/torch_step.py --json build/bench/torch.json
 	$(BIN)/python benchmarks/torch_memory.py --json build/bench/torch-memory.json
@@ -63,7 +65,7 @@ bench: $(VENV)/test
 	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py \
 	    --json build/bench/keras-$$backend.json || exit 1; done
 
-sanitize: $(VENV)/lint
+sanitize: $(VENV)/lint.$(MODULES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/sanitize.sh
 
 clean:
@@ -77,16 +79,16 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
 # jaxlib before the package: its headers turn the native kernels into XLA custom calls.
-$(VENV)/demo: $(SOURCES) | $(BIN)/python
+$(VENV)/demo.$(MODULES): $(SOURCES) | $(BIN)/python
 	$(PIP) jaxlib
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/test: $(SOURCES) | $(BIN)/python
+$(VENV)/test.$(MODULES): $(SOURCES) | $(BIN)/python
 	$(PIP) jaxlib
 	$(PIP) -e '.[demo,tensorflow,jax,torch]' --group test --group stacks
 	@touch $@
 
-$(VENV)/lint: $(VENV)/test
+$(VENV)/lint.$(MODULES): $(VENV)/test.$(MODULES)
 	$(PIP) --group lint
 	@touch $@

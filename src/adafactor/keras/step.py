@@ -1,0 +1,87 @@
+"""One update of one variable in Keras's own operations: TensorFlow, and what the other backends' kernels leave over."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from adafactor.factoring import Layout
+from adafactor.hyperparameters import Hyperparameters
+from adafactor.keras.variables import dense, is_sparse, statistics_dtype
+from adafactor.kernels import array
+
+if keras.backend.backend() == "jax":
+    from adafactor.kernels import xla
+
+    _ops, _barrier = xla.ops, xla.barrier
+else:
+    _ops, _barrier = ops, array.identity
+
+
+class Member(NamedTuple):
+    """One variable of an update.
+
+    Attributes:
+        place: the variable's place among those the optimizer was built on.
+        variable, gradient: the variable and its gradient, dense or sparse.
+        layout: the role of every axis; the variable has elements.
+        slots, momentum: the optimizer's variables for it; no momentum is ``None``.
+        weight_decay: 0 where it does not decay.
+    """
+
+    place: int
+    variable: Any
+    gradient: Any
+    layout: Layout
+    slots: dict[str, Any]
+    momentum: Any
+    weight_decay: float
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the update touches only some rows: a sparse gradient, and no momentum that moves the others."""
+        return is_sparse(self.gradient) and self.momentum is None
+
+
+def update_one(
+    optimizer: keras.optimizers.Optimizer, member: Member, learning_rate: Any, hp: Hyperparameters, scheduled: bool
+) -> None:
+    """Update the member's variable and state (``docs/algorithm.md``, eqs. 1 to 13), through ``optimizer.assign``."""
+    variable, its_layout = member.variable, member.layout
+    dtype = statistics_dtype(variable)
+    with _no_grad():
+        x = ops.convert_to_tensor(variable)
+        # A sparse gradient is dense in the statistics and stays sparse in the variable's update.
+        g = dense(member.gradient, variable)
+        t = ops.cast(optimizer.iterations + 1, dtype)
+        learning_rate = ops.cast(learning_rate, dtype)
+        decay, rho = array.schedule(_ops, t, learning_rate, hp, scheduled)
+        keep = 1 - learning_rate * member.weight_decay if member.weight_decay else None
+        values = {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()}
+        update = array.measure(_ops, x, g, values, its_layout, hp, decay, rho, keep, _barrier)
+        if member.sparse:
+            first, second = update.direction
+            if keep is not None:
+                optimizer.assign(variable, ops.cast(ops.cast(x, dtype) * keep, variable.dtype))
+            scale = ops.broadcast_to(first * (second * update.alpha), its_layout.shape)
+            step = ops.multiply(ops.cast(member.gradient, dtype), scale)
+            optimizer.assign_sub(variable, ops.cast(step, variable.dtype))
+        else:
+            average = None if member.momentum is None else ops.convert_to_tensor(member.momentum)
+            x, average = array.apply(_ops, x, g, update, average, hp.momentum, keep, _barrier)
+            optimizer.assign(variable, x)
+            if member.momentum is not None:
+                optimizer.assign(member.momentum, average)
+        for name, slot in member.slots.items():
+            optimizer.assign(slot, update.slots[name])
+
+
+def _no_grad() -> contextlib.AbstractContextManager[Any]:
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()

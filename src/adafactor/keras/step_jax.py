@@ -1,0 +1,77 @@
+"""The step on the JAX backend: all variables of an update at once go to the kernels of the optax front end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from keras import ops
+
+from adafactor.hyperparameters import Hyperparameters
+from adafactor.keras.step import Member
+from adafactor.kernels import array, xla
+from adafactor.sharding import jax as shards
+
+
+def update(
+    optimizer: keras.optimizers.Optimizer,
+    members: Sequence[Member],
+    hp: Hyperparameters,
+    learning_rate: Any,
+    iterations: Any,
+    scheduled: bool,
+) -> bool:
+    """Update every member through ``optimizer.assign``; False, and nothing done, where it has to be one by one."""
+    if any(member.sparse for member in members):
+        return False
+    t = (jnp.asarray(ops.convert_to_tensor(iterations)) + 1).astype(jnp.result_type(float))
+    rate = jnp.asarray(ops.convert_to_tensor(learning_rate), t.dtype)
+    decay, rho = array.schedule(xla.ops, t, rate, hp, scheduled)
+    tensors = [_tensor(member, rate) for member in members]
+    shardings = [_sharding_of(member.variable) for member in members]
+    split = [sharding is not None and sharding.mesh.size > 1 for sharding in shardings]
+    if any(split):
+        if not all(split) or hp.momentum is not None:
+            return False
+        measured = shards.measure(tensors, shardings, hp, decay, rho, True)
+        for member, tensor, found in zip(members, tensors, measured, strict=True):
+            g, second = xla.barrier(tensor.g, found.second)
+            kept = tensor.x.astype(second.dtype) * jnp.asarray(tensor.keep, second.dtype)
+            moved = kept - g.astype(second.dtype) * found.first * second
+            _assign(optimizer, member, moved.astype(tensor.x.dtype), found.slots, None)
+        return True
+    for member, new in zip(members, xla.step(tensors, hp, decay, rho, True), strict=True):
+        _assign(optimizer, member, new.x, new.slots, new.momentum)
+    return True
+
+
+def _tensor(member: Member, rate: jax.Array) -> xla.Tensor:
+    return xla.Tensor(
+        member.layout,
+        ops.convert_to_tensor(member.variable),
+        ops.convert_to_tensor(member.gradient, sparse=False),
+        {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()},
+        1 - rate * member.weight_decay if member.weight_decay else 1.0,
+        None if member.momentum is None else ops.convert_to_tensor(member.momentum),
+    )
+
+
+def _assign(
+    optimizer: keras.optimizers.Optimizer, member: Member, x: jax.Array, slots: dict[str, jax.Array], momentum: Any
+) -> None:
+    optimizer.assign(member.variable, x)
+    for name, slot in member.slots.items():
+        optimizer.assign(slot, slots[name])
+    if member.momentum is not None:
+        optimizer.assign(member.momentum, momentum)
+
+
+def _sharding_of(variable: Any) -> Any:
+    """The ``NamedSharding`` that a Keras distribution gave the variable, or ``None``."""
+    its_layout = getattr(variable, "_layout", None)
+    if isinstance(its_layout, keras.distribution.TensorLayout):
+        its_layout = its_layout.backend_layout
+    return its_layout if isinstance(its_layout, jax.sharding.NamedSharding) else None
