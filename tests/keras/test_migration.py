@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras_support import numbers, precise
+from keras_support import BACKEND, numbers, precise
 
 from adafactor.keras import Adafactor
 
@@ -133,8 +133,13 @@ def test_training_goes_on_as_it_would_have_in_keras(name, move, tmp_path):
         assert int(moved.optimizer.iterations) == int(theirs.optimizer.iterations)
 
 
+# On TensorFlow Keras's class counts a token that a batch repeats once per occurrence (test_deviations.py): there ours
+# rightly goes another way.
+EMBEDDING = [] if BACKEND == "tensorflow" else [with_embedding]
+
+
 # Rounding of 24 float32 steps.
-@pytest.mark.parametrize("layers", [every_rank, only_matrices, with_embedding])
+@pytest.mark.parametrize("layers", [every_rank, only_matrices, *EMBEDDING])
 def test_float32_goes_on_too(layers, tmp_path):
     theirs = keras_run(layers, {})
     moved = from_weights_file(theirs, layers, ours({}), tmp_path)
