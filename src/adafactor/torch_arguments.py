@@ -6,7 +6,6 @@ Every refusal comes before the first tensor is written.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,12 +90,17 @@ def check_lr(lr: object) -> None:
         raise ValueError(message("lr", "a number >= 0 and finite", lr, "1e-2 is the default."))
 
 
+def is_flat(param: Tensor) -> bool:
+    """Whether it is FSDP1's FlatParameter, or one of the pieces that ``use_orig_params=True`` shows of it."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
 def check_tensors(param: Tensor, grad: Tensor) -> None:
     """Refuse what no kernel can update, before any of the step's tensors is written."""
-    sharded = sys.modules.get("torch.distributed.tensor")  # not imported here: whoever has a DTensor has imported it
-    if sharded is not None and isinstance(param, sharded.DTensor):
-        remedy = "Give the optimizer whole tensors, as DDP and ZeroRedundancyOptimizer do."
-        raise RuntimeError(message("a parameter", "an unsharded tensor", str(param.placements), remedy))
+    if is_flat(param):
+        remedy = "Use fully_shard (FSDP2), whose parameters keep their shapes; docs/sharding.md shows how."
+        got = f"a flat shard of FSDP1 with shape {tuple(param.shape)}"
+        raise RuntimeError(message("a parameter", "a tensor with the rows and columns of its layer", got, remedy))
     if grad.layout != torch.strided:
         remedy = "Build the embedding with sparse=False."
         raise RuntimeError(message("a gradient", "dense for Adafactor", str(grad.layout), remedy))

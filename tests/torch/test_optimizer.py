@@ -110,20 +110,6 @@ def test_nothing_is_modified_when_a_step_is_refused():
         Adafactor([expanded]).step()
 
 
-def test_a_sharded_parameter_is_refused():
-    from torch import distributed
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        param.sum().backward()
-        with pytest.raises(RuntimeError, match=r"^a parameter must be an unsharded tensor, got '\(Shard\(dim=0\),\)'"):
-            Adafactor([param]).step()
-    finally:
-        distributed.destroy_process_group()
-
-
 def test_parameters_of_every_kind_in_one_group():
     shared = parameter(3, 3)
     kinds = {
