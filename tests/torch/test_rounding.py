@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from adafactor.kernels import aten_blocks, rounding
 from adafactor.factoring import Part, layout
+from adafactor.kernels import aten_blocks, rounding
 from adafactor.kernels.aten_rounding import random_bits, row_major, stochastic_round
 from adafactor.torch import Adafactor
 

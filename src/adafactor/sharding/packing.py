@@ -28,13 +28,24 @@ class Entry:
     speaks: bool
 
     def here(self, canvas: Tensor) -> Tensor:
-        """This process's part of a sum."""
-        return canvas if self.place is None else canvas[self.place]
+        """This process's part of a sum, without the axis of copies."""
+        return canvas[0] if self.place is None else canvas[self.place][0]
+
+    def copy(self, canvas: Tensor) -> Tensor:
+        """The whole sum of this process's copy."""
+        return canvas[0] if self.place is None else canvas[self.place[0]][0]
 
 
-def entry(placement: Placement, reduced: Shape, group: Shape, summed: Shape = ()) -> Entry:
-    """The room for a value with ``reduced`` axes of length 1; see `Placement.canvas` and `Placement.speaks`."""
+def entry(
+    placement: Placement, reduced: Shape, group: Shape, summed: Shape = (), copy: tuple[int, int] = (0, 1)
+) -> Entry:
+    """The room for a value with ``reduced`` axes of length 1; see `Placement.canvas` and `Placement.speaks`.
+
+    Args:
+        copy: which of how many copies of the room is this process's; each is a sum of its own. It is axis 0.
+    """
     shape, place = placement.canvas(reduced, group)
+    shape, place = (copy[1], *shape), (slice(copy[0], copy[0] + 1), *place)
     fills = all(part.start == 0 and part.stop == n for part, n in zip(place, shape, strict=True))
     return Entry(shape, None if fills else place, placement.speaks(group, summed))
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
+from math import prod
 
 import numpy as np
 import torch
@@ -101,21 +103,37 @@ class Shard:
         del self.work.grad
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """A shard in a sum.
+
+    Attributes:
+        dims: the dimensions of its mesh that the sum runs along.
+        copy: which of how many sums of this parameter in one buffer is meant, where the buffer's group is larger.
+    """
+
+    shard: Shard
+    dims: Shape
+    copy: tuple[int, int] = (0, 1)
+
+
 @dataclass(slots=True, eq=False)
 class Exchange:
     """The shards whose sums one group of processes adds up, in the order of the model on all of them."""
 
     channel: Channel
-    members: list[tuple[Shard, Shape]]  # with the dimensions of its mesh that the group runs along
+    members: list[Member]
+    mesh: DeviceMesh
+    dims: Shape
 
     def rooms(self, second: bool) -> list[Entry]:
         """The buffer's entries besides the flags, in the order of `values`."""
         rooms = []
-        for shard, dims in self.members:
-            layout, place = shard.work.layout, shard.placement
+        for member in self.members:
+            layout, place = member.shard.work.layout, member.shard.placement
 
-            def room(reduced: Shape, summed: Shape = (), place: Placement = place, dims: Shape = dims) -> Entry:
-                return entry(place, reduced, dims, summed)
+            def room(reduced: Shape, summed: Shape = (), member: Member = member) -> Entry:
+                return entry(member.shard.placement, reduced, member.dims, summed, member.copy)
 
             if second:
                 if place.mode == "both":
@@ -124,7 +142,7 @@ class Exchange:
                 continue
             if place.mode == "alone":
                 continue
-            if shard.work.settings.hyperparameters.scale_parameter:
+            if member.shard.work.settings.hyperparameters.scale_parameter:
                 rooms.append(room(layout.whole))
             if place.mode == "stack":
                 rooms.append(room(layout.whole))
@@ -211,7 +229,7 @@ class Sharded:
 
     def _first(self, exchange: Exchange) -> set[Shard]:
         """The round that makes S, W and Q complete; returns the parameters without a gradient anywhere."""
-        shards = [shard for shard, _ in exchange.members]
+        shards = [member.shard for member in exchange.members]
         values: list[Tensor] = []
         checks = []
         for shard in shards:
@@ -243,7 +261,7 @@ class Sharded:
 
     def _second(self, exchange: Exchange) -> None:
         """The round that makes Σu² complete where neither rows nor columns were; nothing where there is no such."""
-        split = [shard for shard, _ in exchange.members if shard.placement.mode == "both"]
+        split = [member.shard for member in exchange.members if member.shard.placement.mode == "both"]
         if not split:
             return
         values: list[Tensor] = []
@@ -256,11 +274,11 @@ class Sharded:
             layout, found = shard.work.layout, shard.sums
             (room, weighted), (_, columns) = next(summed), next(summed)
             means = columns / layout.m
-            per_slice = total(means * weighted, layout.whole)
+            per_slice = total(room.copy(means * weighted), layout.whole)
             device, dtype = shard.work.param.device, found.W.dtype
             found.mu = room.here(means).to(device, dtype)
-            own = Entry((), tuple(_slice_of(room, axis, layout.whole) for axis in range(len(layout.shape))), True)
-            mine = own.here(per_slice).to(device, dtype)
+            place = [slice(None) if axis in layout.whole else part for axis, part in enumerate(room_of(room, layout))]
+            mine = per_slice[tuple(place)].to(device, dtype)
             found.sum_u2 = mine + found.W.sum() * 0  # a spoilt W spoils it
 
 
@@ -272,8 +290,9 @@ def by_device(works: Iterable[Work]) -> list[tuple[torch.device, list[Work]]]:
     return list(found.items())
 
 
-def _slice_of(room: Entry, axis: int, reduced: Shape) -> slice:
-    return slice(None) if room.place is None or axis in reduced else room.place[axis]
+def room_of(room: Entry, layout: Layout) -> tuple[slice, ...]:
+    """Where this process's part lies, axis by axis of the parameter."""
+    return room.place[1:] if room.place is not None else (slice(None),) * len(layout.shape)
 
 
 def parts_of(shard: Shard) -> list[tuple[Tensor, str]]:
@@ -343,25 +362,45 @@ def exchanges(shards: Sequence[Shard]) -> list[Exchange]:
         if shard.placement.dims:
             dims.setdefault(shard.param.device_mesh, set()).update(shard.placement.dims)
     found: dict[tuple[int, ...], Exchange] = {}
-    for shard in shards:
-        mesh = shard.param.device_mesh
-        if not shard.placement.dims:
-            continue
-        along = tuple(sorted(dims[mesh]))
-        ranks, group = group_of(mesh, along)
-        dtype = math_dtype(shard.param.dtype)
-        if ranks not in found:
-            found[ranks] = Exchange(Channel(group, torch.device(mesh.device_type), dtype), [])
-        exchange = found[ranks]
-        if dtype == torch.float64:
-            exchange.channel = replace(exchange.channel, dtype=dtype)
-        exchange.members.append((shard, along))
+    # The largest groups first: a sum over part of one's ranks can go into its buffer.
+    for mesh, along in sorted(dims.items(), key=lambda item: -prod(item[0].shape[dim] for dim in item[1])):
+        here, split = tuple(sorted(along)), [s for s in shards if s.placement.dims and s.param.device_mesh == mesh]
+        ranks = ranks_along(mesh, here)
+        widest = max([torch.float32, *(math_dtype(shard.param.dtype) for shard in split)], key=lambda d: d.itemsize)
+        inside = next((e for e in found.values() if copy_of(ranks, e.mesh, e.dims)), None)
+        if inside is None:
+            channel = Channel(group_of(mesh, here, ranks), torch.device(mesh.device_type), widest)
+            inside = found[ranks] = Exchange(channel, [], mesh, here)
+        copy = copy_of(ranks, inside.mesh, inside.dims)
+        assert copy is not None
+        inside.channel = replace(inside.channel, dtype=max(inside.channel.dtype, widest, key=lambda d: d.itemsize))
+        inside.members += [Member(shard, here, copy) for shard in split]
     for exchange in found.values():
-        check([described(shard) for shard, _ in exchange.members], exchange.channel.group, exchange.channel.device)
+        described = [description(member.shard) for member in exchange.members]
+        check(described, exchange.channel.group, exchange.channel.device)
     return list(found.values())
 
 
-def described(shard: Shard) -> str:
+def copy_of(ranks: tuple[int, ...], mesh: DeviceMesh, dims: Shape) -> tuple[int, int] | None:
+    """Where the sum over ``ranks`` stands among all like it in the group along ``dims``; ``None`` for nowhere.
+
+    The others may hold copies of the same parameter or, where somebody has split it by hand, other halves of it:
+    each sum stays a sum of its own.
+    """
+    place = mesh.get_coordinate()
+    assert place is not None
+    for count in range(len(dims), 0, -1):
+        for along in combinations(dims, count):
+            if ranks_along(mesh, along) == ranks:
+                index, number = 0, 1
+                for dim in dims:
+                    if dim not in along:
+                        index, number = index * mesh.shape[dim] + place[dim], number * mesh.shape[dim]
+                return index, number
+    return None
+
+
+def description(shard: Shard) -> str:
     """What ranks must agree on."""
     w = shard.work
     roles = shard.placement.roles
@@ -369,31 +408,28 @@ def described(shard: Shard) -> str:
     return f"{shard.name} {tuple(roles.shape)} of {kind}, rows {roles.rows}, columns {roles.columns}, {w.settings}"
 
 
-@dataclass
-class _Groups:
-    made: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
-_groups = _Groups()
-
-
-def group_of(mesh: DeviceMesh, dims: Shape) -> tuple[tuple[int, ...], dist.ProcessGroup]:
-    """The group of the ranks along ``dims`` of a mesh through this one. Made once where torch has none."""
+def ranks_along(mesh: DeviceMesh, dims: Shape) -> tuple[int, ...]:
+    """The ranks along ``dims`` of a mesh through this one."""
     place = mesh.get_coordinate()
     assert place is not None
     here = tuple(slice(None) if dim in dims else place[dim] for dim in range(mesh.ndim))
-    ranks = tuple(mesh.mesh[here].flatten().tolist())
+    return tuple(mesh.mesh[here].flatten().tolist())
+
+
+def group_of(mesh: DeviceMesh, dims: Shape, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """Their group: torch's own where it has one, else made once, by these ranks alone."""
     if len(dims) == 1:
-        return ranks, mesh.get_group(dims[0])
-    if len(ranks) == dist.get_world_size():
-        world = dist.group.WORLD
-        assert world is not None
-        return ranks, world
-    if ranks not in _groups.made:
+        return mesh.get_group(dims[0])
+    if len(ranks) == dist.get_world_size() and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    if ranks not in _groups:
         made = dist.new_group(list(ranks), use_local_synchronization=True)
         assert made is not None
-        _groups.made[ranks] = made
-    return ranks, _groups.made[ranks]
+        _groups[ranks] = made
+    return _groups[ranks]
 
 
 def shard_of(param: DTensor, roles: Layout, settings: Settings, lr: float | Tensor, tensor: int, name: str) -> Shard:

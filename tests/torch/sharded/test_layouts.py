@@ -16,8 +16,8 @@ def test_every_layout_agrees_with_one_process(world):
         assert {case: worst for case, worst in found.items() if not worst <= 1e-6} == {}
 
 
-def test_float64(world=2):
-    for found in ranks.run(CASES, "compare", world, steps=10, dtype=torch.float64):
+def test_float64():
+    for found in ranks.run(CASES, "compare", 2, steps=10, dtype=torch.float64):
         assert {case: worst for case, worst in found.items() if not worst <= 1e-14} == {}
 
 
