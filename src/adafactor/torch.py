@@ -24,7 +24,7 @@ from adafactor.hyperparameters import RelativeStep, message
 from adafactor.kernels import aten, native, opaque
 from adafactor.kernels.native_torch import Step
 from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtype
-from adafactor.torch_arguments import SETTINGS, check_lr, check_tensors, translate
+from adafactor.torch_arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
 
 if TYPE_CHECKING:
     from adafactor.sharding.torch import Shard, Sharded
@@ -117,6 +117,7 @@ class Adafactor(Optimizer):
         translate(defaults)
         self._forget()
         self._skipped: dict[torch.device, Tensor] = {}
+        self._given: set[int] = set()  # ids of the parameters that came in through a group
         self._handle = opaque.register(self)
         super().__init__(params, defaults)
 
@@ -155,6 +156,7 @@ class Adafactor(Optimizer):
         if isinstance(param_group, dict):
             translate({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._given.update(map(id, self.param_groups[-1]["params"]))
         self._forget()
 
     @overload
@@ -224,6 +226,7 @@ class Adafactor(Optimizer):
             if grad is None or not param.numel() or is_sharded(param):
                 continue
             check_tensors(param, grad)
+            check_origin(param, self._given)
             kernel = self._kernel(group["fused"], param.device)
             w = self._work.get(param)
             if w is None or w.layout.shape != param.shape:
@@ -290,6 +293,9 @@ class Adafactor(Optimizer):
     ) -> bool:
         """List the tensors of a group. By this name torch.compile knows to run it once, untraced."""
         number = next(number for number, other in enumerate(self.param_groups) if other is group)
+        if any(map(is_sharded, group["params"])):
+            remedy = "Compile the model, and call step outside of what is compiled."
+            raise RuntimeError(message("a parameter in a compiled step", "an unsharded tensor", "a DTensor", remedy))
         work = self._collect(number)
         for w in work:
             params.append(w.param)
@@ -364,6 +370,8 @@ class Adafactor(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Both unpickling and the base class's load_state_dict come through here.
         super().__setstate__(state)
+        if "_given" not in self.__dict__:
+            self._given = {id(param) for group in self.param_groups for param in group["params"]}
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
         for values in self.state.values():

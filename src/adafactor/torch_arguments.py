@@ -6,7 +6,8 @@ Every refusal comes before the first tensor is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +94,18 @@ def check_lr(lr: object) -> None:
 def is_flat(param: Tensor) -> bool:
     """Whether it is FSDP1's FlatParameter, or one of the pieces that ``use_orig_params=True`` shows of it."""
     return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def check_origin(param: Tensor, given: Collection[int]) -> None:
+    """Refuse the flat partitions that DeepSpeed's ZeRO writes into the groups in place of the parameters.
+
+    Args:
+        given: ids of the parameters that the user gave.
+    """
+    if param.dim() == 1 and id(param) not in given and "deepspeed" in sys.modules:
+        remedy = "Use fully_shard (FSDP2), whose parameters keep their shapes; docs/sharding.md shows how."
+        got = f"a flat partition of DeepSpeed ZeRO with shape {tuple(param.shape)}"
+        raise RuntimeError(message("a parameter", "a tensor with the rows and columns of its layer", got, remedy))
 
 
 def check_tensors(param: Tensor, grad: Tensor) -> None:

@@ -321,3 +321,15 @@ def test_compiled_with_a_scheduler():
                 scheduler.step()
         assert torch.equal(a, b)
         assert counters["stats"]["unique_graphs"] <= graphs
+
+
+def test_flat_partitions_of_zero_are_refused(monkeypatch):
+    import sys
+
+    optimizer = Adafactor([parameter(3, 3)])
+    flat = parameter(9)
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.step()  # no DeepSpeed here: somebody knows what they do
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    with pytest.raises(RuntimeError, match="a flat partition of DeepSpeed ZeRO with shape"):
+        optimizer.step()

@@ -53,6 +53,7 @@ def steps(
     found = {"model": get_model_state_dict(model, options=whole)}
     found["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
     if world > 1:  # a whole state goes back into shards
+        model.zero_grad()
         again = adafactor.torch.Adafactor(model.parameters(), lr=0.05, beta1=0.9)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_optimizer_state_dict(model, again, found["optimizer"] if rank == 0 else {}, options=options)
