@@ -328,6 +328,7 @@ def test_flat_partitions_of_zero_are_refused(monkeypatch):
 
     optimizer = Adafactor([parameter(3, 3)])
     flat = parameter(9)
+    flat.grad = torch.ones(9)
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.step()  # no DeepSpeed here: somebody knows what they do
     monkeypatch.setitem(sys.modules, "deepspeed", sys)

@@ -18,6 +18,9 @@ from adafactor.hyperparameters import message
 def check(descriptions: Sequence[str], group: dist.ProcessGroup, device: torch.device) -> None:
     """Compare a digest of fixed size, and where it differs find out in which parameter.
 
+    Args:
+        descriptions: one line per parameter; what follows a tab is told only where the rest is the same.
+
     Raises:
         RuntimeError: on every rank of the group, with the first parameter that is not the same everywhere.
     """
@@ -30,8 +33,10 @@ def check(descriptions: Sequence[str], group: dist.ProcessGroup, device: torch.d
     listed: list[list[str]] = [[] for _ in everyone]
     dist.all_gather_object(listed, list(descriptions), group=group)
     ranks = dist.get_process_group_ranks(group)
-    for number, lines in enumerate(zip_longest(*listed, fillvalue="no such parameter")):
-        if len(set(lines)) > 1:
+    for number, full in enumerate(zip_longest(*listed, fillvalue="no such parameter")):
+        if len(set(full)) > 1:
+            short = [line.split("\t")[0] for line in full]
+            lines = short if len(set(short)) > 1 else [line.replace("\t", "") for line in full]
             other = next(k for k, line in enumerate(lines) if line != lines[0])
             got = f"{lines[0]} on rank {ranks[0]} and {lines[other]} on rank {ranks[other]}"
             remedy = "Build the model and the optimizer alike on all ranks."

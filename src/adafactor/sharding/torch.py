@@ -405,7 +405,7 @@ def description(shard: Shard) -> str:
     w = shard.work
     roles = shard.placement.roles
     kind = f"{w.param.dtype}, {', '.join(map(str, shard.param.placements))}"
-    return f"{shard.name} {tuple(roles.shape)} of {kind}, rows {roles.rows}, columns {roles.columns}, {w.settings}"
+    return f"{shard.name} {tuple(roles.shape)} of {kind}, rows {roles.rows}, columns {roles.columns}\t, {w.settings}"
 
 
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

@@ -43,7 +43,8 @@ def sentences(rank: int, world: int) -> dict[str, str]:
     found["shape"] = refusal(Adafactor([parameter(2, 3), parameter(2, 4 if rank else 3)]))
     found["missing"] = refusal(Adafactor([parameter(2, 3)] + [parameter(3, 3) for _ in range(1 - rank)]))
     found["partial"] = refusal(Adafactor([parameter(2, 3, placement=Partial())]))
-    found["cut"] = refusal(Adafactor([parameter(1 + 3 * rank, 2)]))
+    odd = DTensor.from_local(torch.ones(1 + 3 * rank, 2), mesh, [Shard(0)], shape=torch.Size((5, 2)), stride=(2, 1))
+    found["cut"] = refusal(Adafactor([nn.Parameter(odd)]))
     for original in (False, True):
         torch.manual_seed(0)
         flat = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=original)
@@ -61,7 +62,7 @@ def whole(rank: int, world: int) -> dict[str, float]:
 
     data = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     found = {}
-    for kind in ("DDP", "ZeRO", "CPU offload", "accumulation"):
+    for kind in ("DDP", "ZeRO", "CPU offload", "accumulation", "swapped"):
         single, many = model(), model()
         one = Adafactor(single.parameters(), lr=0.05)
         if kind in ("DDP", "ZeRO"):
@@ -69,10 +70,14 @@ def whole(rank: int, world: int) -> dict[str, float]:
         else:
             from torch.distributed.fsdp import CPUOffloadPolicy
 
+            made = Adafactor(many.parameters(), lr=0.05)
             arguments = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if kind == "CPU offload" else {}
             wrapped = fully_shard(many, mesh=init_device_mesh("cpu", (world,)), **arguments)
         if kind == "ZeRO":
             optimizer: Any = ZeroRedundancyOptimizer(wrapped.parameters(), Adafactor, lr=0.05)
+        elif kind == "swapped":  # what Accelerate does: it shards the model of an optimizer that exists
+            made.param_groups[0]["params"] = list(wrapped.parameters())
+            optimizer = made
         else:
             optimizer = Adafactor(wrapped.parameters(), lr=0.05)
         for _ in range(10):
