@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -107,6 +107,39 @@ class Layout:
     def state_size(self) -> int:
         """Numbers kept for the second moment."""
         return sum(math.prod(shape) for shape in self.slots.values())
+
+
+@dataclass(frozen=True)
+class Part(Layout):
+    """The part of a parameter that one process holds: the shape is the part's, and what divides a sum is the whole's.
+
+    Attributes:
+        whole_shape: the parameter's shape.
+        offset: where the part begins in it, axis by axis.
+    """
+
+    whole_shape: Shape = ()
+    offset: Shape = ()
+
+    @cached_property
+    def n(self) -> int:
+        """Rows of each whole matrix."""
+        return math.prod(self.whole_shape[axis] for axis in self.rows)
+
+    @cached_property
+    def m(self) -> int:
+        """Columns of each whole matrix."""
+        return math.prod(self.whole_shape[axis] for axis in self.columns)
+
+    @cached_property
+    def slice_size(self) -> int:
+        """Elements behind one clip factor, in all parts."""
+        return math.prod(self.whole_shape[axis] for axis in self.whole)
+
+    @property
+    def turned(self) -> Part:
+        """The same part with rows and columns in each other's place."""
+        return replace(self, rows=self.columns, columns=self.rows)
 
 
 def layout(

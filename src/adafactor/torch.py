@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from adafactor.factoring import Factored, Factoring, Layout, layout
 from adafactor.hyperparameters import RelativeStep, message
 from adafactor.kernels import aten, native, opaque
 from adafactor.kernels.native_torch import Step
-from adafactor.kernels.work import Kernel, Settings, Work, math_dtype
-from adafactor.torch_arguments import SETTINGS, check_lr, check_tensors, translate
+from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtype
+from adafactor.torch_arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
+
+if TYPE_CHECKING:
+    from adafactor.sharding.torch import Shard, Sharded
 
 __all__ = ["Adafactor", "Factored"]
 
@@ -114,12 +117,15 @@ class Adafactor(Optimizer):
         translate(defaults)
         self._forget()
         self._skipped: dict[torch.device, Tensor] = {}
+        self._given: set[int] = set()  # ids of the parameters that came in through a group
         self._handle = opaque.register(self)
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
         """Drop what is derived from groups and state, so that the next step derives it anew."""
         self._work: dict[Tensor, Work] = {}
+        self._shards: dict[Tensor, Shard] = {}
+        self._sharded: Sharded | None = None
         self._settings: dict[int, tuple[tuple[object, ...], Settings]] = {}
         self._native = Step() if native.available() else None
 
@@ -150,6 +156,7 @@ class Adafactor(Optimizer):
         if isinstance(param_group, dict):
             translate({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._given.update(map(id, self.param_groups[-1]["params"]))
         self._forget()
 
     @overload
@@ -180,10 +187,23 @@ class Adafactor(Optimizer):
             return loss
         # Every check comes before the first write: a step happens wholly or not at all.
         work = [w for number in range(len(self.param_groups)) for w in self._collect(number)]
+        shards = [shard for number in range(len(self.param_groups)) for shard in self._collect_shards(number)]
         for w in work:
             w.state = self._state_of(w)
+        if shards:
+            if self._sharded is None:
+                from adafactor.sharding.torch import Sharded
+
+                self._sharded = Sharded()
+            self._sharded.step(shards, self._count_of)
         self._run(work)
         return loss
+
+    def _count_of(self, device: torch.device) -> Tensor:
+        """The number of tensors left alone on a device."""
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped[device]
 
     def _run(self, work: Sequence[Work]) -> None:
         lists: dict[tuple[torch.device, Kernel], list[Work]] = {}
@@ -191,9 +211,7 @@ class Adafactor(Optimizer):
             lists.setdefault((w.param.device, w.kernel), []).append(w)
         try:
             for (device, kernel), members in lists.items():
-                if device not in self._skipped:
-                    self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-                kernel(members, self._skipped[device])
+                kernel(members, self._count_of(device))
         finally:
             _release(work)
 
@@ -205,9 +223,10 @@ class Adafactor(Optimizer):
         work: dict[Tensor, Work] = {}  # a parameter that is listed twice is updated once
         for position, param in enumerate(group["params"]):
             grad = param.grad
-            if grad is None or not param.numel():
+            if grad is None or not param.numel() or is_sharded(param):
                 continue
             check_tensors(param, grad)
+            check_origin(param, self._given)
             kernel = self._kernel(group["fused"], param.device)
             w = self._work.get(param)
             if w is None or w.layout.shape != param.shape:
@@ -217,6 +236,32 @@ class Adafactor(Optimizer):
             w.grad, w.settings, w.lr, w.kernel = grad, settings, group["lr"], kernel
             work[param] = w
         return list(work.values())
+
+    def _collect_shards(self, number: int) -> list[Shard]:
+        """The sharded parameters of a group. Those without a gradient here too: other ranks may have one."""
+        group = self.param_groups[number]
+        found: dict[Tensor, Shard] = {}
+        first = sum(len(other["params"]) for other in self.param_groups[:number])
+        for position, param in enumerate(group["params"]):
+            if not is_sharded(param) or not param.numel() or not (param.requires_grad or param.grad is not None):
+                continue
+            from adafactor.sharding.torch import gradient, shard_of
+
+            settings, grad = self._group_settings(number, group), gradient(param)
+            shard = self._shards.get(param)
+            if shard is None or shard.placement.roles.shape != param.shape:
+                name = (group.get("param_names") or {position: f"parameter {first + position}"})[position]
+                roles = _layout(group, position, param)
+                shard = shard_of(param, roles, settings, group["lr"], first + position, name)
+                self._shards[param] = shard
+            if grad is None and not shard.placement.dims:
+                continue
+            check_tensors(param.to_local(), param.to_local() if grad is None else grad.to_local())
+            shard.work.settings, shard.work.lr = settings, group["lr"]
+            shard.fused = self._kernel(group["fused"], shard.work.param.device) is not aten.step
+            shard.open(grad, self.state)
+            found[param] = shard
+        return list(found.values())
 
     def _state_of(self, w: Work) -> dict[str, Tensor]:
         """The parameter's state, made of zeros where there is none (their weight is 0 at t = 1)."""
@@ -248,6 +293,9 @@ class Adafactor(Optimizer):
     ) -> bool:
         """List the tensors of a group. By this name torch.compile knows to run it once, untraced."""
         number = next(number for number, other in enumerate(self.param_groups) if other is group)
+        if any(map(is_sharded, group["params"])):
+            remedy = "Compile the model, and call step outside of what is compiled."
+            raise RuntimeError(message("a parameter in a compiled step", "an unsharded tensor", "a DTensor", remedy))
         work = self._collect(number)
         for w in work:
             params.append(w.param)
@@ -322,6 +370,8 @@ class Adafactor(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Both unpickling and the base class's load_state_dict come through here.
         super().__setstate__(state)
+        if "_given" not in self.__dict__:
+            self._given = {id(param) for group in self.param_groups for param in group["params"]}
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
         for values in self.state.values():

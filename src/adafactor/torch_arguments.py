@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -91,12 +91,29 @@ def check_lr(lr: object) -> None:
         raise ValueError(message("lr", "a number >= 0 and finite", lr, "1e-2 is the default."))
 
 
+def is_flat(param: Tensor) -> bool:
+    """Whether it is FSDP1's FlatParameter, or one of the pieces that ``use_orig_params=True`` shows of it."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def check_origin(param: Tensor, given: Collection[int]) -> None:
+    """Refuse the flat partitions that DeepSpeed's ZeRO writes into the groups in place of the parameters.
+
+    Args:
+        given: ids of the parameters that the user gave.
+    """
+    if param.dim() == 1 and id(param) not in given and "deepspeed" in sys.modules:
+        remedy = "Use fully_shard (FSDP2), whose parameters keep their shapes; docs/sharding.md shows how."
+        got = f"a flat partition of DeepSpeed ZeRO with shape {tuple(param.shape)}"
+        raise RuntimeError(message("a parameter", "a tensor with the rows and columns of its layer", got, remedy))
+
+
 def check_tensors(param: Tensor, grad: Tensor) -> None:
     """Refuse what no kernel can update, before any of the step's tensors is written."""
-    sharded = sys.modules.get("torch.distributed.tensor")  # not imported here: whoever has a DTensor has imported it
-    if sharded is not None and isinstance(param, sharded.DTensor):
-        remedy = "Give the optimizer whole tensors, as DDP and ZeroRedundancyOptimizer do."
-        raise RuntimeError(message("a parameter", "an unsharded tensor", str(param.placements), remedy))
+    if is_flat(param):
+        remedy = "Use fully_shard (FSDP2), whose parameters keep their shapes; docs/sharding.md shows how."
+        got = f"a flat shard of FSDP1 with shape {tuple(param.shape)}"
+        raise RuntimeError(message("a parameter", "a tensor with the rows and columns of its layer", got, remedy))
     if grad.layout != torch.strided:
         remedy = "Build the embedding with sparse=False."
         raise RuntimeError(message("a gradient", "dense for Adafactor", str(grad.layout), remedy))

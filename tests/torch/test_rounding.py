@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from adafactor.factoring import Part, layout
 from adafactor.kernels import aten_blocks, rounding
 from adafactor.kernels.aten_rounding import random_bits, row_major, stochastic_round
 from adafactor.torch import Adafactor
@@ -61,8 +62,11 @@ def test_row_major_places():
     shape = (3, 4, 5)
     block = (slice(1, 3), slice(None), slice(2, 5))
     places = torch.arange(60).view(shape)[block]
-    assert torch.equal(row_major(shape, block, torch.device("cpu")), places)
-    assert row_major((), (), torch.device("cpu")).item() == 0
+    assert torch.equal(row_major(layout(shape), block, torch.device("cpu")), places)
+    assert row_major(layout(()), (), torch.device("cpu")).item() == 0
+    part = Part((2, 4, 3), (1,), (2,), (), shape, (1, 0, 2))
+    assert torch.equal(row_major(part, None, torch.device("cpu")), places)
+    assert torch.equal(row_major(part, (slice(1, 2),) * 3, torch.device("cpu")), places[1:2, 1:2, 1:2])
 
 
 VALUES = [1.0, -1.0, 0.02003, -0.02003, 1e-7, -3.3e-6, 6.1e-5, 0.3333, 123.456, -999.9]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adafactor.factoring import layout
-from adafactor.kernels.work import math_dtype
+from adafactor.kernels.work import is_sharded, math_dtype
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -115,11 +115,18 @@ def _state(saved: State, old: Group, group: Group, param: Tensor, name: str, not
     wanted = {**roles.slots, "momentum": tuple(param.shape)}
     read: State = {}
     for key, value in values.items():
+        if isinstance(value, Tensor) and is_sharded(value) and not is_sharded(param):
+            value = value.full_tensor()  # type: ignore[attr-defined]
         if key == "step":
             step = torch.as_tensor(value).to(param.device, torch.int64, copy=True)
             read[key] = Held(step.reshape(()))
         elif not isinstance(value, Tensor):
             read[key] = value
+        elif key in wanted and is_sharded(param) and value.numel() == math.prod(wanted[key]):
+            from adafactor.sharding.dtensor import adopt
+
+            stored = dtype if key != "momentum" else group["momentum_dtype"] or dtype
+            read[key] = Held(adopt(value, param, roles, key, stored))  # type: ignore[arg-type]
         elif key not in wanted or value.numel() != math.prod(wanted[key]):
             needs = " and ".join(f"{slot} {shape}" for slot, shape in roles.slots.items())
             raise ValueError(

@@ -9,7 +9,7 @@ is one number per tensor is computed for a whole run of tensors at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -42,6 +42,8 @@ class Sums:
     S: Tensor | None  # column sums of g², eq. 4
     W: Tensor  # column sums of g²/row, eq. 5; if unfactored the sum of u² itself, eq. 11
     Q: Tensor | None  # sum of x² per slice, eq. 6, where the parameter scale is asked for
+    mu: Tensor | None = None  # mean of the columns per matrix, where this device does not hold them all
+    sum_u2: Tensor | None = None  # eq. 7 per slice, where the sums here do not give it
 
 
 @dataclass(slots=True)
@@ -64,26 +66,21 @@ class Move:
     t: Tensor
 
 
-def step(
-    work: Sequence[Work], skipped: Tensor, combine: Callable[[Sequence[Work], Sequence[Sums]], None] | None = None
-) -> None:
-    """One update of every parameter in ``work``, all on one device.
+def step(work: Sequence[Work], skipped: Tensor) -> None:
+    """One update of every parameter in ``work``, all on one device; `sharding/torch.py` puts a sum in between.
 
     Args:
         work: the parameters; their ``param`` and ``state`` tensors are written in place.
         skipped: int64 of shape () on that device; receives the number of tensors left alone.
-        combine: adds the sums over shards in place, for the whole list at once. Nothing to do on one device.
     """
-    runs = list(_runs(work))
-    sums = [measure(w, decay) for run in runs for w, decay in zip(run.work, run.decay, strict=True)]
-    if combine is not None:
-        combine(work, sums)
+    groups = list(runs(work))
+    sums = [measure(w, decay) for run in groups for w, decay in zip(run.work, run.decay, strict=True)]
     found = iter(sums)
-    for run in runs:
+    for run in groups:
         apply(run, [next(found) for _ in run.work], skipped)
 
 
-def _runs(work: Sequence[Work]) -> Iterator[Run]:
+def runs(work: Sequence[Work]) -> Iterator[Run]:
     """Equations 1 and 8, for a run of parameters at once: t may differ, and only the device knows it."""
     for _, members in groupby(work, lambda w: (id(w.settings), id(w.lr), math_dtype(w.param.dtype))):
         run = list(members)
@@ -129,7 +126,7 @@ def measure(w: Work, decay: Tensor) -> Sums:
         for block, _ in blocks(w):
             q = squares(w.grad, block)
             v = torch.lerp(at(w.state["second_moment"], block), q + hp.epsilon_1, decay)  # eq. 11
-            W = add(W, q.div_(_positive(v)), block, layout.whole)
+            W = add(W, q.div_(positive(v)), block, layout.whole)
             if hp.scale_parameter:
                 Q = add(Q, squares(w.param, block), block, layout.whole)  # eq. 6
         return Sums(None, None, _found(W), Q)
@@ -150,7 +147,7 @@ def measure(w: Work, decay: Tensor) -> Sums:
         else:
             rows = torch.empty_like(old) if rows is None else rows
             at(rows, band).copy_(row)
-        divisor = _positive(row)
+        divisor = positive(row)
         for piece in pieces:
             g2 = squares(w.grad, piece) if squared is None or len(pieces) > 1 else squared
             S = add(S, g2, piece, layout.rows)  # eq. 4
@@ -172,12 +169,14 @@ def apply(run: Run, sums: Sequence[Sums], skipped: Tensor) -> None:
             columns.append(None)
             checks.append(sum_u2.sum())
         else:
-            old = w.state["column"].view_as(found.S)
-            column = torch.lerp(old, found.S / layout.n + hp.epsilon_1, decay)  # eq. 3
-            mu = column.mean(layout.columns, keepdim=True)
-            above_zero = _positive(column)
-            sum_u2 = mu * total(found.W / above_zero, layout.columns)  # eq. 7, per matrix
-            sum_u2 = total(sum_u2, layout.whole)  # per slice
+            column = torch.lerp(w.state["column"].view_as(found.S), found.S / layout.n + hp.epsilon_1, decay)  # eq. 3
+            mu = column.mean(layout.columns, keepdim=True) if found.mu is None else found.mu
+            above_zero = positive(column)
+            if found.sum_u2 is None:
+                sum_u2 = mu * total(found.W / above_zero, layout.columns)  # eq. 7, per matrix
+                sum_u2 = total(sum_u2, layout.whole)  # per slice
+            else:
+                sum_u2 = found.sum_u2
             columns.append(Columns(column, mu.sqrt() * above_zero.rsqrt_()))
             checks.append(sum_u2.sum() + found.S.sum())  # S sees what overflows in a row and in no column
         sums_u2.append(sum_u2)
@@ -235,7 +234,7 @@ def _move(w: Work, rows: Tensor | None, columns: Columns | None, move: Move) -> 
     if rows is not None and columns is not None:
         keep(state["row"].view_as(rows), rows)
         keep(state["column"].view_as(columns.column), columns.column)
-        inverse_row = _positive(rows).rsqrt_()
+        inverse_row = positive(rows).rsqrt_()
     for block, pieces in blocks(w):
         for piece in pieces:
             g = at(w.grad, piece).to(dtype)
@@ -244,7 +243,7 @@ def _move(w: Work, rows: Tensor | None, columns: Columns | None, move: Move) -> 
                 old = at(state["second_moment"], piece)
                 v = torch.lerp(old, g * g + hp.epsilon_1, move.decay)  # eq. 11
                 keep(old, v)
-                u = _positive(v).rsqrt_().mul_(g).mul_(scale)
+                u = positive(v).rsqrt_().mul_(g).mul_(scale)
             else:
                 u = g * at(inverse_row, reduced(block, layout.columns))
                 u.mul_(at(columns.factor, reduced(piece, layout.rows)) * scale)
@@ -270,12 +269,12 @@ def _write(w: Work, piece: Block, update: Tensor, move: Move) -> None:
     exact = x.to(update.dtype)
     exact = (exact * move.shrink if decays else exact) - update
     if w.settings.stochastic_rounding:
-        index = row_major(w.layout.shape, piece, x.device)
+        index = row_major(w.layout, piece, x.device)
         exact = stochastic_round(exact, x.dtype, random_bits(w.settings.seed, move.t, w.tensor, index))
     x.copy_(exact)
 
 
-def _positive(v: Tensor) -> Tensor:
+def positive(v: Tensor) -> Tensor:
     """v with 0 replaced by the least normal number: as a divisor and under a root it turns 0/0 into 0.
 
     Where a statistic is 0, so is every squared gradient behind it.

@@ -9,12 +9,12 @@ depend on threads, block sizes, strides or devices, and a run resumed from a che
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from adafactor.factoring import Layout, Part
 from adafactor.kernels.rounding import mix
 
 _MASK = 0xFFFFFFFF
@@ -54,17 +54,20 @@ def random_bits(seed: int, step: Tensor, tensor: int, index: Tensor) -> Tensor:
     return _mix(index.to(torch.int32) + k, _mix(k ^ _signed(0x85EBCA6B)))
 
 
-def row_major(shape: Sequence[int], block: Sequence[slice] | None, device: torch.device) -> Tensor:
-    """The row-major place of every element of a block in a tensor of ``shape``: int64, of the block's shape."""
-    if block is None:
-        return torch.arange(math.prod(shape), dtype=torch.int64, device=device).view(tuple(shape))
+def row_major(layout: Layout, block: Sequence[slice] | None, device: torch.device) -> Tensor:
+    """The row-major place in the whole parameter of every element of a block: int64, of the block's shape."""
+    if block is None and not isinstance(layout, Part):
+        return torch.arange(layout.size, dtype=torch.int64, device=device).view(layout.shape)
+    whole, offset = (layout.shape, (0,) * len(layout.shape))
+    if isinstance(layout, Part):
+        whole, offset = layout.whole_shape, layout.offset
     places = torch.zeros((), dtype=torch.int64, device=device)
     stride = 1
-    for axis in reversed(range(len(shape))):
-        start, stop, _ = block[axis].indices(shape[axis])
-        steps = torch.arange(start, stop, dtype=torch.int64, device=device) * stride
-        places = places + steps.view(-1, *(1,) * (len(shape) - 1 - axis))
-        stride *= shape[axis]
+    for axis in reversed(range(len(whole))):
+        start, stop = (0, layout.shape[axis]) if block is None else block[axis].indices(layout.shape[axis])[:2]
+        steps = torch.arange(start + offset[axis], stop + offset[axis], dtype=torch.int64, device=device) * stride
+        places = places + steps.view(-1, *(1,) * (len(whole) - 1 - axis))
+        stride *= whole[axis]
     return places
 
 

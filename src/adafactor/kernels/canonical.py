@@ -72,12 +72,13 @@ def canonical(layout: Layout, permutation: Sequence[int] | None = None) -> Canon
     if sorted(order) != list(range(rank)):
         raise ValueError(message("permutation", f"an order of the {rank} axes", order, "Name every axis once."))
     slices = math.prod(layout.shape[axis] for axis in layout.batch)
+    length = math.prod(layout.shape[axis] for axis in layout.whole)  # of a slice, as far as it is here
     axes = [axis for axis in order if layout.shape[axis] != 1]
     if not layout.size:
-        return Canonical(slices, 1, 1, layout.slice_size, slices, False)
+        return Canonical(slices, 1, 1, length, slices, False)
     if not layout.factored:
         leads = all(axis in layout.batch for axis in axes[: sum(axis in layout.batch for axis in axes)])
-        return Canonical(slices, 1, 1, layout.slice_size, slices, False) if leads else None
+        return Canonical(slices, 1, 1, length, slices, False) if leads else None
     forms = [
         form
         for swapped, (outer, inner) in enumerate([(layout.rows, layout.columns), (layout.columns, layout.rows)])

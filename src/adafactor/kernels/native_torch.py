@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adafactor.factoring import Part
 from adafactor.kernels import aten, native
 from adafactor.kernels.work import Work
 
@@ -27,7 +29,7 @@ class Step:
     """The kernel ``step(work, skipped)`` for CPU tensors, with the tables of the lists it has seen."""
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[int, ...], _Prepared] = {}
+        self._tables: dict[tuple[int, ...], Prepared] = {}
 
     def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
         """One update of every parameter in ``work``, in place; see ``work.py``."""
@@ -42,7 +44,7 @@ class Step:
         if prepared is None or prepared.stale():
             if len(self._tables) >= 8:  # a model whose list changes every step must not fill the memory
                 self._tables.clear()
-            prepared = self._tables[key] = _prepare(work)
+            prepared = self._tables[key] = prepare(work)
         if prepared.other:
             aten.step(prepared.other, skipped)
             grads = [w.grad for w in prepared.work]
@@ -51,7 +53,7 @@ class Step:
 
 
 @dataclass(eq=False)
-class _Prepared:
+class Prepared:
     """A table and the tensors behind its addresses.
 
     Attributes:
@@ -71,27 +73,35 @@ class _Prepared:
         return _addresses(self.work) != self.addresses
 
     def step(self, grads: list[Tensor], skipped: Tensor) -> None:
+        known = np.array([p._version for p in self.params]) == self.versions
+        self.begin(grads, known)
+        self.table.step(torch.get_num_threads())
+        self.finish(skipped)
+        self.versions = [p._version for p in self.params]
+
+    def begin(self, grads: Sequence[Tensor], known: NDArray[np.bool_]) -> None:
+        """Hand over the gradients and the numbers of this update; ``known``: whose ``table.Q`` is still true."""
         record = self.table.records
         record["grad"] = [g.data_ptr() for g in grads]
         record["grad_dtype"] = [_CODES[g.dtype] for g in grads]
-        known = np.array([p._version for p in self.params]) == self.versions
-        steps = [w.state["step"] for w in self.work]
-        t = torch.stack(steps).numpy() + 1
+        t = torch.stack([w.state["step"] for w in self.work]).numpy() + 1
         first = 0
         for _, run in groupby(self.work, lambda w: (id(w.settings), id(w.lr))):
             members = list(run)
             where = slice(first, first + len(members))
             first = where.stop
             self._configure(members[0], where, t[where], known[where])
-        self.table.step(torch.get_num_threads())
+
+    def finish(self, skipped: Tensor) -> None:
+        """Count the update of every tensor that was not left alone."""
         torch.autograd.graph.increment_version(self.params)
+        steps = [w.state["step"] for w in self.work]
         left_alone = self.table.skipped
         if left_alone.any():
             skipped.add_(int(left_alone.sum()))
             steps = [step for step, alone in zip(steps, left_alone.tolist(), strict=True) if not alone]
         if steps:
             torch._foreach_add_(steps, 1)
-        self.versions = [p._version for p in self.params]
 
     def _configure(self, w: Work, where: slice, t: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
         settings, lr = w.settings, float(w.lr)
@@ -117,8 +127,9 @@ class _Prepared:
         )
 
 
-def _prepare(work: Sequence[Work]) -> _Prepared:
-    forms = [_form(w) for w in work]
+def prepare(work: Sequence[Work]) -> Prepared:
+    """A table of what the kernels can take, and a list of what they cannot."""
+    forms = [form_of(w) for w in work]
     chosen = [w for w, form in zip(work, forms, strict=True) if form is not None]
     table = native.Table([form for form in forms if form is not None])
     for k, w in enumerate(chosen):
@@ -131,8 +142,10 @@ def _prepare(work: Sequence[Work]) -> _Prepared:
             momentum=0 if momentum is None else momentum.data_ptr(),
             momentum_dtype="float32" if momentum is None else _DTYPES[momentum.dtype],
         )
+        if isinstance(w.layout, Part):
+            _globalise(table.records[k : k + 1], w.layout)
     table.records["id"] = [w.tensor for w in chosen]
-    return _Prepared(
+    return Prepared(
         work=chosen,
         other=[w for w, form in zip(work, forms, strict=True) if form is None],
         table=table,
@@ -140,6 +153,37 @@ def _prepare(work: Sequence[Work]) -> _Prepared:
         addresses=_addresses(chosen),
         versions=[-1] * len(chosen),
     )
+
+
+def _globalise(record: NDArray[Any], part: Part) -> None:
+    """The numbers of the whole parameter for a table row that holds a part of it."""
+    whole, offset = part.whole_shape, part.offset
+    record["n_global"] = part.n if part.factored else 1
+    record["m_global"] = part.m if part.factored else part.slice_size
+    record["N_global"] = part.slice_size
+
+    def first(axes: Sequence[int]) -> int:
+        place = 0
+        for axis in axes:
+            place = place * whole[axis] + offset[axis]
+        return place
+
+    if part.factored:  # in front of the rows stand those of the matrices that other processes hold
+        record["row_offset"] = first(part.rows) + first(range(min(part.rows))) * part.n
+    else:
+        record["row_offset"] = first(part.batch)
+        record["column_offset"] = first(part.whole)
+
+
+def _numbered(part: Part) -> bool:
+    """Whether an offset is enough to number the elements: every role is split along its leading axis at most."""
+    stack = tuple(axis for axis in range(len(part.shape)) if axis not in (*part.rows, *part.columns, *part.batch))
+    roles = (part.batch, stack, part.rows, part.columns) if part.factored else (part.batch, part.whole)
+    lengths = list(zip(part.shape, part.whole_shape, strict=True))
+    if any(lengths[axis][0] != lengths[axis][1] for axes in roles for axis in axes[1:]):
+        return False
+    # A stack inside the rows (B1 of the kernels' form), or a split one behind a batch, leaves gaps.
+    return not any(axis > min(part.rows) or lengths[axis][0] != lengths[axis][1] for axis in stack if part.factored)
 
 
 def _addresses(work: Sequence[Work]) -> list[list[int]]:
@@ -150,9 +194,15 @@ def _addresses(work: Sequence[Work]) -> list[list[int]]:
     return lists
 
 
-def _form(w: Work) -> native.Canonical | None:
+def form_of(w: Work) -> native.Canonical | None:
     """The kernels' form of a tensor, or ``None`` where only ``aten.py`` can update it."""
     momentum = w.state.get("momentum")
     if not w.param.is_contiguous() or (momentum is not None and not momentum.is_contiguous()):
         return None
-    return native.canonical(w.layout)
+    form = native.canonical(w.layout)
+    if form is None or not isinstance(w.layout, Part):
+        return form
+    # A part's rows are whole and its columns may not be: the kernels' rows must be its rows.
+    if form.swapped or (w.settings.stochastic_rounding and not _numbered(w.layout)):
+        return None
+    return form

@@ -7,6 +7,7 @@ the kernel for any device; a native one takes the same list.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -96,3 +97,9 @@ class Work:
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and arithmetic: float64 for float64 parameters, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether it is a DTensor. Not imported here: whoever has one has imported it."""
+    sharded = sys.modules.get("torch.distributed.tensor")
+    return sharded is not None and isinstance(param, sharded.DTensor)

@@ -1,0 +1,49 @@
+"""Ranks that die, ranks that disagree, and tensors that are no shards of anything: a sentence, never a hang."""
+
+from pathlib import Path
+
+import kill
+import pytest
+import ranks
+
+CASES = str(Path(__file__).with_name("faults.py"))
+
+
+def test_refusals_come_on_every_rank_and_before_the_first_write():
+    for found in ranks.run(CASES, "sentences", 2):
+        assert found["shape"].startswith("sharded parameter 1 must be the same on all ranks, got parameter 1 (4, 3) of")
+        assert "(4, 3)" in found["shape"]
+        assert "rank 1" in found["shape"]
+        assert "no such parameter on rank 1" in found["missing"]
+        assert found["partial"].startswith("a parameter's placements must be Shard or Replicate, got ")
+        assert "torch.chunk" in found["cut"]
+        for original in (False, True):
+            assert found[f"FSDP1 {original}"].startswith("a parameter must be a tensor with the rows and columns of")
+            assert "fully_shard" in found[f"FSDP1 {original}"]
+
+
+def test_whole_tensors_and_offloaded_shards():
+    # End to end: averaging the gradients over ranks alone moves the weights by parts in a million.
+    for found in ranks.run(CASES, "whole", 2):
+        assert {kind: worst for kind, worst in found.items() if not worst <= 1e-5} == {}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return kill.complete(tmp_path_factory.mktemp("reference") / "checkpoints")
+
+
+@pytest.mark.parametrize("in_checkpoint", [False, True])
+def test_a_killed_rank_ends_the_job_and_the_restart_continues_it(reference, in_checkpoint):
+    first = kill.attempt(reference, in_checkpoint, victim=1)
+    assert first > 1
+
+
+def test_the_example_learns_and_resumes_on_other_numbers_of_ranks(tmp_path, reference):
+    place = tmp_path / "checkpoints"
+    first = kill.complete(place, world=2, steps=3)
+    second = kill.complete(place, world=3, steps=6)
+    third = kill.complete(place, world=1, steps=9)
+    losses = {step: float(loss) for step, loss in {**first, **second, **third}.items()}
+    assert losses == pytest.approx({step: float(loss) for step, loss in reference.items()}, rel=1e-5)
+    assert losses[9] < 0.85 * losses[1]
