@@ -27,7 +27,8 @@ from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtyp
 from adafactor.torch_arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
 
 if TYPE_CHECKING:
-    from adafactor.sharding.torch import Shard, Sharded
+    from adafactor.sharding.shard import Shard
+    from adafactor.sharding.torch import Sharded
 
 __all__ = ["Adafactor", "Factored"]
 
@@ -245,7 +246,7 @@ class Adafactor(Optimizer):
         for position, param in enumerate(group["params"]):
             if not is_sharded(param) or not param.numel() or not (param.requires_grad or param.grad is not None):
                 continue
-            from adafactor.sharding.torch import gradient, shard_of
+            from adafactor.sharding.shard import gradient, shard_of
 
             settings, grad = self._group_settings(number, group), gradient(param)
             shard = self._shards.get(param)
