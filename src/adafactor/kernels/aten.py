@@ -43,6 +43,7 @@ class Sums:
     W: Tensor  # column sums of g²/row, eq. 5; if unfactored the sum of u² itself, eq. 11
     Q: Tensor | None  # sum of x² per slice, eq. 6, where the parameter scale is asked for
     mu: Tensor | None = None  # mean of the columns per matrix, where this device does not hold them all
+    spoilt: Tensor | None = None  # NaN where a gradient on another device is not finite: this part may be empty
     sum_u2: Tensor | None = None  # eq. 7 per slice, where the sums here do not give it
 
 
@@ -180,6 +181,9 @@ def apply(run: Run, sums: Sequence[Sums], skipped: Tensor) -> None:
             columns.append(Columns(column, mu.sqrt() * above_zero.rsqrt_()))
             checks.append(sum_u2.sum() + found.S.sum())  # S sees what overflows in a row and in no column
         sums_u2.append(sum_u2)
+    for k, found in enumerate(sums):
+        if found.spoilt is not None:
+            checks[k] = checks[k] + found.spoilt
     finite = torch.stack(checks).isfinite()
     updated = finite if run.settings.skip_nonfinite else torch.ones_like(finite)
     moves = _moves(run, sums, sums_u2, updated)

@@ -188,6 +188,7 @@ def spoil(found: aten.Sums, spoilt: Tensor) -> None:
     """Make a tensor's sums NaN where another rank's gradient was not finite, so that all ranks leave it alone."""
     nan = torch.where(spoilt, torch.nan, 0.0).to(found.W.device, found.W.dtype)
     found.W += nan
+    found.spoilt = nan
     if found.sum_u2 is not None:
         found.sum_u2 = found.sum_u2 + nan
 
