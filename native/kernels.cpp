@@ -77,12 +77,12 @@ void sum_rows(const adafactor_tensor& t, T* sums, size_t first, size_t last) {
     return;
   }
   for (size_t r = first; r < last; ++r) {
-    T lanes[kLanes] = {};
+    Lanes<T> lanes;
     for (size_t j = 0; j < m; j += kTile) {
       const size_t n = least(kTile, m - j);
-      add_lanes<Square>(lanes, load(t.grad_dtype, t.grad, r * m + j, tile, n), n);
+      lanes.template add<Square>(load(t.grad_dtype, t.grad, r * m + j, tile, n), n);
     }
-    sums[r] = tree(lanes);
+    sums[r] = lanes.total();
   }
 }
 
@@ -334,6 +334,31 @@ inline void descend(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x
   for (size_t j = 0; j < n; ++j) x[j] = keep * x[j] - g[j] * a * c[j];
 }
 
+// The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes.
+template <class T>
+inline T descend_squares(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n) {
+  Lanes<T> squares;
+  T s[4][kLanes] = {};
+  size_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+    for (size_t k = 0; k < 4 * kLanes * sizeof(T); k += 64) {
+      ask(reinterpret_cast<const char*>(g + j + kTile) + k);
+      ask(reinterpret_cast<const char*>(x + j + kTile) + k);
+    }
+    for (size_t q = 0; q < 4; ++q)
+      for (size_t k = 0; k < kLanes; ++k) {
+        const size_t i = j + q * kLanes + k;
+        const T moved = keep * x[i] - g[i] * a * c[i];
+        x[i] = moved;
+        s[q][k] += moved * moved;
+      }
+  }
+  memcpy(squares.group, s, sizeof(s));
+  descend(g + j, c + j, a, keep, x + j, n - j);
+  squares.template add<Square>(x + j, n - j);
+  return squares.total();
+}
+
 // eq. 12, then eq. 13.
 template <class T>
 inline void descend_momentum(const T* u, const Step<T>& step, T* ADAFACTOR_RESTRICT momentum,
@@ -402,11 +427,31 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
   T* row = at<T>(t.row, 0);
   T tile[kTile], u[kTile];
   double Q = 0;
+  const bool plain = t.param_dtype == Own<T>::dtype && t.grad_dtype == Own<T>::dtype && !t.momentum && m >= kTile;
 
   const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * B1;
   const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * B1;
   Cursor cursor = {n, B1, m, size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
   for (size_t r = first; r < last;) {
+    if (plain) {  // nothing to convert and no momentum: no tile, and one look at everything
+      const T a = inverse_root(finished[r]) * step.normalised;
+      const T* c = scaled + cursor.columns();
+      for (size_t j = 0; j < m; j += kTile) {
+        const size_t count = least(kTile, m - j);
+        T* x = at<T>(t.param, r * m + j);
+        const T* g = static_cast<const T*>(t.grad) + r * m + j;
+        if (count >= kLanes) {
+          Q += double(descend_squares(g, c + j, a, step.keep, x, count));
+        } else {
+          descend(g, c + j, a, step.keep, x, count);
+          Q += double(sum<Square>(x, count));
+        }
+      }
+      row[r] = finished[r];
+      cursor.next();
+      ++r;
+      continue;
+    }
     const size_t runs = runs_of_a_tile(m, last - r);
     const Cursor start = cursor;
     for (size_t j = 0; j < m; j += kTile) {

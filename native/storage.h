@@ -11,6 +11,7 @@
 
 #include "adafactor.h"
 #include "random.h"
+#include "sums.h"
 
 #if defined(__F16C__) || (defined(_MSC_VER) && defined(__AVX2__))
 #include <immintrin.h>
@@ -207,7 +208,7 @@ inline void prefetch(int64_t dtype, const void* memory, size_t at, size_t n) {
 #if defined(__GNUC__)
   const size_t size = dtype == ADAFACTOR_FLOAT64 ? 8 : dtype == ADAFACTOR_FLOAT32 ? 4 : 2;
   const char* next = static_cast<const char*>(memory) + (at + n) * size;
-  for (size_t k = 0; k < n * size; k += 64) __builtin_prefetch(next + k);
+  for (size_t k = 0; k < n * size; k += 64) ask(next + k);
 #else
   (void)dtype, (void)memory, (void)at, (void)n;
 #endif

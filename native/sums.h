@@ -1,4 +1,5 @@
-// Sums in a fixed order: sixteen lanes, then a fixed tree, whatever the width of the processor's registers.
+// Sums in a fixed order: four groups of sixteen lanes, then a fixed tree, whatever the width of the processor's
+// registers. Four groups, because one would make every addition wait for the one before it.
 #ifndef ADAFACTOR_SUMS_H
 #define ADAFACTOR_SUMS_H
 
@@ -59,16 +60,43 @@ struct Square {
   }
 };
 
-template <class F, class T>
-inline void add_lanes(T* sums, const T* x, size_t n) {
-  T lanes[kLanes];
-  for (size_t k = 0; k < kLanes; ++k) lanes[k] = sums[k];
-  size_t j = 0;
-  for (; j + kLanes <= n; j += kLanes)
-    for (size_t k = 0; k < kLanes; ++k) lanes[k] += F::of(x[j + k]);
-  for (size_t k = 0; k < kLanes; ++k) sums[k] = lanes[k];
-  for (size_t k = 0; j + k < n; ++k) sums[k] += F::of(x[j + k]);
+// Asks for memory that is wanted soon; beyond the end of a buffer it asks in vain.
+inline void ask(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#else
+  (void)address;
+#endif
 }
+
+template <class T>
+struct Lanes {
+  T group[4][kLanes] = {};
+
+  // Adds f(x) of n elements. The sum of several calls is that of one, if all but the last have multiples of 64.
+  template <class F>
+  void add(const T* x, size_t n) {
+    T a[kLanes], b[kLanes], c[kLanes], d[kLanes];
+    for (size_t k = 0; k < kLanes; ++k) a[k] = group[0][k], b[k] = group[1][k], c[k] = group[2][k], d[k] = group[3][k];
+    size_t j = 0;
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+      for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
+      for (size_t k = 0; k < kLanes; ++k) b[k] += F::of(x[j + kLanes + k]);
+      for (size_t k = 0; k < kLanes; ++k) c[k] += F::of(x[j + 2 * kLanes + k]);
+      for (size_t k = 0; k < kLanes; ++k) d[k] += F::of(x[j + 3 * kLanes + k]);
+    }
+    for (; j + kLanes <= n; j += kLanes)
+      for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
+    for (size_t k = 0; k < kLanes; ++k) group[0][k] = a[k], group[1][k] = b[k], group[2][k] = c[k], group[3][k] = d[k];
+    for (size_t k = 0; j + k < n; ++k) group[0][k] += F::of(x[j + k]);
+  }
+
+  T total() const {
+    T sums[kLanes];
+    for (size_t k = 0; k < kLanes; ++k) sums[k] = (group[0][k] + group[1][k]) + (group[2][k] + group[3][k]);
+    return tree(sums);
+  }
+};
 
 template <class F, class T>
 inline T sum(const T* x, size_t n) {
@@ -77,9 +105,9 @@ inline T sum(const T* x, size_t n) {
     for (size_t j = 0; j < n; ++j) s += F::of(x[j]);
     return s;
   }
-  T lanes[kLanes] = {};
-  add_lanes<F>(lanes, x, n);
-  return tree(lanes);
+  Lanes<T> lanes;
+  lanes.template add<F>(x, n);
+  return lanes.total();
 }
 
 }  // namespace
