@@ -24,8 +24,14 @@ def update(
     iterations: Any,
     scheduled: bool,
 ) -> bool:
-    """Update every member through ``optimizer.assign``; False, and nothing done, where it has to be one by one."""
-    if any(member.sparse for member in members):
+    """Update every member through ``optimizer.assign``; False, and nothing done, where it has to be one by one.
+
+    Only measure is a kernel's. XLA moves the parameters itself: a custom call that writes them in place would have it
+    copy every one of them first, because the gradients read them too.
+    """
+    if not members:
+        return True
+    if hp.momentum is not None or any(member.sparse for member in members):
         return False
     t = (jnp.asarray(ops.convert_to_tensor(iterations)) + 1).astype(jnp.result_type(float))
     rate = jnp.asarray(ops.convert_to_tensor(learning_rate), t.dtype)
@@ -33,18 +39,19 @@ def update(
     tensors = [_tensor(member, rate) for member in members]
     shardings = [_sharding_of(member.variable) for member in members]
     split = [sharding is not None and sharding.mesh.size > 1 for sharding in shardings]
-    if any(split):
-        if not all(split) or hp.momentum is not None:
-            return False
+    if all(split):
         measured = shards.measure(tensors, shardings, hp, decay, rho, True)
-        for member, tensor, found in zip(members, tensors, measured, strict=True):
-            g, second = xla.barrier(tensor.g, found.second)
-            kept = tensor.x.astype(second.dtype) * jnp.asarray(tensor.keep, second.dtype)
-            moved = kept - g.astype(second.dtype) * found.first * second
-            _assign(optimizer, member, moved.astype(tensor.x.dtype), found.slots, None)
-        return True
-    for member, new in zip(members, xla.step(tensors, hp, decay, rho, True), strict=True):
-        _assign(optimizer, member, new.x, new.slots, new.momentum)
+    elif not any(split) and not any(member.weight_decay for member in members):
+        measured = xla.measure(tensors, hp, decay, rho)  # takes RMS(x) before weight decay, Keras after it
+    else:
+        return False
+    for member, tensor, found in zip(members, tensors, measured, strict=True):
+        g, second = xla.barrier(tensor.g, found.second)
+        kept = tensor.x.astype(second.dtype) * jnp.asarray(tensor.keep, second.dtype)
+        moved = kept - g.astype(second.dtype) * found.first * second
+        optimizer.assign(member.variable, moved.astype(tensor.x.dtype))
+        for name, slot in member.slots.items():
+            optimizer.assign(slot, found.slots[name])
     return True
 
 
@@ -55,18 +62,8 @@ def _tensor(member: Member, rate: jax.Array) -> xla.Tensor:
         ops.convert_to_tensor(member.gradient, sparse=False),
         {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()},
         1 - rate * member.weight_decay if member.weight_decay else 1.0,
-        None if member.momentum is None else ops.convert_to_tensor(member.momentum),
+        None,
     )
-
-
-def _assign(
-    optimizer: keras.optimizers.Optimizer, member: Member, x: jax.Array, slots: dict[str, jax.Array], momentum: Any
-) -> None:
-    optimizer.assign(member.variable, x)
-    for name, slot in member.slots.items():
-        optimizer.assign(slot, slots[name])
-    if member.momentum is not None:
-        optimizer.assign(member.momentum, momentum)
 
 
 def _sharding_of(variable: Any) -> Any:
