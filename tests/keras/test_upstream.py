@@ -57,8 +57,8 @@ def test_keras_own_tests_pass_but_for_the_listed_deviations(outcomes, capsys):
     passed, ours = results.count("passed"), sum(each["ours"] for each in outcomes.values())
     with capsys.disabled():
         print(
-            f"\nKeras {keras.__version__} on {BACKEND}: of its own tests {passed} pass, {len(DEVIATIONS)} deviates as listed, "
-            f"Keras skips {results.count('skipped')}; {ours} of them make our class."
+            f"\nKeras {keras.__version__} on {BACKEND}: of its own tests {passed} pass, {len(DEVIATIONS)} deviates as "
+            f"listed, Keras skips {results.count('skipped')}; {ours} of them make our class."
         )
     unexpected = {name: each["why"] for name, each in outcomes.items() if each["outcome"] == "failed"}
     missing = DEVIATIONS.keys() - unexpected.keys()
