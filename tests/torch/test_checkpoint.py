@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch_support import parameters, train
 
 from adafactor import Factored
 from adafactor.torch import Adafactor
@@ -11,24 +12,11 @@ from adafactor.torch import Adafactor
 SHAPES = [(6, 4), (2, 3, 5), (7,), ()]
 
 
-def parameters(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
-
-
-def train(optimizer, steps, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for param in optimizer.param_groups[0]["params"]:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16], ids=str)
 def test_resume_bit_for_bit(dtype, momentum_dtype, tmp_path):
     options = {"beta1": 0.9, "stochastic_rounding": True, "weight_decay": 0.1, "momentum_dtype": momentum_dtype}
-    ours = parameters(dtype)
+    ours = parameters(SHAPES, dtype)
     optimizer = Adafactor(ours, seed=7, **options)
     train(optimizer, 5)
     torch.save({"params": [p.detach() for p in ours], "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
@@ -47,7 +35,7 @@ def test_resume_bit_for_bit(dtype, momentum_dtype, tmp_path):
 
 
 def test_statistics_of_a_bfloat16_model_stay_float32():
-    ours = parameters(torch.bfloat16)
+    ours = parameters(SHAPES, torch.bfloat16)
     optimizer = Adafactor(ours)
     train(optimizer, 3)
     resumed = Adafactor(ours)
@@ -56,7 +44,7 @@ def test_statistics_of_a_bfloat16_model_stay_float32():
 
 
 def test_loading_copies():
-    ours = parameters()
+    ours = parameters(SHAPES)
     optimizer = Adafactor(ours)
     train(optimizer, 2)
     saved = optimizer.state_dict()
@@ -71,7 +59,7 @@ def test_loading_copies():
 
 
 def test_hooks_around_loading():
-    ours = parameters()
+    ours = parameters(SHAPES)
     optimizer = Adafactor(ours)
     train(optimizer, 2)
     saved = optimizer.state_dict()
@@ -85,16 +73,16 @@ def test_hooks_around_loading():
 
 
 def test_groups_that_do_not_match():
-    optimizer = Adafactor(parameters())
+    optimizer = Adafactor(parameters(SHAPES))
     train(optimizer, 1)
     with pytest.raises(ValueError, match="size of optimizer's group"):
-        Adafactor(parameters()[:2]).load_state_dict(optimizer.state_dict())
+        Adafactor(parameters(SHAPES)[:2]).load_state_dict(optimizer.state_dict())
 
 
 def test_a_layout_that_does_not_match_is_refused_whole():
-    whole = Adafactor(parameters(), factoring=lambda name, shape: None)
+    whole = Adafactor(parameters(SHAPES), factoring=lambda name, shape: None)
     train(whole, 1)
-    other = Adafactor(parameters())
+    other = Adafactor(parameters(SHAPES))
     train(other, 2)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=r"parameter 0 of shape \(6, 4\) needs the statistics row \(6,\) and column"):
@@ -106,7 +94,7 @@ def test_a_callable_rule_stays_out_of_the_file(tmp_path):
     def rule(name, shape):
         return Factored(rows=(1,), columns=(0,)) if len(shape) == 2 else None
 
-    ours = parameters()
+    ours = parameters(SHAPES)
     optimizer = Adafactor(ours, factoring=rule)
     train(optimizer, 2)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")

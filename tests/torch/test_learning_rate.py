@@ -5,25 +5,9 @@ import copy
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch_support import model, parameter, step
 
 from adafactor.torch import Adafactor
-
-
-def parameter(*shape, dtype=torch.float32):
-    return torch.nn.Parameter(torch.randn(*shape).to(dtype))
-
-
-def model():
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-
-
-def step(optimizer, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.requires_grad:
-                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-    return optimizer.step()
 
 
 def schedulers():

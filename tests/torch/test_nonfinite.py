@@ -4,21 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch_support import parameter, step
 
 from adafactor.torch import Adafactor
-
-
-def parameter(*shape, dtype=torch.float32):
-    return torch.nn.Parameter(torch.randn(*shape).to(dtype))
-
-
-def step(optimizer, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.requires_grad:
-                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-    return optimizer.step()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch_support import parameters, train
 from transformers.optimization import Adafactor as Theirs
 
 from adafactor.torch import Adafactor
@@ -25,19 +26,6 @@ RECIPES = {
 }
 
 
-def parameters(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
-
-
-def train(optimizer, steps, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for param in optimizer.param_groups[0]["params"]:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        optimizer.step()
-
-
 def largest_difference(ours, theirs):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
@@ -45,21 +33,21 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize(("theirs", "ours"), RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_same_numbers(theirs, ours, dtype):
-    a, b = parameters(dtype), parameters(dtype)
+    a, b = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
     train(Adafactor(a, **ours), 20)
     train(Theirs(b, **theirs), 20)
     assert largest_difference(a, b) < (1e-12 if dtype == torch.float64 else 2e-6)
 
 
 def test_same_numbers_in_bfloat16():
-    a, b = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    a, b = parameters(SHAPES, torch.bfloat16), parameters(SHAPES, torch.bfloat16)
     train(Adafactor(a, **T5), 20)
     train(Theirs(b, **T5), 20)
     assert largest_difference(a, b) <= torch.finfo(torch.bfloat16).eps
 
 
 def test_warmup_init_is_a_scheduler_of_two_lines():
-    a, b = parameters(), parameters()
+    a, b = parameters(SHAPES), parameters(SHAPES)
     ours = Adafactor(a, lr=1e-2)
     warmup = torch.optim.lr_scheduler.LambdaLR(ours, lambda t: min(1.0, 1e-4 * (t + 1)))
     theirs = Theirs(b, warmup_init=True)
@@ -73,7 +61,7 @@ def test_warmup_init_is_a_scheduler_of_two_lines():
 @pytest.mark.parametrize("through_a_file", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_their_checkpoint_goes_on_here(recipe, through_a_file, tmp_path):
-    b = parameters()
+    b = parameters(SHAPES)
     theirs = Theirs(b, **recipe[0])
     train(theirs, 10)
     saved = theirs.state_dict()
@@ -89,7 +77,7 @@ def test_their_checkpoint_goes_on_here(recipe, through_a_file, tmp_path):
 
 
 def test_momentum_carries_over_approximately_when_their_step_size_varied():
-    b = parameters()
+    b = parameters(SHAPES)
     theirs = Theirs(b, beta1=0.9)
     train(theirs, 10)
     a = [torch.nn.Parameter(p.detach().clone()) for p in b]
@@ -111,7 +99,7 @@ def test_momentum_carries_over_approximately_when_their_step_size_varied():
     ],
 )
 def test_what_cannot_carry_over_is_named(recipe, text):
-    theirs = Theirs(parameters(), **recipe)
+    theirs = Theirs(parameters(SHAPES), **recipe)
     train(theirs, 1)
     with pytest.warns(UserWarning, match=text):
-        Adafactor(parameters()).load_state_dict(theirs.state_dict())
+        Adafactor(parameters(SHAPES)).load_state_dict(theirs.state_dict())
