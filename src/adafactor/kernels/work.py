@@ -67,8 +67,6 @@ class Work:
         lr: the group's learning rate before eq. 8: a number, or a tensor of one element.
         tensor: the parameter's place among all the optimizer's parameters, which keys its random bits.
         kernel: what updates it.
-        square_sum, square_sum_of: what the last apply knew of sum(x²), and of which contents (``contents``).
-            Never saved: a kernel that uses it must get the same bits from reading x again.
     """
 
     param: Tensor
@@ -79,13 +77,6 @@ class Work:
     lr: float | Tensor
     tensor: int
     kernel: Kernel
-    square_sum: Tensor | float | None = None
-    square_sum_of: tuple[int, int] | None = None
-
-    @property
-    def contents(self) -> tuple[int, int]:
-        """Changes when anybody writes to the parameter, except through ``.data``, which leaves no trace in it."""
-        return self.param._version, self.param.data_ptr()
 
     @property
     def slots(self) -> tuple[str, ...]:
