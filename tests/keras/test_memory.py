@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras_support import state_bytes
+from native_support import need
 
 from adafactor.keras import Adafactor
 
@@ -86,8 +87,7 @@ def test_a_native_step_on_torch_allocates_nothing_of_the_kernels_size():
 
     from adafactor.kernels import native
 
-    if not native.available():
-        pytest.skip("the native kernels are not built")
+    need(native.why_not())
     optimizer, side = Adafactor(), 512
     kernel = built(optimizer, side=side)
     gradient = [torch.ones((side, side))]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from native_support import need
 
 from adafactor.kernels import native
 from adafactor.torch import Adafactor
@@ -13,10 +14,7 @@ from adafactor.torch import Adafactor
 
 @pytest.fixture(autouse=True)
 def _native():
-    if not native.available():
-        if os.environ.get("ADAFACTOR_REQUIRE_NATIVE") == "1":
-            pytest.fail(str(native.why_not()))
-        pytest.skip(str(native.why_not()))
+    need(native.why_not())
 
 
 def parameters(*shapes, dtype=torch.float32):
