@@ -7,7 +7,7 @@ import torch
 from adafactor import Factored, Hyperparameters, layout, reference
 from adafactor.kernels import aten_blocks
 from adafactor.torch import Adafactor
-from adafactor.torch_arguments import VOCABULARY
+from adafactor.torch.arguments import VOCABULARY
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 6), (6, 1), (2, 4, 3), (3, 3, 4, 5), (2, 1, 3, 2, 4)]
 OPTIONS = {

@@ -1,12 +1,4 @@
-"""Adafactor for JAX, as an optax transformation.
-
-from adafactor.optax import adafactor
-
-optimizer = adafactor(1e-3)
-state = optimizer.init(params)
-updates, state = optimizer.update(grads, state, params)
-params = optax.apply_updates(params, updates)
-"""
+"""The function ``adafactor`` with optax's arguments, checked and translated."""
 
 from __future__ import annotations
 
@@ -19,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adafactor._optax import AdafactorState, Roles, Transformation, Tree
 from adafactor.factoring import Factoring, Shape
 from adafactor.hyperparameters import Hyperparameters, RelativeStep, in_range, message
-
-__all__ = ["Adafactor", "AdafactorState", "adafactor"]
+from adafactor.optax.update import AdafactorState, Roles, Transformation, Tree
 
 Numeric = Any  # a number, or a scalar array under optax.inject_hyperparams
 ScalarOrSchedule = Any

@@ -1,10 +1,6 @@
-"""Adafactor for PyTorch: takes the place of ``torch.optim.Adafactor`` by changing the import.
+"""The class ``Adafactor``: a ``torch.optim.Optimizer`` over the kernels.
 
-    from adafactor.torch import Adafactor
-
-    optimizer = Adafactor(model.parameters(), lr=1e-2)
-
-Equation numbers refer to ``docs/algorithm.md``; ``docs/torch.md`` has the migration tables.
+Equation numbers refer to ``docs/algorithm.md``.
 """
 
 from __future__ import annotations
@@ -19,18 +15,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adafactor.convert import pytorch as checkpoint
-from adafactor.factoring import Factored, Factoring, Layout, layout
+from adafactor.factoring import Factoring, Layout, layout
 from adafactor.hyperparameters import RelativeStep, message
 from adafactor.kernels import aten, native, opaque
 from adafactor.kernels.native_torch import Step
 from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtype
-from adafactor.torch_arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
+from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
 
 if TYPE_CHECKING:
     from adafactor.sharding.shard import Shard
     from adafactor.sharding.torch import Sharded
-
-__all__ = ["Adafactor", "Factored"]
 
 
 class Adafactor(Optimizer):
