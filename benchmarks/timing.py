@@ -28,12 +28,14 @@ def interleave(
 ) -> list[Row]:
     """Run every step in turn, ``repeats`` times after a warm-up of two, and compare to the baseline (the first).
 
-    Each callable must return only when its work is done.
+    Each callable must return only when its work is done. In its turn it runs twice, and the second run counts: the
+    first pays for what the one before has left to the system, such as 128 MB of temporaries to give back.
     """
     baseline = baseline or next(iter(steps))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
         for name, step in steps.items():
+            step()
             start = time.perf_counter()
             step()
             if turn >= 2:

@@ -69,7 +69,7 @@ T inverse_root(T v) {
 // rho max(eps2, RMS(x)) / max(1, RMS(u)/d) of one slice (eqs. 9 and 10). NaN stays NaN.
 double factor(const adafactor_tensor& t, double Q, double u2) {
   const double N = double(t.N_global), excess = std::sqrt(u2 / N) / t.clip;
-  const double scale = std::sqrt(Q / N);
+  const double scale = std::sqrt(Q / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.keep) : 1);
   const double alpha = (t.flags & ADAFACTOR_SCALE_PARAMETER) ? t.rho * (scale <= t.eps2 ? t.eps2 : scale) : t.rho;
   return std::isinf(t.clip) || excess <= 1 ? alpha : alpha / excess;
 }
@@ -117,8 +117,9 @@ void finish(const adafactor_tensor& t, const Finish<T>& f) {
 }
 
 template <class T>
-ffi::Error measure_as(const std::vector<double>& numbers, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                      Tensors tensors, bool scale, int64_t threads, int64_t isa) {
+ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<double>& keep, ffi::RemainingArgs args,
+                      ffi::RemainingRets rets, Tensors tensors, bool scale, bool scale_after_decay, int64_t threads,
+                      int64_t isa) {
   const int64_t models = int64_t(numbers.size()) / kNumbers, count = int64_t(tensors.size()) / kWords;
   std::vector<adafactor_tensor> records;
   std::vector<Finish<T>> finishes;
@@ -147,6 +148,8 @@ ffi::Error measure_as(const std::vector<double>& numbers, ffi::RemainingArgs arg
     for (int64_t model = 0; model < models; ++model) {
       adafactor_tensor t = record(words, models, numbers.data() + model * kNumbers);
       if (scale) t.flags |= ADAFACTOR_SCALE_PARAMETER;
+      if (scale_after_decay) t.flags |= ADAFACTOR_SCALE_AFTER_DECAY;
+      t.keep = keep[size_t(model * count + k)];
       t.param_dtype = dtype_of(x.element_type()), t.grad_dtype = dtype_of(g.element_type());
       const int64_t rows = factored ? rows_of(t) : size_of(t), sums_size = factored ? columns_of(t) : t.slices;
       t.param = advance(x.untyped_data(), model * size_of(t) * int64_t(ffi::ByteWidth(x.element_type())));
@@ -179,10 +182,11 @@ ffi::Error measure_as(const std::vector<double>& numbers, ffi::RemainingArgs arg
   return ffi::Error::Success();
 }
 
-ffi::Error measure(ffi::AnyBuffer numbers, ffi::RemainingArgs args, ffi::RemainingRets rets, Tensors tensors, bool scale,
-                   int64_t threads, int64_t isa) {
+ffi::Error measure(ffi::AnyBuffer numbers, ffi::AnyBuffer keep, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   Tensors tensors, bool scale, bool scale_after_decay, int64_t threads, int64_t isa) {
   const bool wide = numbers.element_type() == ffi::DataType::F64;
-  return (wide ? measure_as<double> : measure_as<float>)(doubles(numbers), args, rets, tensors, scale, threads, isa);
+  return (wide ? measure_as<double> : measure_as<float>)(doubles(numbers), doubles(keep), args, rets, tensors, scale,
+                                                         scale_after_decay, threads, isa);
 }
 
 // The results are the arguments' own buffers: XLA was told so. A copy is the way out where it did not listen.
@@ -192,8 +196,7 @@ void* in_place(const ffi::AnyBuffer& from, ffi::Result<ffi::AnyBuffer> to) {
 }
 
 ffi::Error step(ffi::AnyBuffer numbers_buffer, ffi::AnyBuffer keep_buffer, ffi::RemainingArgs args,
-                ffi::RemainingRets rets, Tensors tensors, bool scale, bool scale_after_decay, bool momentum,
-                int64_t threads, int64_t isa) {
+                ffi::RemainingRets rets, Tensors tensors, bool scale, bool momentum, int64_t threads, int64_t isa) {
   const std::vector<double> numbers = doubles(numbers_buffer), keep = doubles(keep_buffer);
   const int64_t models = int64_t(numbers.size()) / kNumbers, count = int64_t(tensors.size()) / kWords;
   std::vector<adafactor_tensor> records;
@@ -217,7 +220,6 @@ ffi::Error step(ffi::AnyBuffer numbers_buffer, ffi::AnyBuffer keep_buffer, ffi::
     for (int64_t model = 0; model < models; ++model) {
       adafactor_tensor t = record(words, models, numbers.data() + model * kNumbers);
       if (scale) t.flags |= ADAFACTOR_SCALE_PARAMETER;
-      if (scale_after_decay) t.flags |= ADAFACTOR_SCALE_AFTER_DECAY;
       t.keep = keep[size_t(model * count + k)];
       t.param_dtype = dtype_of(x.element_type()), t.grad_dtype = dtype_of(g.element_type());
       t.momentum_dtype = dtype_of(average_type);
@@ -243,10 +245,12 @@ extern "C" ADAFACTOR_API XLA_FFI_Error* adafactor_xla_step(XLA_FFI_CallFrame* fr
 XLA_FFI_DEFINE_HANDLER_SYMBOL(adafactor_xla_measure, measure,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<Tensors>("tensors")
                                   .Attr<bool>("scale")
+                                  .Attr<bool>("scale_after_decay")
                                   .Attr<int64_t>("threads")
                                   .Attr<int64_t>("isa"));
 
@@ -258,7 +262,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(adafactor_xla_step, step,
                                   .RemainingRets()
                                   .Attr<Tensors>("tensors")
                                   .Attr<bool>("scale")
-                                  .Attr<bool>("scale_after_decay")
                                   .Attr<bool>("momentum")
                                   .Attr<int64_t>("threads")
                                   .Attr<int64_t>("isa"));

@@ -75,6 +75,21 @@ def test_a_jitted_step_needs_no_temporary_of_the_kernels_size(dtype, options):
     assert temporaries(Adafactor(**options), dtype) <= 0.1
 
 
+@pytest.mark.backend("jax", reason="only there")
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.01}], ids=["plain", "decay"])
+def test_a_jitted_step_calls_the_native_kernel(options):
+    import jax
+
+    from adafactor.kernels import xla_native
+
+    need(xla_native.why_not())
+    optimizer = Adafactor(**options)
+    kernel = built(optimizer, side=64)
+    state = [v.value for v in optimizer.variables]
+    lowered = jax.jit(optimizer.stateless_apply).lower(state, [kernel.value], [kernel.value])
+    assert "adafactor_xla_measure" in lowered.as_text()
+
+
 @pytest.mark.backend("jax", reason="only XLA tells")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_keras_own_adafactor_needs_one(dtype):

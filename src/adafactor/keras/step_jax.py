@@ -41,8 +41,8 @@ def update(
     split = [sharding is not None and sharding.mesh.size > 1 for sharding in shardings]
     if all(split):
         measured = shards.measure(tensors, shardings, hp, decay, rho, True)
-    elif not any(split) and not any(member.weight_decay for member in members):
-        measured = xla.measure(tensors, hp, decay, rho)  # takes RMS(x) before weight decay, Keras after it
+    elif not any(split):
+        measured = xla.measure(tensors, hp, decay, rho, True)
     else:
         return False
     for member, tensor, found in zip(members, tensors, measured, strict=True):

@@ -46,7 +46,7 @@ def barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 class Tensor(NamedTuple):
     """One parameter in one update: arrays of ``layout.shape``, statistics by the names of ``Layout.slots``.
 
-    ``keep`` is what the parameter is multiplied by before its step (`step` only), ``momentum`` as in eq. 12.
+    ``keep`` is what the parameter is multiplied by before its step, ``momentum`` as in eq. 12 (`step` only).
     """
 
     layout: Layout
@@ -65,15 +65,25 @@ class Measured(NamedTuple):
     second: jax.Array
 
 
-def measure(tensors: Sequence[Tensor], hp: Hyperparameters, decay: jax.Array, rho: jax.Array) -> list[Measured]:
-    """The step of every tensor short of making it (eqs. 1 to 11); ``decay`` and ``rho`` are scalars."""
+def measure(
+    tensors: Sequence[Tensor],
+    hp: Hyperparameters,
+    decay: jax.Array,
+    rho: jax.Array,
+    scale_after_decay: bool = False,
+) -> list[Measured]:
+    """The step of every tensor short of making it (eqs. 1 to 11); ``decay`` and ``rho`` are scalars.
+
+    ``scale_after_decay`` takes RMS(x) of the parameter times its ``keep``, as Keras does.
+    """
     results: list[Measured | None] = [None] * len(tensors)
-    flags = {"clip": hp.clip_threshold is not None, "scale": hp.scale_parameter}
+    flags = {"clip": hp.clip_threshold is not None, "scale": hp.scale_parameter, "after": scale_after_decay}
     for group in _groups(tensors):
-        numbers = _numbers(_statistics(tensors[group[0]]), hp, decay, rho)
+        dtype = _statistics(tensors[group[0]])
+        numbers, keeps = _numbers(dtype, hp, decay, rho), _keeps([tensors[k] for k in group], dtype)
         layouts = tuple(tensors[k].layout for k in group)
         operands = [a for k in group for a in _read(tensors[k], hp.scale_parameter)]
-        out = iter(measure_p.bind(numbers, *operands, layouts=layouts, **flags))
+        out = iter(measure_p.bind(numbers, keeps, *operands, layouts=layouts, **flags))
         for k in group:
             results[k] = _measured(tensors[k], hp, decay, out)
     return results  # type: ignore[return-value]
@@ -95,29 +105,17 @@ def _measured(tensor: Tensor, hp: Hyperparameters, decay: jax.Array, out: Iterat
     return Measured({"second_moment": v}, array._inverse_sqrt(ops, v), second)
 
 
-def step(
-    tensors: Sequence[Tensor],
-    hp: Hyperparameters,
-    decay: jax.Array,
-    rho: jax.Array,
-    scale_after_decay: bool = False,
-) -> list[Tensor]:
-    """The whole step (eqs. 1 to 13): the tensors with new x, slots and momentum.
-
-    Donated arrays are updated in place. ``scale_after_decay`` takes RMS(x) of the parameter times its ``keep``.
-    """
+def step(tensors: Sequence[Tensor], hp: Hyperparameters, decay: jax.Array, rho: jax.Array) -> list[Tensor]:
+    """The whole step (eqs. 1 to 13): the tensors with new x, slots and momentum, donated arrays updated in place."""
     results: list[Tensor | None] = [None] * len(tensors)
     flags = {"clip": hp.clip_threshold is not None, "scale": hp.scale_parameter}
     momentum = hp.momentum is not None
     for group in _groups(tensors):
         dtype = _statistics(tensors[group[0]])
-        numbers = _numbers(dtype, hp, decay, rho)
-        keeps = jnp.stack([jnp.asarray(tensors[k].keep, dtype) for k in group])
+        numbers, keeps = _numbers(dtype, hp, decay, rho), _keeps([tensors[k] for k in group], dtype)
         operands = [a for k in group for a in _written(tensors[k])]
         layouts = tuple(tensors[k].layout for k in group)
-        out = iter(
-            step_p.bind(numbers, keeps, *operands, layouts=layouts, momentum=momentum, after=scale_after_decay, **flags)
-        )
+        out = iter(step_p.bind(numbers, keeps, *operands, layouts=layouts, momentum=momentum, **flags))
         for k in group:
             x, slots = next(out), {name: next(out) for name in tensors[k].layout.slots}
             average = next(out) if momentum else None
@@ -146,6 +144,10 @@ def _numbers(dtype: Any, hp: Hyperparameters, decay: jax.Array, rho: jax.Array) 
     return jnp.stack([jnp.asarray(value, dtype) for value in values])
 
 
+def _keeps(tensors: Sequence[Tensor], dtype: Any) -> jax.Array:
+    return jnp.stack([jnp.asarray(tensor.keep, dtype) for tensor in tensors])
+
+
 def _traced(value: object) -> bool:
     return isinstance(value, jax.Array)
 
@@ -159,12 +161,17 @@ def _written(tensor: Tensor) -> list[jax.Array]:
     return [tensor.g, tensor.x, *slots, *([] if tensor.momentum is None else [tensor.momentum])]
 
 
+def _number_of(values: jax.Array, k: int, rank: int) -> jax.Array:
+    """Number ``k`` of a head: a scalar, or under vmap broadcasting to a tensor of ``rank``."""
+    lead = values.shape[:-1]
+    return values[..., k].reshape(lead + (1,) * (rank - len(lead)) if lead else ())
+
+
 def _constants(
     numbers: jax.Array, rank: int, clip: bool, scale: bool
 ) -> tuple[jax.Array, jax.Array, array.Constants, Any]:
-    """decay, rho, the other constants and beta_1: scalars, or under vmap broadcasting to a tensor of ``rank``."""
-    lead = numbers.shape[:-1]
-    one = [numbers[..., k].reshape(lead + (1,) * (rank - len(lead)) if lead else ()) for k in range(6)]
+    """decay, rho, the other constants and beta_1."""
+    one = [_number_of(numbers, k, rank) for k in range(6)]
     return one[0], one[1], array.Constants(one[2], one[3], one[4] if clip else None, scale), one[5]
 
 
@@ -172,16 +179,23 @@ def _constants(
 
 
 def _measure_jnp(
-    numbers: jax.Array, *operands: jax.Array, layouts: tuple[Layout, ...], clip: bool, scale: bool
+    numbers: jax.Array,
+    keeps: jax.Array,
+    *operands: jax.Array,
+    layouts: tuple[Layout, ...],
+    clip: bool,
+    scale: bool,
+    after: bool,
 ) -> list[jax.Array]:
     arrays = iter(operands)
     out = []
-    for layout in layouts:
+    for k, layout in enumerate(layouts):
         g = next(arrays)
         x = next(arrays) if scale else g
         slots = {name: next(arrays) for name in layout.slots}
         decay, rho, hp, _ = _constants(numbers, len(layout.shape), clip, scale)
-        update = array.measure(ops, x, g, slots, layout, hp, decay, rho, None, barrier)
+        keep = _number_of(keeps, k, len(layout.shape)) if after else None
+        update = array.measure(ops, x, g, slots, layout, hp, decay, rho, keep, barrier)
         first, second = update.direction
         second = second * update.alpha
         if layout.factored:
@@ -201,7 +215,6 @@ def _step_jnp(
     clip: bool,
     scale: bool,
     momentum: bool,
-    after: bool,
 ) -> list[jax.Array]:
     arrays = iter(operands)
     out = []
@@ -210,9 +223,8 @@ def _step_jnp(
         average = next(arrays) if momentum else None
         rank = len(layout.shape)
         decay, rho, hp, beta_1 = _constants(numbers, rank, clip, scale)
-        lead = keeps.shape[:-1]
-        keep = keeps[..., k].reshape(lead + (1,) * (rank - len(lead)) if lead else ())
-        update = array.measure(ops, x, g, slots, layout, hp, decay, rho, keep if after else None, barrier)
+        keep = _number_of(keeps, k, rank)
+        update = array.measure(ops, x, g, slots, layout, hp, decay, rho, None, barrier)
         x, average = array.apply(ops, x, g, update, average, beta_1 if momentum else None, keep, barrier)
         out += [x, *(update.slots[name] for name in layout.slots), *([] if average is None else [average])]
     return out
@@ -221,8 +233,8 @@ def _step_jnp(
 # -- the primitives ----------------------------------------------------------------------------------------------------
 
 
-def _primitive(name: str, on_jnp: Callable[..., list[jax.Array]], lower_native: Any, heads: int) -> Primitive:
-    """A primitive with ``heads`` operands of numbers before the tensors' arrays."""
+def _primitive(name: str, on_jnp: Callable[..., list[jax.Array]], lower_native: Any) -> Primitive:
+    """A primitive with two operands of numbers before the tensors' arrays."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     compiled = cache(lambda **params: jax.jit(partial(primitive.bind, **params)))
@@ -239,7 +251,7 @@ def _primitive(name: str, on_jnp: Callable[..., list[jax.Array]], lower_native: 
         for k, (a, axis) in enumerate(zip(operands, axes, strict=True)):
             if axis is not None:
                 moved.append(jnp.moveaxis(a, axis, 0))
-            elif k < heads and all(axis is None for axis in axes[:heads]) and a.ndim == 1:
+            elif k < 2 and axes[0] is axes[1] is None and a.ndim == 1:
                 moved.append(a)  # one set of numbers serves all models
             else:
                 moved.append(jnp.broadcast_to(a, (size, *a.shape)))
@@ -266,5 +278,5 @@ def _stacked(layout: Layout, size: int) -> Layout:
     return Layout((size, *layout.shape), rows, columns, (0, *batch))
 
 
-measure_p = _primitive("adafactor_measure", _measure_jnp, xla_native.lower_measure, heads=1)
-step_p = _primitive("adafactor_step", _step_jnp, xla_native.lower_step, heads=2)
+measure_p = _primitive("adafactor_measure", _measure_jnp, xla_native.lower_measure)
+step_p = _primitive("adafactor_step", _step_jnp, xla_native.lower_step)

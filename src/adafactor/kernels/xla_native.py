@@ -38,13 +38,15 @@ def _register() -> str | None:
     return None
 
 
-def lower_measure(context: Any, operands: Any, *, layouts: tuple[Layout, ...], clip: bool, scale: bool) -> Any:
+def lower_measure(
+    context: Any, operands: Any, *, layouts: tuple[Layout, ...], clip: bool, scale: bool, after: bool
+) -> Any:
     """The custom call, or ``None`` where `array.py` has to do it."""
     tensors = _tensors(context, layouts)
     if tensors is None:
         return None
-    order, results, aliases = [0], list[int](), dict[int, int]()
-    at, out = 1, 0
+    order, results, aliases = [0, 1], list[int](), dict[int, int]()
+    at, out = 2, 0
     for layout, (_, swapped) in zip(layouts, tensors, strict=True):
         taken = list(range(at, at + 1 + scale + len(layout.slots)))
         at += len(taken)
@@ -59,7 +61,8 @@ def lower_measure(context: Any, operands: Any, *, layouts: tuple[Layout, ...], c
         order += taken
         results += given
     back = [results.index(k) for k in range(out)]
-    return _call("adafactor_xla_measure", context, operands, order, results, back, aliases, tensors, scale=scale)
+    flags = {"scale": scale, "scale_after_decay": after}
+    return _call("adafactor_xla_measure", context, operands, order, results, back, aliases, tensors, **flags)
 
 
 def lower_step(
@@ -70,7 +73,6 @@ def lower_step(
     clip: bool,
     scale: bool,
     momentum: bool,
-    after: bool,
 ) -> Any:
     """The custom call, whose results are its operands' own memory, or ``None`` where `array.py` has to do it."""
     tensors = _tensors(context, layouts)
@@ -90,7 +92,7 @@ def lower_step(
         order += taken
         results += given
     back = [results.index(k) for k in range(out)]
-    flags = {"scale": scale, "scale_after_decay": after, "momentum": momentum}
+    flags = {"scale": scale, "momentum": momentum}
     return _call("adafactor_xla_step", context, operands, order, results, back, aliases, tensors, **flags)
 
 
