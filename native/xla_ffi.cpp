@@ -239,6 +239,9 @@ ffi::Error step(ffi::AnyBuffer numbers_buffer, ffi::AnyBuffer keep_buffer, ffi::
 
 }  // namespace
 
+// Of the headers this was built with: another jaxlib refuses to start a CPU client beside a handler of another version.
+extern "C" ADAFACTOR_API int64_t adafactor_xla_version() { return XLA_FFI_API_MAJOR * 65536 + XLA_FFI_API_MINOR; }
+
 extern "C" ADAFACTOR_API XLA_FFI_Error* adafactor_xla_measure(XLA_FFI_CallFrame* frame);
 extern "C" ADAFACTOR_API XLA_FFI_Error* adafactor_xla_step(XLA_FFI_CallFrame* frame);
 

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from native_support import need
 from optax_support import assert_close, run
 
 from adafactor import Factored, Hyperparameters, layout, reference
+from adafactor.kernels import xla_native
 from adafactor.optax import adafactor
 
 
@@ -180,3 +182,10 @@ def test_gradient_through_the_optimizer():
     ours = jax.jit(jax.grad(lambda rate: loss(rate, adafactor)))(1e-2)
     theirs = jax.jit(jax.grad(lambda rate: loss(rate, optax.adafactor)))(1e-2)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_a_library_for_another_jaxlib_is_left_alone(monkeypatch):
+    """Registered, its handlers would keep JAX from starting a CPU client at all."""
+    need(xla_native.why_not())
+    monkeypatch.setattr(xla_native, "_version", lambda: (0, 99))
+    assert "built for another jaxlib" in xla_native._register.__wrapped__()

@@ -7,7 +7,9 @@ where jaxlib's headers are.
 from __future__ import annotations
 
 import ctypes
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,11 +33,25 @@ def _register() -> str | None:
     library = ctypes.CDLL(path)
     try:
         calls = {name: jax.ffi.pycapsule(getattr(library, name)) for name in _CALLS}
+        version = library.adafactor_xla_version
     except AttributeError:
         return f"The native kernels at {path} were built without jaxlib's headers. Reinstall where jaxlib is installed."
+    version.restype = ctypes.c_int64
+    if divmod(version(), 65536) != _version():
+        return (
+            f"The native kernels at {path} were built for another jaxlib than {jax.__version__}. "
+            "Install adafactor again, from source, beside this one."
+        )
     for name, call in calls.items():
         jax.ffi.register_ffi_target(name, call, platform="cpu")
     return None
+
+
+def _version() -> tuple[int, int] | None:
+    """Major and minor version of the FFI that this jaxlib speaks, which only its headers tell."""
+    header = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")]
+    return (int(found[0][1]), int(found[1][1])) if found[0] and found[1] else None
 
 
 def lower_measure(
