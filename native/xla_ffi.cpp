@@ -66,12 +66,19 @@ T inverse_root(T v) {
   return v == 0 ? T(0) : T(1) / std::sqrt(v);
 }
 
-// rho max(eps2, RMS(x)) / max(1, RMS(u)/d) of one slice (eqs. 9 and 10). NaN stays NaN.
-double factor(const adafactor_tensor& t, double Q, double u2) {
-  const double N = double(t.N_global), excess = std::sqrt(u2 / N) / t.clip;
-  const double scale = std::sqrt(Q / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.keep) : 1);
-  const double alpha = (t.flags & ADAFACTOR_SCALE_PARAMETER) ? t.rho * (scale <= t.eps2 ? t.eps2 : scale) : t.rho;
-  return std::isinf(t.clip) || excess <= 1 ? alpha : alpha / excess;
+// rho max(eps2, RMS(x)) / max(1, RMS(u)/d) of one slice (eqs. 9 and 10). NaN stays NaN. Where it is asked for, the
+// report is of RMS(u), the divisor and the scale.
+template <class T>
+double factor(const adafactor_tensor& t, double Q, double u2, T* report) {
+  const double N = double(t.N_global), rms_u = std::sqrt(u2 / N), excess = rms_u / t.clip;
+  const double divisor = std::isinf(t.clip) || excess <= 1 ? 1 : excess;
+  double scale = 1;
+  if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
+    scale = std::sqrt(Q / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.keep) : 1);
+    if (scale <= t.eps2) scale = t.eps2;
+  }
+  if (report) report[0] = T(rms_u), report[1] = T(divisor), report[2] = T(scale);
+  return t.rho * scale / divisor;
 }
 
 // Where the second half of `measure` finds the statistics and leaves its results.
@@ -79,6 +86,8 @@ template <class T>
 struct Finish {
   const T *S, *W, *old_column;
   T *row, *column, *row_factor, *column_factor;
+  T* report;  // [slices][3], or null
+  T* report_of(int64_t slice) const { return report ? report + 3 * slice : nullptr; }
 };
 
 // Eqs. 3, 7, 9, 10 after adafactor_measure: the update is g times row_factor (which holds the finished rows) times
@@ -103,7 +112,7 @@ void finish(const adafactor_tensor& t, const Finish<T>& f) {
       root_mu[size_t(k)] = std::sqrt(mu);
       u2 += mu * weighted;
     }
-    const double scale = factor(t, t.Q[s], u2);
+    const double scale = factor(t, t.Q[s], u2, f.report_of(s));
     for (int64_t k = 0; k < matrices; ++k) {
       const int64_t at = (s * matrices + k) * m;
       const T common = T(root_mu[size_t(k)] * scale);
@@ -118,8 +127,8 @@ void finish(const adafactor_tensor& t, const Finish<T>& f) {
 
 template <class T>
 ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<double>& keep, ffi::RemainingArgs args,
-                      ffi::RemainingRets rets, Tensors tensors, bool scale, bool scale_after_decay, int64_t threads,
-                      int64_t isa) {
+                      ffi::RemainingRets rets, Tensors tensors, bool scale, bool scale_after_decay, bool report,
+                      int64_t threads, int64_t isa) {
   const int64_t models = int64_t(numbers.size()) / kNumbers, count = int64_t(tensors.size()) / kWords;
   std::vector<adafactor_tensor> records;
   std::vector<Finish<T>> finishes;
@@ -145,6 +154,7 @@ ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<doub
     T* column = factored ? static_cast<T*>(take().untyped_data()) : nullptr;
     T *new_row = factored ? give() : nullptr, *new_column = factored ? give() : nullptr;
     T *row_factor = factored ? give() : nullptr, *column_factor = give();  // the latter is [slices] if not factored
+    T* reports = report ? give() : nullptr;
     for (int64_t model = 0; model < models; ++model) {
       adafactor_tensor t = record(words, models, numbers.data() + model * kNumbers);
       if (scale) t.flags |= ADAFACTOR_SCALE_PARAMETER;
@@ -156,15 +166,16 @@ ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<doub
       t.grad = advance(g.untyped_data(), model * size_of(t) * int64_t(ffi::ByteWidth(g.element_type())));
       t.row = row + model * rows;
       t.Q = next_Q, next_Q += t.slices;
+      T* its_report = reports ? reports + 3 * model * t.slices : nullptr;
       T *S = column_factor + model * sums_size, *W = next_sum;
       next_sum += sums_size;
       if (factored) {
         t.column = column + model * sums_size, t.finished = row_factor + model * rows;
         finishes.push_back({S, W, static_cast<T*>(t.column), new_row + model * rows, new_column + model * sums_size,
-                            row_factor + model * rows, S});
+                            row_factor + model * rows, S, its_report});
       } else {
         S = next_sum, next_sum += sums_size;
-        finishes.push_back({S, W, nullptr, nullptr, nullptr, nullptr, column_factor + model * sums_size});
+        finishes.push_back({S, W, nullptr, nullptr, nullptr, nullptr, column_factor + model * sums_size, its_report});
       }
       t.S = S, t.W = W;
       records.push_back(t);
@@ -176,17 +187,17 @@ ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<doub
     if (t.flags & ADAFACTOR_FACTORED) {
       finish(t, finishes[k]);
     } else {
-      for (int64_t s = 0; s < t.slices; ++s) finishes[k].column_factor[s] = T(factor(t, t.Q[s], finishes[k].W[s]));
+      for (int64_t s = 0; s < t.slices; ++s) finishes[k].column_factor[s] = T(factor(t, t.Q[s], finishes[k].W[s], finishes[k].report_of(s)));
     }
   }
   return ffi::Error::Success();
 }
 
 ffi::Error measure(ffi::AnyBuffer numbers, ffi::AnyBuffer keep, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   Tensors tensors, bool scale, bool scale_after_decay, int64_t threads, int64_t isa) {
+                   Tensors tensors, bool scale, bool scale_after_decay, bool report, int64_t threads, int64_t isa) {
   const bool wide = numbers.element_type() == ffi::DataType::F64;
   return (wide ? measure_as<double> : measure_as<float>)(doubles(numbers), doubles(keep), args, rets, tensors, scale,
-                                                         scale_after_decay, threads, isa);
+                                                         scale_after_decay, report, threads, isa);
 }
 
 // The results are the arguments' own buffers: XLA was told so. A copy is the way out where it did not listen.
@@ -254,6 +265,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(adafactor_xla_measure, measure,
                                   .Attr<Tensors>("tensors")
                                   .Attr<bool>("scale")
                                   .Attr<bool>("scale_after_decay")
+                                  .Attr<bool>("report")
                                   .Attr<int64_t>("threads")
                                   .Attr<int64_t>("isa"));
 

@@ -29,11 +29,14 @@ class Update(NamedTuple):
         direction: two factors whose product with g is the normalised, clipped update (eqs. 7, 10, 13); each
             broadcasts to the parameter's shape.
         alpha: the step size (eq. 9), likewise.
+        report: where asked for, RMS(u) before clipping (eq. 7), what clipping divides by (eq. 10) and the parameter
+            scale (eq. 9; 1 where it is off), likewise.
     """
 
     slots: dict[str, Array]
     direction: tuple[Array, Array]
     alpha: Array
+    report: tuple[Array, Array | float, Array | float] | None = None
 
 
 class Constants(NamedTuple):
@@ -81,6 +84,7 @@ def measure(
     rho: Array,
     keep: Array | None = None,
     barrier: Barrier = identity,
+    report: bool = False,
 ) -> Update:
     """Everything about one step of one parameter short of moving it (eqs. 2 to 11), on one device.
 
@@ -90,10 +94,11 @@ def measure(
         decay, rho: 1 - beta(t) and rho(t): scalars, or one value per slice in a shape that broadcasts to x.
         keep: what decoupled weight decay multiplies x by before the step, if anything; RMS(x) is taken after it.
         barrier: returns its arguments behind a barrier of the compiler, if it needs one.
+        report: fill ``Update.report``.
 
     A parameter without elements must not be passed: its means do not exist.
     """
-    rounds = measuring(ops, x, g, slots, layout, hp, decay, rho, keep, barrier)
+    rounds = measuring(ops, x, g, slots, layout, hp, decay, rho, keep, barrier, report=report)
     partials = next(rounds)
     while True:
         try:
@@ -115,6 +120,7 @@ def measuring(
     keep: Array | None = None,
     barrier: Barrier = identity,
     rows_first: bool = False,
+    report: bool = False,
 ) -> Rounds:
     """As `measure` on one of several shards: the arrays are the shard's, ``layout`` is the whole parameter's.
 
@@ -130,22 +136,33 @@ def measuring(
 
     Q = [_total(ops, ops.square(ops.cast(x, dtype)), layout)] if hp.scale_parameter else []  # eq. 6
 
-    def alpha() -> Array:  # eq. 9
-        if not Q:
-            return rho
-        rms = ops.sqrt(Q[0] / layout.slice_size)
-        return rho * ops.maximum(rms if keep is None else rms * ops.absolute(keep), hp.epsilon_2)
+    needs_u2 = report or hp.clip_threshold is not None
+
+    def update(slots: dict[str, Array], first: Array, second: Array) -> Update:
+        """Eqs. 7, 9 and 10 from the sums in ``Q`` and ``u2``."""
+        rms_u: Any = ops.sqrt(u2[0] / layout.slice_size) if u2 else None
+        clip = None if hp.clip_threshold is None else ops.maximum(rms_u / hp.clip_threshold, 1.0)
+        scale = None
+        if Q:
+            rms = ops.sqrt(Q[0] / layout.slice_size)
+            scale = ops.maximum(rms if keep is None else rms * ops.absolute(keep), hp.epsilon_2)
+        return Update(
+            slots,
+            (first, second if clip is None else second * (1 / clip)),
+            rho if scale is None else rho * scale,
+            (rms_u, 1.0 if clip is None else clip, 1.0 if scale is None else scale) if report else None,
+        )
 
     if not layout.factored:
         v = slots["second_moment"]
         v = (1 - decay) * v + decay * (ops.square(ops.cast(g, dtype)) + hp.epsilon_1)  # eq. 11
         squares, v = g2(v)
-        u2 = [] if hp.clip_threshold is None else [_total(ops, squares * _inverse(ops, v), layout)]
+        u2 = [_total(ops, squares * _inverse(ops, v), layout)] if needs_u2 else []
         yield []
         Q, u2 = _split((yield [Partial(a, layout.whole) for a in (*Q, *u2)]), len(Q))
         yield []
         yield []
-        return Update({"second_moment": v}, (_inverse_sqrt(ops, v), _clip(ops, u2, layout, hp)), alpha())
+        return update({"second_moment": v}, _inverse_sqrt(ops, v), 1.0)
 
     # `first` is finished before `second` is begun; each is a sum over the axes of the other.
     names, over, counts = ("column", "row"), (layout.rows, layout.columns), (layout.n, layout.m)
@@ -160,7 +177,7 @@ def measuring(
     squares, first = g2(first)
     S = _sum(ops, squares, over[1])
     W = []
-    if hp.clip_threshold is not None:
+    if needs_u2:
         squares, S = g2(S)
         W = [_sum(ops, squares * _inverse(ops, first), over[1])]  # eq. 5
     S, *totals = yield [Partial(a, over[1]) for a in (S, *Q, *W)]
@@ -171,9 +188,8 @@ def measuring(
     Q, u2 = _split((yield [Partial(a, stack) for a in (*Q, *(_sum(ops, mu * u, stack) for u in u2))]), len(Q))  # eq. 7
 
     column, row = (second, first) if rows_first else (first, second)
-    direction = (_inverse_sqrt(ops, row), ops.sqrt(mu) * _inverse_sqrt(ops, column) * _clip(ops, u2, layout, hp))
     slots = {name: ops.reshape(a, slots[name].shape) for name, a in (("row", row), ("column", column))}
-    return Update(slots, direction, alpha())
+    return update(slots, _inverse_sqrt(ops, row), ops.sqrt(mu) * _inverse_sqrt(ops, column))
 
 
 def apply(
@@ -199,13 +215,6 @@ def apply(
     # One rounding, of the result: a low-precision parameter would lose part of a rounded step.
     kept = ops.cast(x_behind, first.dtype)
     return ops.cast((kept if keep is None else kept * keep) - step, x.dtype), momentum
-
-
-def _clip(ops: Any, u2: list[Array], layout: Layout, hp: Hyperparameters | Constants) -> Array:
-    """1 / max(1, RMS(u)/d) (eq. 10); ``u2`` holds the sum of u², or nothing where clipping is off."""
-    if hp.clip_threshold is None:
-        return 1.0
-    return 1 / ops.maximum(ops.sqrt(u2[0] / layout.slice_size) / hp.clip_threshold, 1.0)
 
 
 def _sum(ops: Any, a: Array, axes: Shape) -> Array:

@@ -58,11 +58,16 @@ class Tensor(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """New statistics by name, and two factors whose product with g is what x loses (eqs. 9, 10, 13)."""
+    """New statistics by name, and two factors whose product with g is what x loses (eqs. 9, 10, 13).
+
+    ``report``, where asked for, has the lengths of the batch axes and 3: RMS(u) before clipping (eq. 7), what clipping
+    divides by (eq. 10) and the parameter scale (eq. 9).
+    """
 
     slots: dict[str, jax.Array]
     first: jax.Array
     second: jax.Array
+    report: jax.Array | None = None
 
 
 def measure(
@@ -71,13 +76,16 @@ def measure(
     decay: jax.Array,
     rho: jax.Array,
     scale_after_decay: bool = False,
+    report: bool = False,
 ) -> list[Measured]:
     """The step of every tensor short of making it (eqs. 1 to 11); ``decay`` and ``rho`` are scalars.
 
-    ``scale_after_decay`` takes RMS(x) of the parameter times its ``keep``, as Keras does.
+    ``scale_after_decay`` takes RMS(x) of the parameter times its ``keep``, as Keras does; ``report`` asks for
+    ``Measured.report``.
     """
     results: list[Measured | None] = [None] * len(tensors)
-    flags = {"clip": hp.clip_threshold is not None, "scale": hp.scale_parameter, "after": scale_after_decay}
+    flags = {"clip": hp.clip_threshold is not None, "scale": hp.scale_parameter}
+    flags |= {"after": scale_after_decay, "report": report}
     for group in _groups(tensors):
         dtype = _statistics(tensors[group[0]])
         numbers, keeps = _numbers(dtype, hp, decay, rho), _keeps([tensors[k] for k in group], dtype)
@@ -85,11 +93,13 @@ def measure(
         operands = [a for k in group for a in _read(tensors[k], hp.scale_parameter)]
         out = iter(measure_p.bind(numbers, keeps, *operands, layouts=layouts, **flags))
         for k in group:
-            results[k] = _measured(tensors[k], hp, decay, out)
+            results[k] = _measured(tensors[k], hp, decay, out, report)
     return results  # type: ignore[return-value]
 
 
-def _measured(tensor: Tensor, hp: Hyperparameters, decay: jax.Array, out: Iterator[jax.Array]) -> Measured:
+def _measured(
+    tensor: Tensor, hp: Hyperparameters, decay: jax.Array, out: Iterator[jax.Array], report: bool
+) -> Measured:
     layout = tensor.layout
     if layout.factored:
         row, column, first, second = (next(out) for _ in range(4))
@@ -97,12 +107,13 @@ def _measured(tensor: Tensor, hp: Hyperparameters, decay: jax.Array, out: Iterat
             {"row": row, "column": column},
             array._spread(ops, first, layout.columns),
             array._spread(ops, second, layout.rows),
+            next(out) if report else None,
         )
-    (second,) = (next(out) for _ in range(1))
+    second = next(out)
     v = tensor.slots["second_moment"]
     decay = decay.astype(v.dtype)
     v = (1 - decay) * v + decay * (jnp.square(tensor.g.astype(v.dtype)) + hp.epsilon_1)  # eq. 11
-    return Measured({"second_moment": v}, array._inverse_sqrt(ops, v), second)
+    return Measured({"second_moment": v}, array._inverse_sqrt(ops, v), second, next(out) if report else None)
 
 
 def step(tensors: Sequence[Tensor], hp: Hyperparameters, decay: jax.Array, rho: jax.Array) -> list[Tensor]:
@@ -186,6 +197,7 @@ def _measure_jnp(
     clip: bool,
     scale: bool,
     after: bool,
+    report: bool,
 ) -> list[jax.Array]:
     arrays = iter(operands)
     out = []
@@ -195,7 +207,7 @@ def _measure_jnp(
         slots = {name: next(arrays) for name in layout.slots}
         decay, rho, hp, _ = _constants(numbers, len(layout.shape), clip, scale)
         keep = _number_of(keeps, k, len(layout.shape)) if after else None
-        update = array.measure(ops, x, g, slots, layout, hp, decay, rho, keep, barrier)
+        update = array.measure(ops, x, g, slots, layout, hp, decay, rho, keep, barrier, report)
         first, second = update.direction
         second = second * update.alpha
         if layout.factored:
@@ -204,7 +216,17 @@ def _measure_jnp(
         else:
             slices = tuple(n if axis in layout.batch else 1 for axis, n in enumerate(layout.shape))
             out.append(jnp.broadcast_to(second, slices))
+        if report:
+            out.append(reported(update, layout))
     return out
+
+
+def reported(update: array.Update, layout: Layout) -> jax.Array:
+    """``Measured.report`` of an update."""
+    assert update.report is not None
+    rms_u = update.report[0]
+    columns = [jnp.broadcast_to(jnp.asarray(a, rms_u.dtype), rms_u.shape) for a in update.report]
+    return jnp.stack(columns, axis=-1).reshape(*(rms_u.shape[axis] for axis in layout.batch), 3)
 
 
 def _step_jnp(

@@ -55,7 +55,7 @@ def _version() -> tuple[int, int] | None:
 
 
 def lower_measure(
-    context: Any, operands: Any, *, layouts: tuple[Layout, ...], clip: bool, scale: bool, after: bool
+    context: Any, operands: Any, *, layouts: tuple[Layout, ...], clip: bool, scale: bool, after: bool, report: bool
 ) -> Any:
     """The custom call, or ``None`` where `array.py` has to do it."""
     tensors = _tensors(context, layouts)
@@ -66,18 +66,18 @@ def lower_measure(
     for layout, (_, swapped) in zip(layouts, tensors, strict=True):
         taken = list(range(at, at + 1 + scale + len(layout.slots)))
         at += len(taken)
-        given = list(range(out, out + (4 if layout.factored else 1)))
+        given = list(range(out, out + (4 if layout.factored else 1) + report))
         out += len(given)
         if swapped:  # the kernel's row is our column
             taken[-2:] = taken[:-3:-1]
-            given = [given[1], given[0], given[3], given[2]]
+            given = [given[1], given[0], given[3], given[2], *given[4:]]
         if layout.factored:  # the statistics are replaced in place
             end, first = len(order) + len(taken), len(results)
             aliases |= {end - 2: first, end - 1: first + 1}
         order += taken
         results += given
     back = [results.index(k) for k in range(out)]
-    flags = {"scale": scale, "scale_after_decay": after}
+    flags = {"scale": scale, "scale_after_decay": after, "report": report}
     return _call("adafactor_xla_measure", context, operands, order, results, back, aliases, tensors, **flags)
 
 

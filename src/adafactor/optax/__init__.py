@@ -9,6 +9,6 @@ params = optax.apply_updates(params, updates)
 """
 
 from adafactor.optax.transformation import Adafactor, adafactor
-from adafactor.optax.update import AdafactorState
+from adafactor.optax.update import AdafactorState, Diagnostics
 
-__all__ = ["Adafactor", "AdafactorState", "adafactor"]
+__all__ = ["Adafactor", "AdafactorState", "Diagnostics", "adafactor"]

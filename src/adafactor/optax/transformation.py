@@ -68,6 +68,7 @@ def adafactor(
     factoring: Factoring | Tree = "largest_two",
     batch_axes: Shape | Tree = (),
     shardings: Tree | None = None,
+    diagnostics: bool = False,
 ) -> Adafactor:
     """Adafactor with the arguments, the order and the defaults of ``optax.adafactor``.
 
@@ -102,6 +103,7 @@ def adafactor(
             with the sums of the whole model in one all-reduce where every matrix is split along one axis. Parameters
             on a mesh of Explicit axes need no such tree; on Auto axes a step without it is as exact, with
             the all-reduces that XLA puts in.
+        diagnostics: keep ``AdafactorState.diagnostics``: three numbers of every update per parameter.
 
     Updates have the parameter's dtype. Parameters may be of any real floating dtype. Behind
     ``optax.inject_hyperparams``, name what decides shapes in ``static_args``: ``min_dim_size_to_factor``,
@@ -133,6 +135,7 @@ def adafactor(
         _number("decay_offset", decay_offset, "It is a number of updates.", low=-math.inf),
         _momentum_dtype(dtype_momentum),
         shardings,
+        _flag("diagnostics", diagnostics),
     )
     return Adafactor(transformation.init, transformation.update, transformation.step)
 

@@ -22,6 +22,21 @@ Tree = Any  # a pytree, of what its context says
 SLOTS = ("row", "column", "second_moment")
 
 
+class Diagnostics(NamedTuple):
+    """Of the last update, per parameter and per slice of its batch axes. Trees like the parameters'.
+
+    Attributes:
+        update_rms: root mean square of the normalised update before clipping (eq. 7). Its spikes precede those of
+            the loss.
+        clip_factor: what clipping divided the update by, at least 1 (eq. 10).
+        parameter_scale: what the learning rate was multiplied by (eq. 9); 1 where that is off.
+    """
+
+    update_rms: Tree
+    clip_factor: Tree
+    parameter_scale: Tree
+
+
 class AdafactorState(NamedTuple):
     """What Adafactor remembers. The trees have the structure of the parameters, with ``None`` for what does not exist.
 
@@ -31,6 +46,7 @@ class AdafactorState(NamedTuple):
             or its row axes.
         second_moment: that of the other parameters, of the parameter's shape.
         momentum: average of the updates, or ``None`` without momentum.
+        diagnostics: of the last update, with ``diagnostics=True``.
 
     Statistics are float32, float64 for a float64 parameter.
     """
@@ -40,6 +56,7 @@ class AdafactorState(NamedTuple):
     column: Tree
     second_moment: Tree
     momentum: Tree
+    diagnostics: Diagnostics | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,7 @@ class Transformation:
     decay_offset: Any
     momentum_dtype: Any
     shardings: Tree | None
+    diagnostics: bool
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -116,12 +134,20 @@ class Transformation:
             momentum = treedef.unflatten(
                 [_zeros(leaf, self.momentum_dtype, (), sharding) for leaf, sharding in zip(leaves, placed, strict=True)]
             )
+        diagnostics = None
+        if self.diagnostics:
+            reports = [
+                _zeros(leaf, _statistics_dtype(leaf), its_layout.whole, sharding)
+                for leaf, its_layout, sharding in zip(leaves, layouts, placed, strict=True)
+            ]
+            diagnostics = Diagnostics(*(treedef.unflatten([jnp.copy(a) for a in reports]) for _ in range(3)))
         count = jnp.zeros([], jnp.int32)
         mesh = next((sharding.mesh for sharding in placed if sharding is not None), None)
         if mesh is not None and not isinstance(mesh, jax.sharding.AbstractMesh):
             # where every later count will be
             count = jax.device_put(count, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        return AdafactorState._make((count, *(treedef.unflatten(trees[name]) for name in SLOTS), momentum))
+        statistics = (treedef.unflatten(trees[name]) for name in SLOTS)
+        return AdafactorState._make((count, *statistics, momentum, diagnostics))
 
     def _placed(self, params: Tree) -> list[Any]:
         """The sharding of every parameter over several devices, ``None`` where there is none or nobody knows."""
@@ -142,26 +168,26 @@ class Transformation:
         for k, tensor, measured in zip(work.where, work.tensors, found, strict=True):
             loss, average = self._loss(tensor, measured, work.decays[k])
             new[k] = (-loss).astype(tensor.x.dtype)
-            work.keep(k, measured.slots, average)
+            work.keep(k, measured.slots, average, measured.report)
         return work.treedef.unflatten(new), work.state()
 
     def step(self, params: Tree, grads: Tree, state: AdafactorState) -> tuple[Tree, AdafactorState]:
         work = self._work(grads, state, params)
         new = list(work.params)
-        if self.hp.momentum is None and not any(work.placed):
+        if self.hp.momentum is None and not any(work.placed) and not self.diagnostics:
             decay, rho = self._numbers(state)
             tensors = [
                 tensor._replace(keep=1 - work.decays[k]) for k, tensor in zip(work.where, work.tensors, strict=True)
             ]
             for k, tensor in zip(work.where, xla.step(tensors, self.hp, decay, rho), strict=True):
                 new[k] = tensor.x
-                work.keep(k, tensor.slots, None)
+                work.keep(k, tensor.slots)
             return work.treedef.unflatten(new), work.state()
         found = self._measure(work, state)
         for k, tensor, measured in zip(work.where, work.tensors, found, strict=True):
             loss, average = self._loss(tensor, measured, work.decays[k])
             new[k] = (tensor.x.astype(loss.dtype) - loss).astype(tensor.x.dtype)
-            work.keep(k, measured.slots, average)
+            work.keep(k, measured.slots, average, measured.report)
         return work.treedef.unflatten(new), work.state()
 
     def _numbers(self, state: AdafactorState) -> tuple[jax.Array, jax.Array]:
@@ -200,13 +226,17 @@ class Transformation:
             own = {name: slots[name][k] for name in its_layout.slots}
             tensors.append(xla.Tensor(its_layout, x, g, own, momentum=momentum[k]))
         decays = self._decays(given, state)
-        return _Work(treedef, leaves, flat, tensors, where, decays, self._placed(given), slots, momentum, state)
+        reports = [treedef.flatten_up_to(tree) for tree in state.diagnostics or ()]
+        return _Work(
+            treedef, leaves, flat, tensors, where, decays, self._placed(given), slots, momentum, reports, state
+        )
 
     def _measure(self, work: _Work, state: AdafactorState) -> list[xla.Measured]:
         decay, rho = self._numbers(state)
         if not any(work.placed):
-            return xla.measure(work.tensors, self.hp, decay, rho)
-        return shards.measure(work.tensors, [work.placed[k] for k in work.where], self.hp, decay, rho)
+            return xla.measure(work.tensors, self.hp, decay, rho, report=self.diagnostics)
+        placed = [work.placed[k] for k in work.where]
+        return shards.measure(work.tensors, placed, self.hp, decay, rho, report=self.diagnostics)
 
     def _loss(self, tensor: xla.Tensor, measured: xla.Measured, decay: Any) -> tuple[jax.Array, jax.Array | None]:
         """What the parameter loses, in the dtype of the statistics, and the new momentum."""
@@ -235,17 +265,28 @@ class _Work:
     placed: list[Any]
     slots: dict[str, list[Any]]
     momentum: list[Any]
+    reports: list[list[Any]]
     old: AdafactorState
 
-    def keep(self, k: int, slots: dict[str, jax.Array], momentum: jax.Array | None) -> None:
+    def keep(
+        self,
+        k: int,
+        slots: dict[str, jax.Array],
+        momentum: jax.Array | None = None,
+        report: jax.Array | None = None,
+    ) -> None:
         for name, value in slots.items():
             self.slots[name][k] = value
         self.momentum[k] = momentum
+        for number, values in enumerate(self.reports):
+            assert report is not None
+            values[k] = report[..., number]
 
     def state(self) -> AdafactorState:
         trees = (self.treedef.unflatten(self.slots[name]) for name in SLOTS)
         momentum = None if self.old.momentum is None else self.treedef.unflatten(self.momentum)
-        return AdafactorState._make((optax.safe_increment(self.old.count), *trees, momentum))
+        diagnostics = Diagnostics(*map(self.treedef.unflatten, self.reports)) if self.reports else None
+        return AdafactorState._make((optax.safe_increment(self.old.count), *trees, momentum, diagnostics))
 
 
 def _zeros(leaf: Any, dtype: Any, removed: Shape, sharding: Any) -> jax.Array:

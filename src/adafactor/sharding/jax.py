@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from adafactor.factoring import Layout, Shape
 from adafactor.hyperparameters import Hyperparameters, message
 from adafactor.kernels import array
-from adafactor.kernels.xla import Measured, Tensor, barrier, ops
+from adafactor.kernels.xla import Measured, Tensor, barrier, ops, reported
 
 MeshAxes = tuple[str, ...]
 
@@ -54,10 +54,9 @@ def measure(
     decay: jax.Array,
     rho: jax.Array,
     scale_after_decay: bool = False,
+    report: bool = False,
 ) -> list[Measured]:
     """As ``adafactor.kernels.xla.measure``, for tensors of which every device holds the shard that its sharding says.
-
-    ``scale_after_decay`` takes RMS(x) of the parameter times its ``keep``.
 
     Raises:
         ValueError: the tensors are on different meshes.
@@ -74,17 +73,17 @@ def measure(
 
     def local(
         shards: list[tuple[Any, Any, Any]], keeps: list[Any], decay: jax.Array, rho: jax.Array
-    ) -> list[tuple[Any, Any, Any]]:
+    ) -> list[tuple[Any, Any, Any, Any]]:
         steps = []
         for k, (layout, spec, (x, g, slots)) in enumerate(zip(layouts, specs, shards, strict=True)):
             dtype = next(iter(slots.values())).dtype
             numbers = (decay.astype(dtype), rho.astype(dtype))
             rows_first = bool(_split(spec, layout.rows)) and not _split(spec, layout.columns)
             keep = keeps[k].astype(dtype) if keeps else None
-            steps.append(array.measuring(ops, x, g, slots, layout, hp, *numbers, keep, barrier, rows_first))
+            steps.append(array.measuring(ops, x, g, slots, layout, hp, *numbers, keep, barrier, rows_first, report))
         updates = _together(steps, specs, mesh.axis_names)
         return [
-            (update.slots, update.direction[0], _scale(update, layout, x))
+            (update.slots, update.direction[0], _scale(update, layout, x), reported(update, layout) if report else None)
             for update, layout, (x, _, _) in zip(updates, layouts, shards, strict=True)
         ]
 
@@ -100,12 +99,15 @@ def measure(
         first, second = ([None if axis in axes else entry for axis, entry in enumerate(spec)] for axes in gone)
         return PartitionSpec(*first), PartitionSpec(*second)
 
+    def slices(layout: Layout, spec: PartitionSpec) -> PartitionSpec | None:
+        return PartitionSpec(*(spec[axis] for axis in layout.batch), None) if report else None
+
     roles = list(zip(layouts, specs, strict=True))
     out = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=([(s, s, statistics(layout, s)) for layout, s in roles], *[PartitionSpec()] * 3),
-        out_specs=[(statistics(layout, s), *factors(layout, s)) for layout, s in roles],
+        out_specs=[(statistics(layout, s), *factors(layout, s), slices(layout, s)) for layout, s in roles],
         check_vma=False,  # sums of different tensors travel in one array, so each seems to vary as all do
     )([(t.x, t.g, t.slots) for t in tensors], keeps, decay, rho)
     return [Measured(*values) for values in out]
