@@ -68,11 +68,13 @@ def tokens(step: int, rows: slice = slice(None)) -> torch.Tensor:
     return torch.randint(WORDS, (8, 5), generator=torch.Generator().manual_seed(step))[rows]
 
 
-def backward(model: nn.Module, step: int, rows: slice = slice(None)) -> torch.Tensor:
+def loss_of(model: nn.Module, step: int, rows: slice = slice(None)) -> torch.Tensor:
     batch = tokens(step, rows)
-    loss = nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.roll(1, 1).flatten())
-    loss.backward()
-    return loss.detach()
+    return nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.roll(1, 1).flatten())
+
+
+def backward(model: nn.Module, step: int, rows: slice = slice(None), scale: float = 1.0) -> None:
+    (scale * loss_of(model, step, rows)).backward()
 
 
 def share_of_batch(kind: str, rank: int, world: int) -> slice:
