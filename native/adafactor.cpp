@@ -69,6 +69,7 @@ int check(const adafactor_tensor& t, adafactor::Verb verb) {
   if ((t.flags & ADAFACTOR_SCALE_PARAMETER) && !t.Q) return 3;
   if (t.b0 * t.n * t.B1 * t.m == 0) return 0;
   if (!t.param || !t.grad || !t.row || (factored && !t.column)) return 3;
+  if ((t.flags & ADAFACTOR_COLUMNS_FIRST) && (!factored || t.B1 != 1)) return 5;
   if (verb != adafactor::kStep && (!t.S || !t.W || (factored && !t.finished))) return 3;
   return t.slices > 0 && t.b0 % t.slices == 0 ? 0 : 3;
 }

@@ -6,6 +6,10 @@
  * x[b0][m] with n = B1 = 1 and b0 = slices. A slice, b0 / slices consecutive blocks, has a clip factor and a scale of
  * its own.
  *
+ * Measure finishes the rows, of which it needs whole ones, and adds up the columns. With COLUMNS_FIRST it is the other
+ * way round, for a shard that has whole columns and pieces of rows: wherever "row" stands below, read "column" and the
+ * other way round, of `finished`, S, W and what divides them; `row` and `column` themselves stay what they are.
+ *
  * T below is double for a float64 parameter and float for any other: the type of every statistic and of the math.
  */
 #ifndef ADAFACTOR_H
@@ -23,7 +27,7 @@
 extern "C" {
 #endif
 
-#define ADAFACTOR_ABI 1
+#define ADAFACTOR_ABI 2
 
 enum { ADAFACTOR_FLOAT32, ADAFACTOR_BFLOAT16, ADAFACTOR_FLOAT16, ADAFACTOR_FLOAT64 };
 
@@ -34,7 +38,8 @@ enum {
   ADAFACTOR_MAXIMIZE = 8,
   ADAFACTOR_SKIP_NONFINITE = 16,    /* leave a tensor alone whose gradient is not finite */
   ADAFACTOR_STOCHASTIC_ROUNDING = 32, /* of a bfloat16 or float16 parameter; see random.h */
-  ADAFACTOR_Q_KNOWN = 64            /* Q holds the sums of x^2 already: measure does not read x */
+  ADAFACTOR_Q_KNOWN = 64,           /* Q holds the sums of x^2 already: measure does not read x */
+  ADAFACTOR_COLUMNS_FIRST = 128     /* a factored tensor with B1 = 1 only */
 };
 
 enum { ADAFACTOR_BASELINE, ADAFACTOR_AVX2, ADAFACTOR_AVX512, ADAFACTOR_ISAS };
@@ -48,7 +53,8 @@ typedef struct adafactor_tensor {
   void* momentum;    /* of momentum_dtype, or NULL for none */
   double* Q;         /* [slices], eq. 6. measure: sums of x^2 (unless known). apply: those of the new x, as stored.
                         Needed with SCALE_PARAMETER only */
-  void* finished;    /* T, like row (eq. 2): held here until apply commits it. Factored only */
+  void* finished;    /* T, like row (eq. 2): held here until apply commits it. Factored only. COLUMNS_FIRST: apply
+                        overwrites it */
   void* S;           /* T, like column (eq. 4), overwritten by apply; T[slices], sums of g^2, if not factored */
   void* W;           /* T, like column (eq. 5); T[slices], sums of u^2 (eq. 11), if not factored.
                         step takes NULL for finished, S and W, and keeps them to itself */
@@ -71,7 +77,7 @@ typedef struct adafactor_tensor {
 } adafactor_tensor;
 
 /* Each returns 0, or 1: out of memory, 2: an unknown dtype, 3: a missing buffer, 4: an instruction set that this
- * machine or this build does not have. Nothing has been written then, except after 1. The result has the same bits
+ * machine or this build does not have, 5: COLUMNS_FIRST where it cannot be. Nothing has been written then, except after 1. The result has the same bits
  * for every instruction set and every number of threads. */
 
 /* Fills finished, S, W and Q, which add up over shards (all but finished). Commits nothing. */

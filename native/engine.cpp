@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "plan.h"
 #include "pool.h"
@@ -54,8 +55,10 @@ bool prepare(Work& work, Buffer& buffer) {
   Workspace& space = work.space;
   const bool factored = t.flags & ADAFACTOR_FACTORED;
   const int64_t element = t.param_dtype == ADAFACTOR_FLOAT64 ? 8 : 4;
-  const int64_t columns = t.b0 * t.B1 * t.m, sums = factored ? columns : t.slices;
-  const size_t finished = factored && !t.finished ? padded(t.b0 * t.n * t.B1 * element) : 0;
+  int64_t rows = t.b0 * t.n * t.B1, columns = t.b0 * t.B1 * t.m;
+  if (t.flags & ADAFACTOR_COLUMNS_FIRST) std::swap(rows, columns);
+  const int64_t sums = factored ? columns : t.slices;
+  const size_t finished = factored && !t.finished ? padded(rows * element) : 0;
   const size_t S = t.S ? 0 : padded(sums * element), W = t.W ? 0 : padded(sums * element);
   const size_t partial = factored && plan.parts > 1 ? padded(columns * plan.parts * element) : 0;
   const size_t units = padded(plan.units * 8), slices = padded(t.slices * 8);

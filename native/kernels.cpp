@@ -14,6 +14,8 @@ using adafactor::Workspace;
 
 const size_t kColumns = 512;            // columns that eight rows visit while they are in the first-level cache
 const size_t kBlockBytes = 192 * 1024;  // of gradient between its first and its second look: second-level cache
+const size_t kPanelBytes = 512 * 1024;  // the same where columns come first, unless a panel would become
+const size_t kLeastPanel = 128;         // narrower than this
 
 inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -28,20 +30,43 @@ inline size_t bytes_of(int64_t dtype) {
 
 inline bool finite(double x) { return x - x == 0; }
 
-// A tile of a factored parameter is a piece of one long run, or several short runs: how many of them.
-inline size_t runs_of_a_tile(size_t m, size_t left) { return m < kTile ? least(kTile / m, left) : 1; }
+inline bool columns_first(const adafactor_tensor& t) { return t.flags & ADAFACTOR_COLUMNS_FIRST; }
 
-// Sum of x^2 over runs [first, last) of m elements, in the tiles of `apply`: its sums of the new x and the sums found
-// here in the next update have the same bits, so it does not matter which of them a run uses.
+// Numbers in each of S and W of one block.
+inline size_t sums_of_a_block(const adafactor_tensor& t) { return size_t(columns_first(t) ? t.n : t.B1 * t.m); }
+
+// What a unit covers of a factored parameter: runs [first, last) of m elements, and of each [begin, end).
+struct Extent {
+  size_t m, first, last, begin, end;
+
+  Extent(const adafactor_tensor& t, const Unit& unit) : m(size_t(t.m)) {
+    const int64_t row = columns_first(t) ? 0 : unit.begin, row_end = columns_first(t) ? t.n : unit.end;
+    first = size_t((unit.b * t.n + row) * t.B1);
+    last = size_t(((unit.b_end - 1) * t.n + row_end) * t.B1);
+    begin = columns_first(t) ? size_t(unit.begin) : 0;
+    end = columns_first(t) ? size_t(unit.end) : m;
+  }
+
+  // A tile is a piece of one long run, or several short runs, if they are whole: how many of them.
+  size_t runs_of_a_tile(size_t r) const { return m < kTile && end - begin == m ? least(kTile / m, last - r) : 1; }
+
+  // Where the tile begins that follows the one of `runs` runs from r on, at column j.
+  size_t next(size_t r, size_t runs, size_t j) const {
+    return j + kTile < end ? r * m + j + kTile : (r + runs) * m + begin;
+  }
+};
+
+// Sum of x^2 in the tiles of `apply`: its sums of the new x and the sums found here in the next update have the same
+// bits, so it does not matter which of them a run uses.
 template <class T>
-double sum_squares(const adafactor_tensor& t, size_t first, size_t last, size_t m) {
+double sum_squares(const adafactor_tensor& t, const Extent& e) {
   T tile[kTile];
   double total = 0;
-  for (size_t r = first; r < last;) {
-    const size_t runs = runs_of_a_tile(m, last - r);
-    for (size_t j = 0; j < m; j += kTile) {
-      const size_t n = runs * least(kTile, m - j);
-      total += double(sum<Square>(load(t.param_dtype, t.param, r * m + j, tile, n), n));
+  for (size_t r = e.first; r < e.last;) {
+    const size_t runs = e.runs_of_a_tile(r);
+    for (size_t j = e.begin; j < e.end; j += kTile) {
+      const size_t n = runs * least(kTile, e.end - j);
+      total += double(sum<Square>(load(t.param_dtype, t.param, r * e.m + j, tile, n, e.next(r, runs, j)), n));
     }
     r += runs;
   }
@@ -105,26 +130,36 @@ inline void add_rows(const T* g, size_t stride, const T* inverse_roots, T* ADAFA
   }
 }
 
+// Pieces of rows as T, `stride` apart.
+template <class T>
+struct Rows {
+  const T* g;
+  size_t stride;
+};
+
+// `count` pieces of rows of the gradient, n <= kColumns elements each (any number where no copy is made), `stride`
+// apart and starting at element `first`: in place if the storage is T, else copies in `tile`.
+template <class T>
+Rows<T> load_rows(const adafactor_tensor& t, size_t first, size_t stride, size_t count, size_t n, T* tile) {
+  if (t.grad_dtype == Own<T>::dtype) return {static_cast<const T*>(t.grad) + first, stride};
+  if (stride == n) {
+    for (size_t done = 0; done < count * n; done += kTile)
+      widen(t.grad_dtype, t.grad, first + done, tile + done, least(count * n - done, kTile));
+  } else {
+    for (size_t q = 0; q < count; ++q) widen(t.grad_dtype, t.grad, first + q * stride, tile + q * n, n);
+  }
+  return {tile, n};
+}
+
 // Adds R rows, `stride` apart and starting at element `first` of the gradient, to the m columns of S and W.
 template <int R, class T>
 void add_columns(const adafactor_tensor& t, size_t first, size_t stride, const T* inverse_roots, T* S, T* W) {
-  const size_t m = size_t(t.m);
-  if (t.grad_dtype == Own<T>::dtype) {
-    add_rows<R>(static_cast<const T*>(t.grad) + first, stride, inverse_roots, S, W, m);
-    return;
-  }
   T tile[R * kColumns];
-  if (m <= kColumns && stride == m) {
-    widen(t.grad_dtype, t.grad, first, tile, least(R * m, kTile));
-    for (size_t done = kTile; done < R * m; done += kTile)
-      widen(t.grad_dtype, t.grad, first + done, tile + done, least(R * m - done, kTile));
-    add_rows<R>(tile, m, inverse_roots, S, W, m);
-    return;
-  }
-  for (size_t j = 0; j < m; j += kColumns) {
-    const size_t n = least(kColumns, m - j);
-    for (size_t q = 0; q < R; ++q) widen(t.grad_dtype, t.grad, first + q * stride + j, tile + q * kColumns, n);
-    add_rows<R>(tile, kColumns, inverse_roots, S + j, W + j, n);
+  const size_t m = size_t(t.m), width = t.grad_dtype == Own<T>::dtype ? m : kColumns;
+  for (size_t j = 0; j < m; j += width) {
+    const size_t n = least(width, m - j);
+    const Rows<T> rows = load_rows(t, first + j, stride, R, n, tile);
+    add_rows<R>(rows.g, rows.stride, inverse_roots, S + j, W + j, n);
   }
 }
 
@@ -166,6 +201,49 @@ void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b,
   }
 }
 
+// The columns [begin, end) of a matrix, finished, and what they add to S and W of its rows. A panel of columns is read
+// twice: for their sums, and when they are finished for the rows'.
+template <class T>
+void measure_columns_first(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
+  const size_t n = size_t(t.n), m = size_t(t.m);
+  const T* column = at<T>(t.column, b * m);
+  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  memset(S, 0, n * sizeof(T));
+  memset(W, 0, n * sizeof(T));
+  finished += b * m;
+
+  size_t width = kPanelBytes / (n * bytes_of(t.grad_dtype));
+  width = width >= kColumns ? kColumns : width <= kLeastPanel ? kLeastPanel : width / kLeastPanel * kLeastPanel;
+  T tile[8 * kColumns], weights[kColumns], u[kColumns];
+  for (size_t j = begin; j < end; j += width) {
+    const size_t count = least(width, end - j), group = count == m ? least(8 * kColumns / m, n) : 8;
+    const T* old = column + j;
+    T* sums = finished + j;
+    memset(sums, 0, count * sizeof(T));
+    for (size_t i = 0; i < n; i += group) {
+      const size_t rows = least(group, n - i);
+      const Rows<T> piece = load_rows(t, (b * n + i) * m + j, m, rows, count, tile);
+      for (size_t q = 0; q < rows; ++q) {
+        const T* g = piece.g + q * piece.stride;
+        prefetch(t.grad_dtype, t.grad, (b * n + i + q + 4) * m + j, count);
+        for (size_t k = 0; k < count; ++k) sums[k] += g[k] * g[k];
+      }
+    }
+    for (size_t k = 0; k < count; ++k) sums[k] = past * old[k] + decay * (sums[k] / T(n) + eps1);  // eq. 3
+    for (size_t k = 0; k < count; ++k) weights[k] = weight(sums[k]);
+    for (size_t i = 0; i < n; i += group) {
+      const size_t rows = least(group, n - i);
+      const Rows<T> piece = load_rows(t, (b * n + i) * m + j, m, rows, count, tile);
+      for (size_t q = 0; q < rows; ++q) {
+        const T* g = piece.g + q * piece.stride;
+        for (size_t k = 0; k < count; ++k) u[k] = g[k] * weights[k];
+        S[i + q] += sum<Square>(g, count);
+        W[i + q] += sum<Square>(u, count);
+      }
+    }
+  }
+}
+
 // g^2 and u^2 = g^2/v of a tile (eq. 11); u is left in `u`, the finished second moment in `v`.
 template <class T>
 inline void normalise(const adafactor_tensor& t, const T* g, const T* second_moment, T* v, T* ADAFACTOR_RESTRICT u,
@@ -181,12 +259,12 @@ inline void normalise(const adafactor_tensor& t, const T* g, const T* second_mom
 
 template <class T>
 void measure_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
-  const size_t run = size_t(t.B1 * t.m);
   const bool whole = w.parts == 1;
+  const auto measure_one = columns_first(t) ? measure_columns_first<T> : measure_block<T>;
   for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b) {
-    const size_t place = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * run;
-    measure_block(t, at<T>(w.finished, 0), at<T>(whole ? w.S : w.partial_S, place),
-                  at<T>(whole ? w.W : w.partial_W, place), b, size_t(unit.begin), size_t(unit.end));
+    const size_t place = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * sums_of_a_block(t);
+    measure_one(t, at<T>(w.finished, 0), at<T>(whole ? w.S : w.partial_S, place),
+                at<T>(whole ? w.W : w.partial_W, place), b, size_t(unit.begin), size_t(unit.end));
   }
 }
 
@@ -210,8 +288,7 @@ void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const bool reads_x = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
   if (t.flags & ADAFACTOR_FACTORED) {
     measure_factored<T>(t, w, unit);
-    const size_t first = size_t((unit.b * t.n + unit.begin) * t.B1), last = size_t(((unit.b_end - 1) * t.n + unit.end) * t.B1);
-    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, first, last, size_t(t.m));  // eq. 6
+    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, Extent(t, unit));  // eq. 6
   } else {
     const size_t begin = size_t(unit.b * t.m + unit.begin), end = size_t(unit.b * t.m + unit.end);
     measure_whole<T>(t, w, unit, begin, end);
@@ -236,7 +313,7 @@ void combine(const adafactor_tensor& t, const Workspace& w) {
   const bool factored = t.flags & ADAFACTOR_FACTORED;
   const bool measured = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
   if (factored && w.parts > 1) {
-    const size_t n = size_t(t.B1 * t.m), count = size_t(w.parts);
+    const size_t n = sums_of_a_block(t), count = size_t(w.parts);
     add_parts(at<T>(w.S, 0), at<T>(w.partial_S, 0), size_t(t.b0), count, n);
     add_parts(at<T>(w.W, 0), at<T>(w.partial_W, 0), size_t(t.b0), count, n);
   }
@@ -251,11 +328,11 @@ void combine(const adafactor_tensor& t, const Workspace& w) {
   }
 }
 
-// Finishes the columns of one matrix (eq. 3), leaves sqrt(mu) col^(-1/2) in S and returns its sum of u^2 (eq. 7).
+// Finishes the m columns of one matrix (eq. 3), each of which adds up `rows` elements on all shards, leaves
+// sqrt(mu) col^(-1/2) in S and returns the matrix's sum of u^2 (eq. 7).
 template <class T>
-double finish_columns(const adafactor_tensor& t, T* column, T* ADAFACTOR_RESTRICT S, const T* W) {
-  const size_t m = size_t(t.m);
-  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1), rows = T(t.n_global);
+double finish_columns(const adafactor_tensor& t, T* column, T* ADAFACTOR_RESTRICT S, const T* W, size_t m, T rows) {
+  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
   T tile[kTile];
   double total = 0, weighted = 0;
   for (size_t j = 0; j < m; j += kTile) {
@@ -269,7 +346,7 @@ double finish_columns(const adafactor_tensor& t, T* column, T* ADAFACTOR_RESTRIC
     total += sum<Identity>(c, n);
     weighted += sum<Identity>(tile, n);
   }
-  const double mu = total / double(t.m);  // equals the mean of the rows
+  const double mu = total / double(m);  // equals the mean of the rows
   const T root_mu = T(root(mu));
   for (size_t j = 0; j < m; ++j) S[j] = root_mu * inverse_root(column[j]);
   return mu * weighted;
@@ -285,7 +362,7 @@ double total(const T* x, size_t count) {
 template <class T>
 bool finish(const adafactor_tensor& t, const Workspace& w) {
   const bool factored = t.flags & ADAFACTOR_FACTORED;
-  const size_t columns = size_t(t.B1 * t.m), sums = factored ? size_t(t.b0) * columns : size_t(t.slices);
+  const size_t sums = factored ? size_t(t.b0) * sums_of_a_block(t) : size_t(t.slices);
   T *S = at<T>(w.S, 0), *W = at<T>(w.W, 0);
   // A gradient that is not finite shows in its sums: no pass over it just to look.
   if ((t.flags & ADAFACTOR_SKIP_NONFINITE) && !(finite(total(S, sums)) && finite(total(W, sums)))) return false;
@@ -293,9 +370,11 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
   for (int64_t s = 0; s < t.slices; ++s) {
     double u2 = 0;
     if (factored) {
-      const size_t blocks = size_t(t.b0 / t.slices) * size_t(t.B1);
+      void* statistic = columns_first(t) ? t.row : t.column;
+      const size_t length = size_t(columns_first(t) ? t.n : t.m), blocks = size_t(t.b0 / t.slices) * size_t(t.B1);
+      const T divisor = T(columns_first(t) ? t.m_global : t.n_global);
       for (size_t k = size_t(s) * blocks; k < size_t(s + 1) * blocks; ++k)
-        u2 += finish_columns(t, at<T>(t.column, k * size_t(t.m)), S + k * size_t(t.m), W + k * size_t(t.m));
+        u2 += finish_columns(t, at<T>(statistic, k * length), S + k * length, W + k * length, length, divisor);
     } else {
       u2 = double(W[s]);
     }
@@ -334,16 +413,17 @@ inline void descend(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x
   for (size_t j = 0; j < n; ++j) x[j] = keep * x[j] - g[j] * a * c[j];
 }
 
-// The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes.
+// The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes. `ahead`: from
+// here to the next tile.
 template <class T>
-inline T descend_squares(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n) {
+inline T descend_squares(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n, size_t ahead) {
   Lanes<T> squares;
   T s[4][kLanes] = {};
   size_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
     for (size_t k = 0; k < 4 * kLanes * sizeof(T); k += 64) {
-      ask(reinterpret_cast<const char*>(g + j + kTile) + k);
-      ask(reinterpret_cast<const char*>(x + j + kTile) + k);
+      ask(reinterpret_cast<const char*>(g + j + ahead) + k);
+      ask(reinterpret_cast<const char*>(x + j + ahead) + k);
     }
     for (size_t q = 0; q < 4; ++q)
       for (size_t k = 0; k < kLanes; ++k) {
@@ -374,16 +454,17 @@ inline void descend_momentum(const T* u, const Step<T>& step, T* ADAFACTOR_RESTR
 template <class T>
 struct Target {
   const adafactor_tensor& t;
-  size_t first, n;
+  size_t first, n, next;  // the tile, and where the one after it begins
   bool stochastic;
   T x_tile[kTile], momentum_tile[kTile];
   T *x, *momentum;
 
-  Target(const adafactor_tensor& tensor, size_t first_element, size_t count) : t(tensor), first(first_element), n(count) {
+  Target(const adafactor_tensor& tensor, size_t first_element, size_t count, size_t next_element)
+      : t(tensor), first(first_element), n(count), next(next_element) {
     const bool half = t.param_dtype == ADAFACTOR_BFLOAT16 || t.param_dtype == ADAFACTOR_FLOAT16;
     stochastic = half && (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING);
-    x = open(t.param_dtype, t.param, first, x_tile, n);
-    momentum = t.momentum ? open(t.momentum_dtype, t.momentum, first, momentum_tile, n) : nullptr;
+    x = open(t.param_dtype, t.param, first, x_tile, n, next);
+    momentum = t.momentum ? open(t.momentum_dtype, t.momentum, first, momentum_tile, n, next) : nullptr;
   }
 
   // Rounds a part of the tile whose elements have the indices index, index + 1, ... in the whole parameter.
@@ -395,7 +476,7 @@ struct Target {
     if (!stochastic) close(t.param_dtype, x, t.param, first, n);
     if (momentum) close(t.momentum_dtype, momentum, t.momentum, first, n);
     if (!(t.flags & ADAFACTOR_SCALE_PARAMETER)) return 0;
-    return double(sum<Square>(load(t.param_dtype, t.param, first, x_tile, n), n));  // as stored
+    return double(sum<Square>(load(t.param_dtype, t.param, first, x_tile, n, next), n));  // as stored
   }
 };
 
@@ -422,52 +503,62 @@ inline uint64_t global_index(const adafactor_tensor& t, uint64_t run, uint64_t c
 template <class T>
 double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const size_t n = size_t(t.n), m = size_t(t.m), B1 = size_t(t.B1);
+  const bool turned = columns_first(t);
+  const Extent e(t, unit);
   const Step<T> step(t, w, unit.slice);
-  const T *finished = at<T>(w.finished, 0), *scaled = at<T>(w.S, 0);
-  T* row = at<T>(t.row, 0);
+  T *finished = at<T>(w.finished, 0), *S = at<T>(w.S, 0);
   T tile[kTile], u[kTile];
   double Q = 0;
   const bool plain = t.param_dtype == Own<T>::dtype && t.grad_dtype == Own<T>::dtype && !t.momentum && m >= kTile;
 
-  const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * B1;
-  const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * B1;
-  Cursor cursor = {n, B1, m, size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
-  for (size_t r = first; r < last;) {
+  if (turned)  // the columns are committed here, the rows on the way
+    for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b)
+      for (size_t k = b * m + e.begin; k < b * m + e.end; ++k) {
+        *at<T>(t.column, k) = finished[k];
+        finished[k] = inverse_root(finished[k]);
+      }
+  const T* scaled = turned ? finished : S;
+  const auto factor = [&t, turned, finished, S, &step](size_t r) {  // everything in eq. 13 but the columns
+    if (turned) return S[r] * step.normalised;
+    *at<T>(t.row, r) = finished[r];
+    return inverse_root(finished[r]) * step.normalised;
+  };
+
+  Cursor cursor = {n, B1, m, turned ? 0 : size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
+  for (size_t r = e.first; r < e.last;) {
     if (plain) {  // nothing to convert and no momentum: no tile, and one look at everything
-      const T a = inverse_root(finished[r]) * step.normalised;
+      const T a = factor(r);
       const T* c = scaled + cursor.columns();
-      for (size_t j = 0; j < m; j += kTile) {
-        const size_t count = least(kTile, m - j);
+      for (size_t j = e.begin; j < e.end; j += kTile) {
+        const size_t count = least(kTile, e.end - j);
         T* x = at<T>(t.param, r * m + j);
         const T* g = static_cast<const T*>(t.grad) + r * m + j;
         if (count >= kLanes) {
-          Q += double(descend_squares(g, c + j, a, step.keep, x, count));
+          Q += double(descend_squares(g, c + j, a, step.keep, x, count, e.next(r, 1, j) - (r * m + j)));
         } else {
           descend(g, c + j, a, step.keep, x, count);
           Q += double(sum<Square>(x, count));
         }
       }
-      row[r] = finished[r];
       cursor.next();
       ++r;
       continue;
     }
-    const size_t runs = runs_of_a_tile(m, last - r);
+    const size_t runs = e.runs_of_a_tile(r);
     const Cursor start = cursor;
-    for (size_t j = 0; j < m; j += kTile) {
-      const size_t count = least(kTile, m - j);
-      const T* g = load(t.grad_dtype, t.grad, r * m + j, tile, runs * count);
-      Target<T> target(t, r * m + j, runs * count);
+    for (size_t j = e.begin; j < e.end; j += kTile) {
+      const size_t count = least(kTile, e.end - j), next = e.next(r, runs, j);
+      const T* g = load(t.grad_dtype, t.grad, r * m + j, tile, runs * count, next);
+      Target<T> target(t, r * m + j, runs * count, next);
       cursor = start;
       for (size_t q = 0; q < runs; ++q, cursor.next()) {
-        const T a = inverse_root(finished[r + q]) * step.normalised;
+        const T a = factor(r + q);
         const T *c = scaled + cursor.columns() + j, *h = g + q * count;
         if (target.momentum) {
           for (size_t k = 0; k < count; ++k) u[q * count + k] = h[k] * a * c[k];
         } else {
           descend(h, c, a, step.keep, target.x + q * count, count);
         }
-        row[r + q] = finished[r + q];
       }
       if (target.momentum) descend_momentum(u, step, target.momentum, target.x, runs * count);
       if (target.stochastic)
@@ -489,7 +580,7 @@ double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& un
     const size_t n = least(kTile, size_t(unit.end) - j), start = size_t(unit.b) * m + j;
     const T* g = load(t.grad_dtype, t.grad, start, tile, n);
     T* v = at<T>(t.row, start);
-    Target<T> target(t, start, n);
+    Target<T> target(t, start, n, start + n);
     normalise(t, g, v, v, u, n);
     for (size_t k = 0; k < n; ++k) u[k] *= step.normalised;
     if (target.momentum) {

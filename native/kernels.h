@@ -13,7 +13,7 @@ struct Workspace {
   void* finished;   // these three as in adafactor_tensor
   void* S;
   void* W;
-  void* partial_S;  // [b0][parts][B1*m], where the rows of a matrix are measured in several parts
+  void* partial_S;  // [b0][parts] times S of a block, where a matrix is measured in several parts
   void* partial_W;
   double* Q;        // [units] sums of x^2, before or after the step
   double* g2;       // [units] if not factored: sums of g^2 and of u^2
@@ -24,7 +24,8 @@ struct Workspace {
   int64_t units_per_slice;
 };
 
-// Blocks [b, b_end) and of these the rows (elements, if not factored) [begin, end). Only a whole block has company.
+// Blocks [b, b_end) and of these the rows (the columns, if they come first; elements, if not factored) [begin, end).
+// Only a whole block has company.
 struct Unit {
   int64_t index, slice, part;
   int64_t b, b_end, begin, end;

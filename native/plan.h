@@ -18,9 +18,15 @@ inline int64_t most_parts(int64_t rows) {
   return std::min(kMostParts, std::max(rows / 512, std::min<int64_t>(4, rows / 128)));
 }
 
+// What units divide among them: rows, or columns where those come first, or elements if not factored.
+inline int64_t length_of(const adafactor_tensor& t) {
+  const bool rows = (t.flags & ADAFACTOR_FACTORED) && !(t.flags & ADAFACTOR_COLUMNS_FIRST);
+  return rows ? t.n : t.m;
+}
+
 struct Plan {
   int64_t parts = 1;            // of one block
-  int64_t part_length = 0;      // rows, or elements if not factored
+  int64_t part_length = 0;      // of length_of
   int64_t blocks_per_unit = 1;
   int64_t blocks_per_slice = 0;
   int64_t units_per_slice = 0;
@@ -30,9 +36,9 @@ struct Plan {
 
   explicit Plan(const adafactor_tensor& t) {
     const bool factored = t.flags & ADAFACTOR_FACTORED;
-    const int64_t block = t.n * t.B1 * t.m, length = factored ? t.n : t.m;
+    const int64_t block = t.n * t.B1 * t.m, length = length_of(t);
     if (block == 0 || t.b0 == 0) return;
-    const int64_t most = factored ? most_parts(t.n) : kMostParts;
+    const int64_t most = factored ? most_parts(length) : kMostParts;
     parts = std::max<int64_t>(1, std::min(most, block / kPart));
     part_length = (length + parts - 1) / parts;
     if (parts > 1) part_length = (part_length + 15) / 16 * 16;
@@ -48,7 +54,6 @@ struct Plan {
   }
 
   Unit unit(int64_t index, const adafactor_tensor& t) const {
-    const int64_t length = (t.flags & ADAFACTOR_FACTORED) ? t.n : t.m;
     Unit u;
     u.index = index;
     u.slice = index / units_per_slice;
@@ -57,7 +62,7 @@ struct Plan {
     u.b = u.slice * blocks_per_slice + group * blocks_per_unit;
     u.b_end = std::min(u.b + blocks_per_unit, (u.slice + 1) * blocks_per_slice);
     u.begin = u.part * part_length;
-    u.end = std::min(u.begin + part_length, length);
+    u.end = std::min(u.begin + part_length, length_of(t));
     return u;
   }
 };

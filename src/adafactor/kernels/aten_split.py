@@ -54,14 +54,14 @@ def second(w: Work, found: Sums, decay: Tensor) -> tuple[Tensor, Tensor]:
     return total(W / positive(column), layout.columns), total(column, layout.columns)
 
 
-def columns(w: Work, found: Sums, decay: Tensor) -> Tensor:
+def columns(w: Work, found: Sums, decay: Tensor | float) -> Tensor:
     """The finished columns (eq. 3)."""
     assert found.S is not None
     old = w.state["column"].view_as(found.S)
     return torch.lerp(old, found.S / w.layout.n + w.settings.hyperparameters.epsilon_1, decay)
 
 
-def squares_of_stack(w: Work, found: Sums, decay: Tensor) -> Tensor:
+def squares_of_stack(w: Work, found: Sums, decay: Tensor | float) -> Tensor:
     """Σu² of the matrices that are here (eq. 7), per slice; their rows and columns are whole."""
     layout, column = w.layout, columns(w, found, decay)
     per_matrix = column.mean(layout.columns, keepdim=True) * total(found.W / positive(column), layout.columns)

@@ -22,6 +22,8 @@ class Canonical(NamedTuple):
         factored: whether there is a row and a column statistic.
         swapped: the layout's columns act as the kernel's rows and its rows as the kernel's columns. The step is the
             same (docs/algorithm.md, "Measure").
+        columns_first: measure finishes the kernel's columns and adds up its rows: what a part needs whose columns are
+            whole and whose rows are not. Only where B1 is 1.
     """
 
     b0: int
@@ -31,6 +33,7 @@ class Canonical(NamedTuple):
     slices: int
     factored: bool
     swapped: bool = False
+    columns_first: bool = False
 
     @property
     def size(self) -> int:
@@ -38,13 +41,13 @@ class Canonical(NamedTuple):
 
     @property
     def finished_size(self) -> int:
-        """Numbers in the kernel's row statistic."""
-        return self.b0 * self.n * self.B1 if self.factored else 0
+        """Numbers in the statistic that measure finishes, the kernel's row unless ``columns_first``."""
+        return self.b0 * self.B1 * (self.m if self.columns_first else self.n) if self.factored else 0
 
     @property
     def sums_size(self) -> int:
         """Numbers in each of S and W."""
-        return self.b0 * self.B1 * self.m if self.factored else self.slices
+        return self.b0 * self.B1 * (self.n if self.columns_first else self.m) if self.factored else self.slices
 
     @property
     def slots(self) -> tuple[str, str]:

@@ -30,8 +30,8 @@ __all__ = ["DTYPES", "Canonical", "Table", "available", "canonical", "info", "th
 ISAS = ("baseline", "avx2", "avx512")
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
 
-FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHASTIC_ROUNDING, Q_KNOWN = (
-    1 << bit for bit in range(7)
+FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHASTIC_ROUNDING, Q_KNOWN, COLUMNS_FIRST = (
+    1 << bit for bit in range(8)
 )
 
 _ADDRESSES = ["param", "grad", "row", "column", "momentum", "Q", "finished", "S", "W"]
@@ -46,7 +46,7 @@ RECORD = np.dtype(
     + [(name, np.float64) for name in _SCALARS]
     + [("seed", np.uint64), ("step", np.uint64), ("id", np.uint64), ("skipped", np.int64)]
 )
-_ABI = 1 * 65536 + RECORD.itemsize
+_ABI = 2 * 65536 + RECORD.itemsize
 
 Verb = Literal["measure", "apply", "step"]
 
@@ -144,7 +144,7 @@ class Table:
         record["n_global"], record["m_global"] = record["n"], record["m"]
         record["N_global"] = [form.size // form.slices if form.slices else 0 for form in self.forms]
         record["Q"] = self._Q.ctypes.data + 8 * (ends - record["slices"])
-        record["flags"] = [FACTORED if form.factored else 0 for form in self.forms]
+        record["flags"] = [FACTORED * form.factored + COLUMNS_FIRST * form.columns_first for form in self.forms]
         record["id"] = np.arange(len(self.forms))
         record["clip"], record["keep"] = np.inf, 1.0
 
@@ -211,7 +211,7 @@ class Table:
         flags = SCALE_PARAMETER * hp.scale_parameter + SCALE_AFTER_DECAY * scale_after_decay + MAXIMIZE * maximize
         flags += SKIP_NONFINITE * skip_nonfinite + STOCHASTIC_ROUNDING * stochastic_rounding
         known = np.asarray(q_known, np.uint64) * np.uint64(Q_KNOWN)
-        record["flags"] = (record["flags"] & np.uint64(FACTORED)) | np.uint64(flags) | known
+        record["flags"] = (record["flags"] & np.uint64(FACTORED | COLUMNS_FIRST)) | np.uint64(flags) | known
         if not isinstance(where, slice):  # an index array gave a copy
             self.records[where] = record
 
@@ -271,6 +271,7 @@ _ERRORS = {
     2: "a dtype code must be one of 0 to 3",
     3: "a tensor's param, grad, statistic, Q or sums buffer is missing, or its slices do not divide its stack",
     4: "this machine or this build does not have that instruction set",
+    5: "columns can come first only in a factored tensor without a stack between its rows and columns",
 }
 
 

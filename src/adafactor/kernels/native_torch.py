@@ -143,7 +143,7 @@ def prepare(work: Sequence[Work]) -> Prepared:
             momentum_dtype="float32" if momentum is None else _DTYPES[momentum.dtype],
         )
         if isinstance(w.layout, Part):
-            _globalise(table.records[k : k + 1], w.layout)
+            _globalise(table.records[k : k + 1], _in_memory(w.layout, table.forms[k]))
     table.records["id"] = [w.tensor for w in chosen]
     return Prepared(
         work=chosen,
@@ -153,6 +153,11 @@ def prepare(work: Sequence[Work]) -> Prepared:
         addresses=_addresses(chosen),
         versions=[-1] * len(chosen),
     )
+
+
+def _in_memory(part: Part, form: native.Canonical) -> Part:
+    """The part with the kernel's rows as its rows."""
+    return part.turned if form.swapped else part
 
 
 def _globalise(record: NDArray[Any], part: Part) -> None:
@@ -170,6 +175,7 @@ def _globalise(record: NDArray[Any], part: Part) -> None:
 
     if part.factored:  # in front of the rows stand those of the matrices that other processes hold
         record["row_offset"] = first(part.rows) + first(range(min(part.rows))) * part.n
+        record["column_offset"] = first(part.columns)
     else:
         record["row_offset"] = first(part.batch)
         record["column_offset"] = first(part.whole)
@@ -180,10 +186,16 @@ def _numbered(part: Part) -> bool:
     stack = tuple(axis for axis in range(len(part.shape)) if axis not in (*part.rows, *part.columns, *part.batch))
     roles = (part.batch, stack, part.rows, part.columns) if part.factored else (part.batch, part.whole)
     lengths = list(zip(part.shape, part.whole_shape, strict=True))
-    if any(lengths[axis][0] != lengths[axis][1] for axes in roles for axis in axes[1:]):
+    split = [axis for axis, (here, whole) in enumerate(lengths) if here != whole]
+    if any(axis in split for axes in roles for axis in axes[1:]):
         return False
-    # A stack inside the rows (B1 of the kernels' form), or a split one behind a batch, leaves gaps.
-    return not any(axis > min(part.rows) or lengths[axis][0] != lengths[axis][1] for axis in stack if part.factored)
+    if not part.factored:
+        return True
+    # Columns that stand before their rows, matrices of a stack inside one another (B1 of the kernels' form), or a split
+    # stack behind a batch leave gaps.
+    first, last = min(part.rows), max(part.rows)
+    in_order = last < min(part.columns) and all(axis < first for axis in (*stack, *part.batch))
+    return in_order and not (part.batch and any(axis in split for axis in stack))
 
 
 def _addresses(work: Sequence[Work]) -> list[list[int]]:
@@ -202,7 +214,9 @@ def form_of(w: Work) -> native.Canonical | None:
     form = native.canonical(w.layout)
     if form is None or not isinstance(w.layout, Part):
         return form
-    # A part's rows are whole and its columns may not be: the kernels' rows must be its rows.
-    if form.swapped or (w.settings.stochastic_rounding and not _numbered(w.layout)):
+    if w.settings.stochastic_rounding and not _numbered(_in_memory(w.layout, form)):
         return None
-    return form
+    if not form.swapped:
+        return form
+    # A part's rows are whole and its columns may not be: its rows, the kernel's columns, are what measure must finish.
+    return form._replace(columns_first=True) if form.B1 == 1 else None

@@ -77,6 +77,9 @@ class Sharded:
                 found = dict(zip(prepared.work, table_sums(prepared), strict=True))
                 for shard in fast:
                     shard.found = found.get(shard.work)
+                    if shard.found is not None and shard.placement.mode == "stack" and shard.work.layout.factored:
+                        decay = shard.work.settings.hyperparameters.decay(int(shard.work.state["step"]) + 1)
+                        shard.found.sum_u2 = aten_split.squares_of_stack(shard.work, shard.found, decay)
         by_work = {shard.work: shard for shard in shards if shard.found is None}
         for run in (run for _, works in by_device(by_work) for run in aten.runs(works)):
             for w, decay in zip(run.work, run.decay, strict=True):
@@ -119,6 +122,8 @@ class Sharded:
                 room, canvas = next(taken)
                 complete = room.here(canvas).to(value.device, value.dtype)
                 if slot == "sum_u2" and shard.work.layout.factored:
+                    if shard.sums.rows is None:
+                        share_of_stack(shard.sums, complete)
                     shard.sums.sum_u2 = complete
                 else:
                     value.copy_(complete)
@@ -193,10 +198,21 @@ def spoil(found: aten.Sums, spoilt: Tensor) -> None:
         found.sum_u2 = found.sum_u2 + nan
 
 
+def share_of_stack(found: aten.Sums, complete: Tensor) -> None:
+    """Have the native kernels find the Σu² of all parts of a stack in the W of this one.
+
+    From here on W serves that sum alone, and the sum is linear in W. Where this part's is 0, so is its gradient, and
+    the clip factor multiplies nothing.
+    """
+    assert found.sum_u2 is not None
+    mine = found.sum_u2.double()
+    found.W.copy_(found.W.double() * torch.where((mine == 0) & complete.isfinite(), 1.0, complete.double() / mine))
+
+
 def native_can(shard: Shard) -> bool:
     """Whether the native kernels can measure this shard; the rest goes to torch operations."""
-    w, mode = shard.work, shard.placement.mode
-    one_round = mode in ("alone", "rows") or not w.layout.factored
+    w = shard.work
+    one_round = shard.placement.mode != "both" or not w.layout.factored
     return one_round and shard.present and bool(w.layout.size) and w.grad.is_contiguous()
 
 
