@@ -63,8 +63,11 @@ bool runs(int64_t isa) {
 
 bool known(int64_t dtype) { return dtype >= ADAFACTOR_FLOAT32 && dtype <= ADAFACTOR_FLOAT64; }
 
+bool half(int64_t dtype) { return dtype == ADAFACTOR_BFLOAT16 || dtype == ADAFACTOR_FLOAT16; }
+
 int check(const adafactor_tensor& t, adafactor::Verb verb) {
   if (!known(t.param_dtype) || !known(t.grad_dtype) || (t.momentum && !known(t.momentum_dtype))) return 2;
+  if (t.residual && (!half(t.param_dtype) || (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING))) return 6;
   const bool factored = t.flags & ADAFACTOR_FACTORED;
   if ((t.flags & ADAFACTOR_SCALE_PARAMETER) && !t.Q) return 3;
   if (t.b0 * t.n * t.B1 * t.m == 0) return 0;

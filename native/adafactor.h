@@ -51,6 +51,8 @@ typedef struct adafactor_tensor {
   void* row;         /* T[b0][n][B1], or the second moment T[b0][m] if not factored */
   void* column;      /* T[b0][B1][m]; unused if not factored */
   void* momentum;    /* of momentum_dtype, or NULL for none */
+  void* residual;    /* bfloat16, like param: what rounding the bfloat16 or float16 param has cut off, or NULL for none.
+                        Not with STOCHASTIC_ROUNDING */
   double* Q;         /* [slices], eq. 6. measure: sums of x^2 (unless known). apply: those of the new x, as stored.
                         Needed with SCALE_PARAMETER only */
   void* finished;    /* T, like row (eq. 2): held here until apply commits it. Factored only. COLUMNS_FIRST: apply
@@ -77,8 +79,9 @@ typedef struct adafactor_tensor {
 } adafactor_tensor;
 
 /* Each returns 0, or 1: out of memory, 2: an unknown dtype, 3: a missing buffer, 4: an instruction set that this
- * machine or this build does not have, 5: COLUMNS_FIRST where it cannot be. Nothing has been written then, except after 1. The result has the same bits
- * for every instruction set and every number of threads. */
+ * machine or this build does not have, 5: COLUMNS_FIRST where it cannot be, 6: a residual beside stochastic rounding or
+ * of a param that needs none. Nothing has been written then, except after 1. The result has the same bits for every
+ * instruction set and every number of threads. */
 
 /* Fills finished, S, W and Q, which add up over shards (all but finished). Commits nothing. */
 ADAFACTOR_API int adafactor_measure(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);

@@ -456,7 +456,7 @@ struct Target {
   const adafactor_tensor& t;
   size_t first, n, next;  // the tile, and where the one after it begins
   bool stochastic;
-  T x_tile[kTile], momentum_tile[kTile];
+  T x_tile[kTile], momentum_tile[kTile], residual_tile[kTile];
   T *x, *momentum;
 
   Target(const adafactor_tensor& tensor, size_t first_element, size_t count, size_t next_element)
@@ -464,6 +464,10 @@ struct Target {
     const bool half = t.param_dtype == ADAFACTOR_BFLOAT16 || t.param_dtype == ADAFACTOR_FLOAT16;
     stochastic = half && (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING);
     x = open(t.param_dtype, t.param, first, x_tile, n, next);
+    if (t.residual) {
+      const T* residual = load(ADAFACTOR_BFLOAT16, t.residual, first, residual_tile, n, next);
+      for (size_t k = 0; k < n; ++k) x[k] += residual[k];
+    }
     momentum = t.momentum ? open(t.momentum_dtype, t.momentum, first, momentum_tile, n, next) : nullptr;
   }
 
@@ -472,9 +476,20 @@ struct Target {
     narrow_stochastic(t, x + offset, first + offset, count, index);
   }
 
+  // What rounding has cut off x; of what is not finite nothing is left.
+  void keep_rest() {
+    const T* stored = load(t.param_dtype, t.param, first, residual_tile, n);
+    for (size_t k = 0; k < n; ++k) {
+      const T rest = x[k] - stored[k];
+      x[k] = stored[k] - stored[k] == 0 ? rest : T(0);
+    }
+    close(ADAFACTOR_BFLOAT16, x, t.residual, first, n);
+  }
+
   double finish() {
     if (!stochastic) close(t.param_dtype, x, t.param, first, n);
     if (momentum) close(t.momentum_dtype, momentum, t.momentum, first, n);
+    if (t.residual) keep_rest();
     if (!(t.flags & ADAFACTOR_SCALE_PARAMETER)) return 0;
     return double(sum<Square>(load(t.param_dtype, t.param, first, x_tile, n, next), n));  // as stored
   }

@@ -76,7 +76,9 @@ struct Model {
     t.rho = 0.01, t.decay = 0.5, t.eps1 = 1e-30, t.eps2 = 1e-3, t.clip = 1, t.keep = 0.99, t.beta1 = 0.9;
     t.seed = 7, t.id = tensors.size();
     t.flags = ADAFACTOR_SCALE_PARAMETER | ADAFACTOR_SKIP_NONFINITE | (factored ? ADAFACTOR_FACTORED : 0u);
-    if (tensors.size() % 2) t.flags |= ADAFACTOR_STOCHASTIC_ROUNDING;
+    const bool half = dtype == ADAFACTOR_BFLOAT16 || dtype == ADAFACTOR_FLOAT16;
+    if ((tensors.size() + tensors.size() / 4) % 2) t.flags |= ADAFACTOR_STOCHASTIC_ROUNDING;
+    else if (half) t.residual = zeros(N * 2);
     tensors.push_back(t);
   }
 
@@ -100,6 +102,7 @@ struct Model {
       const size_t N = size_t(t.b0 * t.n * t.B1 * t.m);
       all.append(static_cast<const char*>(t.param), N * bytes_of(t.param_dtype));
       all.append(reinterpret_cast<const char*>(t.Q), size_t(t.slices) * 8);
+      if (t.residual) all.append(static_cast<const char*>(t.residual), N * 2);
       if (t.momentum) all.append(static_cast<const char*>(t.momentum), N * bytes_of(t.momentum_dtype));
     }
     return all;

@@ -592,3 +592,14 @@ def test_missing_buffers_and_strided_tables_are_refused() -> None:
         model.table.measure()
     with pytest.raises(ValueError, match=r"where must be a slice of step 1"):
         model.table.run("step", where=slice(None, None, 2))
+
+
+def test_a_residual_where_none_belongs_is_refused() -> None:
+    for dtype, options in (("float32", {}), ("bfloat16", {"stochastic_rounding": True})):
+        model = Model([layout((4, 5))], dtype=dtype, options=options)
+        rest = np.zeros(20, np.uint16)
+        model.table.records["residual"] = rest.ctypes.data
+        before = model.x[0].tobytes()
+        with pytest.raises(RuntimeError, match=r"native step: a residual belongs to a bfloat16 or float16 parameter"):
+            model.step(gradients(model.layouts, 1))
+        assert model.x[0].tobytes() == before

@@ -7,6 +7,7 @@ All three keep the same numbers under different names:
     column          col_var                 exp_avg_sq_col      (..., m); torch.optim keeps (..., 1, m)
     second_moment   variance                exp_avg_sq          the parameter's
     momentum        -                       exp_avg / alpha     the parameter's
+    residual        -                       -                   the parameter's
     step            step, float32           step, int           ()
 
 transformers averages updates that the step size alpha has already multiplied. Divided by the last alpha, its average
@@ -112,7 +113,8 @@ def _state(saved: State, old: Group, group: Group, param: Tensor, name: str, not
         values["momentum"] = _momentum(saved, old, notes)
     roles = layout(param.shape, group["factoring"], group["min_dim_size_to_factor"], name=name)
     dtype = math_dtype(param.dtype)
-    wanted = {**roles.slots, "momentum": tuple(param.shape)}
+    wanted = {**roles.slots, "momentum": tuple(param.shape), "residual": tuple(param.shape)}
+    dtypes = {"momentum": group["momentum_dtype"] or dtype, "residual": torch.bfloat16}
     read: State = {}
     for key, value in values.items():
         if isinstance(value, Tensor) and is_sharded(value) and not is_sharded(param):
@@ -125,16 +127,15 @@ def _state(saved: State, old: Group, group: Group, param: Tensor, name: str, not
         elif key in wanted and is_sharded(param) and value.numel() == math.prod(wanted[key]):
             from adafactor.sharding.dtensor import adopt
 
-            stored = dtype if key != "momentum" else group["momentum_dtype"] or dtype
-            read[key] = Held(adopt(value, param, roles, key, stored))  # type: ignore[arg-type]
+            read[key] = Held(adopt(value, param, roles, key, dtypes.get(key, dtype)))  # type: ignore[arg-type]
         elif key not in wanted or value.numel() != math.prod(wanted[key]):
             needs = " and ".join(f"{slot} {shape}" for slot, shape in roles.slots.items())
             raise ValueError(
                 f"{name} of shape {tuple(param.shape)} needs the statistics {needs}, got {key} of shape "
                 f"{tuple(value.shape)}. Construct the optimizer with the checkpoint's factoring."
             )
-        elif key == "momentum":
-            stored = torch.empty_like(param, dtype=group["momentum_dtype"] or dtype)
+        elif key in dtypes:
+            stored = torch.empty_like(param, dtype=dtypes[key])
             read[key] = Held(stored.copy_(value))
         else:
             copied = value.reshape(wanted[key]).to(param.device, dtype, copy=True)

@@ -262,7 +262,7 @@ def _move(w: Work, rows: Tensor | None, columns: Columns | None, move: Move) -> 
 
 
 def _write(w: Work, piece: Block, update: Tensor, move: Move) -> None:
-    """x <- shrink x - update, rounded once."""
+    """x <- shrink x - update, rounded once; ``residual`` is what rounding cut off it the last time."""
     x = at(w.param, piece)
     decays = bool(w.settings.weight_decay)
     if x.dtype == update.dtype:
@@ -271,11 +271,22 @@ def _write(w: Work, piece: Block, update: Tensor, move: Move) -> None:
         x.sub_(update)
         return
     exact = x.to(update.dtype)
+    residual = at(w.state["residual"], piece) if w.compensated else None
+    if residual is not None:
+        exact = exact + residual
     exact = (exact * move.shrink if decays else exact) - update
     if w.settings.stochastic_rounding:
         index = row_major(w.layout, piece, x.device)
         exact = stochastic_round(exact, x.dtype, random_bits(w.settings.seed, move.t, w.tensor, index))
-    x.copy_(exact)
+    if residual is None:
+        x.copy_(exact)
+        return
+    rounded = exact.to(x.dtype)
+    rest = (exact - rounded).masked_fill_(~rounded.isfinite(), 0)  # of what is not finite nothing is left
+    if w.settings.skip_nonfinite:  # x + residual may be a tie, which rounds to another x than the one that is there
+        rounded, rest = torch.where(move.updated, rounded, x), torch.where(move.updated, rest, residual)
+    x.copy_(rounded)
+    residual.copy_(rest)
 
 
 def positive(v: Tensor) -> Tensor:

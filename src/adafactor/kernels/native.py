@@ -34,7 +34,7 @@ FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHAST
     1 << bit for bit in range(8)
 )
 
-_ADDRESSES = ["param", "grad", "row", "column", "momentum", "Q", "finished", "S", "W"]
+_ADDRESSES = ["param", "grad", "row", "column", "momentum", "residual", "Q", "finished", "S", "W"]
 _NUMBERS = ["b0", "n", "B1", "m", "slices", "n_global", "N_global", "m_global", "row_offset", "column_offset"]
 _CODES = ["param_dtype", "grad_dtype", "momentum_dtype"]
 _SCALARS = ["rho", "decay", "eps1", "eps2", "clip", "keep", "beta1"]
@@ -160,6 +160,7 @@ class Table:
         second_moment: dict[str, int],
         momentum: int = 0,
         momentum_dtype: str = "float32",
+        residual: int = 0,
         grad: int = 0,
         grad_dtype: str | None = None,
     ) -> None:
@@ -168,10 +169,11 @@ class Table:
         Args:
             second_moment: addresses of the statistics by the names of ``Layout.slots``, float32 (float64 for a
                 float64 parameter), dense in the order that `canonical` was told.
+            residual: of a bfloat16 or float16 parameter: bfloat16, in its order; what rounding has cut off.
         """
         record = self.records[k]
         row, column = self.forms[k].slots
-        record["param"], record["grad"], record["momentum"] = param, grad, momentum
+        record["param"], record["grad"], record["momentum"], record["residual"] = param, grad, momentum, residual
         record["row"], record["column"] = second_moment[row], second_moment[column] if column else 0
         record["param_dtype"] = DTYPES[param_dtype]
         record["grad_dtype"] = DTYPES[grad_dtype or param_dtype]
@@ -272,6 +274,7 @@ _ERRORS = {
     3: "a tensor's param, grad, statistic, Q or sums buffer is missing, or its slices do not divide its stack",
     4: "this machine or this build does not have that instruction set",
     5: "columns can come first only in a factored tensor without a stack between its rows and columns",
+    6: "a residual belongs to a bfloat16 or float16 parameter that is rounded to nearest",
 }
 
 

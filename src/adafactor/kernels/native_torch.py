@@ -141,6 +141,7 @@ def prepare(work: Sequence[Work]) -> Prepared:
             second_moment={name: w.state[name].data_ptr() for name in w.layout.slots},
             momentum=0 if momentum is None else momentum.data_ptr(),
             momentum_dtype="float32" if momentum is None else _DTYPES[momentum.dtype],
+            residual=w.state["residual"].data_ptr() if w.compensated else 0,
         )
         if isinstance(w.layout, Part):
             _globalise(table.records[k : k + 1], _in_memory(w.layout, table.forms[k]))
@@ -203,6 +204,7 @@ def _addresses(work: Sequence[Work]) -> list[list[int]]:
     lists = [[w.param.data_ptr() for w in work]]
     for name in ("row", "column", "second_moment", "momentum"):
         lists.append([state[name].data_ptr() for state in states if name in state])
+    lists.append([w.state["residual"].data_ptr() for w in work if w.compensated])
     return lists
 
 
@@ -210,6 +212,8 @@ def form_of(w: Work) -> native.Canonical | None:
     """The kernels' form of a tensor, or ``None`` where only ``aten.py`` can update it."""
     momentum = w.state.get("momentum")
     if not w.param.is_contiguous() or (momentum is not None and not momentum.is_contiguous()):
+        return None
+    if w.compensated and not w.state["residual"].is_contiguous():
         return None
     form = native.canonical(w.layout)
     if form is None or not isinstance(w.layout, Part):

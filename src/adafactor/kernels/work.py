@@ -37,6 +37,7 @@ class Settings:
         seed: of the random bits behind stochastic rounding.
         scale_after_decay: take RMS(x) after weight decay instead, as Keras does.
         scheduled: the learning rate varies by itself, which ``relative_step=True`` leaves alone (eq. 8).
+        compensated: keep what rounding cuts off a bfloat16 or float16 parameter, and add it again in the next update.
     """
 
     hyperparameters: Hyperparameters
@@ -48,6 +49,7 @@ class Settings:
     seed: int
     scale_after_decay: bool = False
     scheduled: bool = False
+    compensated: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +63,8 @@ class Work:
             ``step``, int64 of shape (): the updates made so far, before this one (t is one more);
             ``row`` of ``layout.row_shape`` and ``column`` of ``layout.column_shape``, or ``second_moment`` of the
             parameter's shape, all contiguous and of ``math_dtype``;
-            ``momentum`` of the parameter's shape, where ``settings`` ask for one.
+            ``momentum`` of the parameter's shape, where ``settings`` ask for one;
+            ``residual`` of the parameter's shape, bfloat16, where it is ``compensated``.
         layout: the role of every axis.
         settings: the group's.
         lr: the group's learning rate before eq. 8: a number, or a tensor of one element.
@@ -82,7 +85,13 @@ class Work:
     def slots(self) -> tuple[str, ...]:
         """The names of ``state`` that this update reads and writes."""
         momentum = ("momentum",) if self.settings.hyperparameters.momentum is not None else ()
-        return ("step", *self.layout.slots, *momentum)
+        residual = ("residual",) if self.compensated else ()
+        return ("step", *self.layout.slots, *momentum, *residual)
+
+    @property
+    def compensated(self) -> bool:
+        """Whether rounding cuts something off that is kept: not of a float32 or float64 parameter."""
+        return self.settings.compensated and self.param.dtype in (torch.bfloat16, torch.float16)
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -79,6 +79,8 @@ class Shard:
         dtype = math_dtype(w.param.dtype)
         if slot == "momentum":
             dtype = w.settings.momentum_dtype or dtype
+        elif slot == "residual":
+            dtype = torch.bfloat16
         axes = kept_axes(roles, slot)
         local = torch.zeros([part.shape[axis] for axis in axes], dtype=dtype, device=device)
         return statistic(local, self.param, tuple(roles.shape[axis] for axis in axes), axes)

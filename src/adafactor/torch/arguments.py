@@ -32,7 +32,7 @@ MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 SETTINGS = (
     *("beta2_decay", "eps", "d", "weight_decay", "maximize", "fused", "relative_step", "scale_parameter"),
     *("beta1", "momentum_dtype", "beta2_max", "factoring", "min_dim_size_to_factor"),
-    *("stochastic_rounding", "skip_nonfinite", "seed"),
+    *("stochastic_rounding", "compensated", "skip_nonfinite", "seed"),
 )
 
 
@@ -59,9 +59,12 @@ def translate(group: Mapping[str, Any]) -> Settings:
     )
     if not in_range(group["weight_decay"], 0.0, math.inf):
         raise ValueError(message("weight_decay", ">= 0 and finite", group["weight_decay"], "Pass 0 for none."))
-    for name in ("maximize", "stochastic_rounding", "skip_nonfinite"):
+    for name in ("maximize", "stochastic_rounding", "compensated", "skip_nonfinite"):
         if not isinstance(group[name], bool):
             raise TypeError(message(name, "True or False", group[name], "Leave it out for the default."))
+    if group["compensated"] and group["stochastic_rounding"]:
+        remedy = "Compensation rounds to nearest and forgets nothing; leave one of them out."
+        raise ValueError(message("compensated", "False beside stochastic_rounding=True", True, remedy))
     for name in ("fused", "foreach"):
         if group[name] not in (None, True, False):
             raise TypeError(message(name, "None, True or False", group[name], "Leave it out for the default."))
@@ -80,6 +83,7 @@ def translate(group: Mapping[str, Any]) -> Settings:
         stochastic_rounding=group["stochastic_rounding"],
         skip_nonfinite=group["skip_nonfinite"],
         seed=seed,
+        compensated=group["compensated"],
     )
 
 

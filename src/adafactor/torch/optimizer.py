@@ -55,12 +55,15 @@ class Adafactor(Optimizer):
         factoring: which axes become rows and columns; see :func:`adafactor.layout`.
         min_dim_size_to_factor: matrices with a smaller side keep the whole second moment.
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random, without bias.
+        compensated: keep what rounding cuts off bfloat16 and float16 parameters, as ``residual``, and add it again in
+            the next update. Not with ``stochastic_rounding``; without effect on other parameters.
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient holds an inf or a NaN, or
             when its squares overflow; count it in :attr:`skipped`. ``False`` lets it spread.
         seed: an integer; of the bits behind ``stochastic_rounding``.
 
     State of a parameter: ``step``, int64 of shape (), the updates made; ``row`` and ``column``, or
-    ``second_moment``, of the shapes ``adafactor.layout`` gives; ``momentum`` of the parameter's shape, with ``beta1``.
+    ``second_moment``, of the shapes ``adafactor.layout`` gives; ``momentum`` of the parameter's shape, with ``beta1``;
+    ``residual`` of the parameter's shape, bfloat16, with ``compensated``.
 
     Raises:
         TypeError, ValueError: an argument does not fit. Nothing has been modified.
@@ -86,6 +89,7 @@ class Adafactor(Optimizer):
         factoring: Factoring = "last_two",
         min_dim_size_to_factor: int = 1,
         stochastic_rounding: bool = False,
+        compensated: bool = False,
         skip_nonfinite: bool = True,
         seed: int = 0,
     ) -> None:
@@ -106,6 +110,7 @@ class Adafactor(Optimizer):
             "factoring": factoring,
             "min_dim_size_to_factor": min_dim_size_to_factor,
             "stochastic_rounding": stochastic_rounding,
+            "compensated": compensated,
             "skip_nonfinite": skip_nonfinite,
             "seed": seed,
         }
@@ -269,6 +274,8 @@ class Adafactor(Optimizer):
         if w.settings.hyperparameters.momentum is not None and "momentum" not in state:
             stored = w.settings.momentum_dtype or dtype
             state["momentum"] = torch.zeros_like(w.param, dtype=stored, memory_format=torch.preserve_format)
+        if w.compensated and "residual" not in state:
+            state["residual"] = torch.zeros_like(w.param, dtype=torch.bfloat16, memory_format=torch.preserve_format)
         return state
 
     def _traced_step(self) -> None:

@@ -31,14 +31,16 @@ def give_gradients(model: torch.nn.Module, step: int) -> None:
             part = placement_of(p, layout(p.shape)).part
             local = g[tuple(slice(o, o + n) for o, n in zip(part.offset, part.shape, strict=True))].contiguous()
             g = DTensor.from_local(local, p.device_mesh, p.placements, shape=g.shape, stride=g.stride())
-        p.grad = g
+        p.grad = g.to(p.dtype)
 
 
 def steps(
-    rank: int, world: int, kind: str, first: int, last: int, load: str | None, save: str | None
+    rank: int, world: int, kind: str, first: int, last: int, load: str | None, save: str | None, half: bool = False
 ) -> dict[str, Any]:
     model = models.Model(2) if world == 1 else models.sharded(kind, world, 2)
-    optimizer = adafactor.torch.Adafactor(model.parameters(), lr=0.05, beta1=0.9)
+    if half:
+        model.bfloat16()
+    optimizer = adafactor.torch.Adafactor(model.parameters(), lr=0.05, beta1=0.9, compensated=half)
     if load:
         weights, state = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=load)
@@ -54,7 +56,7 @@ def steps(
     found["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
     if world > 1:  # a whole state goes back into shards
         model.zero_grad()
-        again = adafactor.torch.Adafactor(model.parameters(), lr=0.05, beta1=0.9)
+        again = adafactor.torch.Adafactor(model.parameters(), lr=0.05, beta1=0.9, compensated=half)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_optimizer_state_dict(model, again, found["optimizer"] if rank == 0 else {}, options=options)
         for p, values in optimizer.state.items():

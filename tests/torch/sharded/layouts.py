@@ -181,3 +181,29 @@ def rounding(rank: int, world: int) -> dict[str, float]:
                 total += ours.numel()
             found[f"{layout}, {fused}"] = different / max(1, total)
     return found
+
+
+def compensated(rank: int, world: int) -> dict[str, float]:
+    """Compensated bfloat16 against the single process: the distance of parameter and residual together."""
+    found = {}
+    for layout, (mesh, placements) in meshes(world).items():
+        for fused in (None, False):
+            torch.manual_seed(0)
+            for shape in [(64, 48), (8, 16, 12), (33, 16), (64,)]:
+                x = torch.randn(shape).bfloat16()
+                mine = shard(x.clone(), mesh, placements)
+                if mine is None:
+                    continue
+                a, b = torch.nn.Parameter(x), torch.nn.Parameter(mine)
+                one, many = (Adafactor([p], lr=1e-3, compensated=True, fused=fused) for p in (a, b))
+                for _ in range(10):
+                    a.grad = torch.randn(shape).bfloat16()
+                    b.grad = share(a.grad, b)
+                    one.step()
+                    many.step()
+                residual = many.state[b]["residual"]
+                assert (residual.placements, residual.dtype) == (b.placements, torch.bfloat16)
+                ours = b.detach().to_local().double() + residual.to_local().double()
+                theirs = whole(a.detach().double() + one.state[a]["residual"].double(), b)
+                found[f"{layout}, {fused}, {shape}"] = float((ours - theirs).norm() / max(theirs.norm(), 1e-30))
+    return found

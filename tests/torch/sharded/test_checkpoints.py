@@ -5,14 +5,15 @@ from pathlib import Path
 import checkpoints
 import pytest
 import ranks
+import torch
 
 CASES = str(Path(__file__).with_name("checkpoints.py"))
 
 
-def run(world, first, last, load=None, save=None, kind="FSDP2"):
+def run(world, first, last, load=None, save=None, kind="FSDP2", half=False):
     if world == 1:  # plain tensors, and no process group at all
-        return checkpoints.steps(0, 1, kind, first, last, load, save)
-    return ranks.run(CASES, "steps", world, kind=kind, first=first, last=last, load=load, save=save)[0]
+        return checkpoints.steps(0, 1, kind, first, last, load, save, half)
+    return ranks.run(CASES, "steps", world, kind=kind, first=first, last=last, load=load, save=save, half=half)[0]
 
 
 def distances(ours, theirs):
@@ -39,3 +40,15 @@ def test_from_two_dimensions_to_one(tmp_path, kind):
     run(4, 1, 3, save=str(tmp_path / "4"), kind=kind)
     resharded = run(2, 4, 6, load=str(tmp_path / "4"))
     assert {name: d for name, d in distances(resharded, single).items() if not d <= 1e-6} == {}
+
+
+def test_residuals_of_compensated_bfloat16(tmp_path):
+    saved = run(2, 1, 3, save=str(tmp_path / "2"), half=True)
+    loaded = run(1, 4, 3, load=str(tmp_path / "2"), half=True)  # no further step
+    states = saved["optimizer"]["state"]
+    assert all(values["residual"].dtype == torch.bfloat16 for values in states.values())
+    assert any(values["residual"].any() for values in states.values())
+    for name, values in states.items():
+        assert torch.equal(saved["model"][name], loaded["model"][name])
+        for slot, value in values.items():
+            assert torch.equal(value, loaded["optimizer"]["state"][name][slot]), (name, slot)

@@ -33,3 +33,8 @@ def test_stochastic_rounding_draws_the_same_bits():
     # The sums differ in their last bit, which moves an element across its random threshold now and then.
     for found in ranks.run(CASES, "rounding", 4):
         assert {case: share for case, share in found.items() if not share <= 2e-3} == {}
+
+
+def test_compensated_bfloat16():
+    for found in ranks.run(CASES, "compensated", 2):
+        assert {case: worst for case, worst in found.items() if not worst <= 1e-5} == {}
