@@ -117,7 +117,7 @@ def test_the_trajectory_is_float32s(dtype, fused):
 @KERNELS
 @pytest.mark.parametrize("shape", [(64, 128), (5000,)], ids=str)
 def test_weight_decay_is_not_rounded_away(stochastic, fused, shape):
-    """x (1 - 1e-4) rounds to x in bfloat16. The decayed x goes through the one rounding that the update goes through."""
+    """x (1 - 1e-4) rounds to x in bfloat16. The decayed x goes through the update's one rounding."""
     ends = {}
     for name, dtype, options in (
         ("float32", torch.float32, {}),

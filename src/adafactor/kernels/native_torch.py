@@ -26,9 +26,10 @@ _CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 
 
 class Step:
-    """The kernel ``step(work, skipped)`` for CPU tensors, with the tables of the lists it has seen."""
+    """The kernel ``step(work, skipped)`` for CPU tensors, with the tables of the last ``lists`` lists or fewer."""
 
-    def __init__(self) -> None:
+    def __init__(self, lists: int = 8) -> None:
+        self._lists = lists
         self._tables: dict[tuple[int, ...], Prepared] = {}
 
     def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
@@ -42,7 +43,7 @@ class Step:
         key = tuple(map(id, work))
         prepared = self._tables.get(key)
         if prepared is None or prepared.stale():
-            if len(self._tables) >= 8:  # a model whose list changes every step must not fill the memory
+            if len(self._tables) >= self._lists:  # a model whose list changes every step must not fill the memory
                 self._tables.clear()
             prepared = self._tables[key] = prepare(work)
         if prepared.other:

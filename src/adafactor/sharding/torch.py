@@ -28,19 +28,22 @@ class Sharded:
 
     The first step, and the first after a change of groups, compares what the ranks are about to add up: one more
     collective of eight bytes.
+
+    Args:
+        lists: of how many lists of shards that is kept; the same on all ranks.
     """
 
-    def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._exchanges: list[Exchange] = []
+    def __init__(self, lists: int) -> None:
+        self._lists = lists
+        self._plans: dict[tuple[object, ...], tuple[Sequence[Shard], list[Exchange]]] = {}
         self._tables: dict[tuple[int, ...], Prepared] = {}
 
     def step(self, shards: Sequence[Shard], skipped: Callable[[torch.device], Tensor]) -> None:
         """One update of every parameter that has a gradient on any rank."""
-        self._plan(shards)
+        plan = self._plan(shards)
         tables = self._measure(shards)
         absent: set[Shard] = set()
-        for exchange in self._exchanges:
+        for exchange in plan:
             absent |= self._first(exchange)
             self._second(exchange)
         here = [shard for shard in shards if shard not in absent]
@@ -57,12 +60,14 @@ class Sharded:
             if shard not in absent:
                 shard.commit()
 
-    def _plan(self, shards: Sequence[Shard]) -> None:
+    def _plan(self, shards: Sequence[Shard]) -> list[Exchange]:
         scaled = tuple(shard.work.settings.hyperparameters.scale_parameter for shard in shards)
         key = (tuple(map(id, shards)), scaled)
-        if key != self._key:
-            self._exchanges = exchanges(shards)
-            self._key = key
+        if key not in self._plans:
+            if len(self._plans) >= self._lists:
+                self._plans.clear()
+            self._plans[key] = shards, exchanges(shards)
+        return self._plans[key][1]
 
     def _measure(self, shards: Sequence[Shard]) -> list[Prepared]:
         """Everything that can be known without the other processes."""
@@ -95,7 +100,8 @@ class Sharded:
         key = tuple(map(id, work))
         prepared = self._tables.get(key)
         if prepared is None or prepared.stale():
-            self._tables.clear()
+            if len(self._tables) >= self._lists:
+                self._tables.clear()
             prepared = self._tables[key] = prepare(work)
             prepared.table.allocate_sums()
         return prepared

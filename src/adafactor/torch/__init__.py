@@ -4,12 +4,13 @@
 
     optimizer = Adafactor(model.parameters(), lr=1e-2)
 
-``docs/torch.md`` has the migration tables.
+``docs/torch.md`` has the migration tables, ``docs/low-precision.md`` what :func:`step_in_backward` is for.
 """
 
 from adafactor.factoring import Factored
+from adafactor.torch.backward import StepInBackward, step_in_backward
 from adafactor.torch.optimizer import Adafactor
 
-__all__ = ["Adafactor", "Factored"]
+__all__ = ["Adafactor", "Factored", "StepInBackward", "step_in_backward"]
 
 Adafactor.__module__ = __name__

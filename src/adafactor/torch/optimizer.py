@@ -25,6 +25,10 @@ from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_te
 if TYPE_CHECKING:
     from adafactor.sharding.shard import Shard
     from adafactor.sharding.torch import Sharded
+    from adafactor.torch.backward import StepInBackward
+
+# Which parameters have a gradient varies little from step to step: what is derived from a list is kept for so many.
+LISTS = 8
 
 
 class Adafactor(Optimizer):
@@ -115,6 +119,7 @@ class Adafactor(Optimizer):
             "seed": seed,
         }
         translate(defaults)
+        self._in_backward: StepInBackward | None = None
         self._forget()
         self._skipped: dict[torch.device, Tensor] = {}
         self._given: set[int] = set()  # ids of the parameters that came in through a group
@@ -127,7 +132,9 @@ class Adafactor(Optimizer):
         self._shards: dict[Tensor, Shard] = {}
         self._sharded: Sharded | None = None
         self._settings: dict[int, tuple[tuple[object, ...], Settings]] = {}
-        self._native = Step() if native.available() else None
+        # Stepped in the backward pass, every parameter is a list of its own.
+        self._lists = LISTS if self._in_backward is None else max(LISTS, self._in_backward.lists)
+        self._native = Step(self._lists) if native.available() else None
 
     def _kernel(self, fused: bool | None, device: torch.device) -> Kernel:
         """The kernel for a device; see ``fused``."""
@@ -152,7 +159,11 @@ class Adafactor(Optimizer):
 
         Raises:
             TypeError, ValueError: an argument of the group does not fit.
+            RuntimeError: parameters are stepped in the backward pass, in which the new ones would not be.
         """
+        if self._in_backward is not None:
+            remedy = "Call remove() on what step_in_backward returned, and step_in_backward again afterwards."
+            raise RuntimeError(message("add_param_group", "called before step_in_backward", "a group after it", remedy))
         if isinstance(param_group, dict):
             translate({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -185,19 +196,23 @@ class Adafactor(Optimizer):
         if torch.compiler.is_compiling():
             self._traced_step()
             return loss
+        self._update([(number, None) for number in range(len(self.param_groups))])
+        return loss
+
+    def _update(self, chosen: Sequence[tuple[int, Sequence[int] | None]]) -> None:
+        """Update what has a gradient among the positions of groups that are ``chosen``; None is all of a group."""
         # Every check comes before the first write: a step happens wholly or not at all.
-        work = [w for number in range(len(self.param_groups)) for w in self._collect(number)]
-        shards = [shard for number in range(len(self.param_groups)) for shard in self._collect_shards(number)]
+        work = [w for number, positions in chosen for w in self._collect(number, positions)]
+        shards = [shard for number, positions in chosen for shard in self._collect_shards(number, positions)]
         for w in work:
             w.state = self._state_of(w)
         if shards:
             if self._sharded is None:
                 from adafactor.sharding.torch import Sharded
 
-                self._sharded = Sharded()
+                self._sharded = Sharded(self._lists)
             self._sharded.step(shards, self._count_of)
         self._run(work)
-        return loss
 
     def _count_of(self, device: torch.device) -> Tensor:
         """The number of tensors left alone on a device."""
@@ -215,13 +230,14 @@ class Adafactor(Optimizer):
         finally:
             _release(work)
 
-    def _collect(self, number: int) -> list[Work]:
+    def _collect(self, number: int, positions: Sequence[int] | None = None) -> list[Work]:
         """One item of work per parameter of a group that has a gradient. All checks are here; nothing is written."""
         group = self.param_groups[number]
         settings = self._group_settings(number, group)
         first = sum(len(other["params"]) for other in self.param_groups[:number])
         work: dict[Tensor, Work] = {}  # a parameter that is listed twice is updated once
-        for position, param in enumerate(group["params"]):
+        for position in range(len(group["params"])) if positions is None else positions:
+            param = group["params"][position]
             grad = param.grad
             if grad is None or not param.numel() or is_sharded(param):
                 continue
@@ -237,12 +253,13 @@ class Adafactor(Optimizer):
             work[param] = w
         return list(work.values())
 
-    def _collect_shards(self, number: int) -> list[Shard]:
+    def _collect_shards(self, number: int, positions: Sequence[int] | None = None) -> list[Shard]:
         """The sharded parameters of a group. Those without a gradient here too: other ranks may have one."""
         group = self.param_groups[number]
         found: dict[Tensor, Shard] = {}
         first = sum(len(other["params"]) for other in self.param_groups[:number])
-        for position, param in enumerate(group["params"]):
+        for position in range(len(group["params"])) if positions is None else positions:
+            param = group["params"][position]
             if not is_sharded(param) or not param.numel() or not (param.requires_grad or param.grad is not None):
                 continue
             from adafactor.sharding.shard import gradient, shard_of
@@ -372,6 +389,7 @@ class Adafactor(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Both unpickling and the base class's load_state_dict come through here.
         super().__setstate__(state)
+        self.__dict__.setdefault("_in_backward", None)
         if "_given" not in self.__dict__:
             self._given = {id(param) for group in self.param_groups for param in group["params"]}
         if "_handle" not in self.__dict__:

@@ -1,0 +1,167 @@
+"""What the ranks of test_released.py run: gradient release under FSDP2, tensor parallelism and DDP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+
+from adafactor.torch import Adafactor, step_in_backward
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def different(model: nn.Module, optimizer: Adafactor, other: nn.Module, its: Adafactor) -> list[str]:
+    """The names of parameters that differ in a bit of theirs or of their state."""
+    found = []
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        same = torch.equal(local(p), local(q)) and optimizer.state[p].keys() == its.state[q].keys()
+        same = same and all(torch.equal(local(v), local(its.state[q][slot])) for slot, v in optimizer.state[p].items())
+        if not same:
+            found.append(name)
+    return found
+
+
+class Count:
+    """All-reduces, while it is entered."""
+
+    def __enter__(self) -> Count:
+        self.calls, self._all_reduce = 0, dist.all_reduce
+
+        def counting(*arguments: Any, **more: Any) -> Any:
+            self.calls += 1
+            return self._all_reduce(*arguments, **more)
+
+        dist.all_reduce = counting
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self._all_reduce
+
+
+def train(rank: int, world: int) -> dict[str, Any]:
+    """Per kind of sharding: what differs from the ordinary step, gradients left, and all-reduces of a later step."""
+    found: dict[str, Any] = {}
+    for kind in ("FSDP2", "HSDP", "TP", "bfloat16", "offload", "no sync", "accumulate", "reloaded"):
+        runs: list[Any] = []
+        for release in (False, True):
+            layout = kind if kind in ("HSDP", "TP") else "FSDP2"
+            if kind == "offload":
+                model = models.Model(2)
+                for module in (*model.blocks, model):
+                    fully_shard(module, offload_policy=CPUOffloadPolicy(pin_memory=False))
+            else:
+                model = models.sharded(layout, world, 2)
+            if kind == "bfloat16":
+                model.bfloat16()
+            options: dict[str, Any] = {"compensated": True} if kind == "bfloat16" else {"beta1": 0.9}
+            optimizer = Adafactor(model.parameters(), lr=1e-2, **options)
+            released = step_in_backward(model, optimizer) if release else None
+            for step in range(4):
+                rows = models.share_of_batch(layout, rank, world)
+                with Count() as count:
+                    if kind == "no sync":
+                        model.set_requires_gradient_sync(False)
+                        models.backward(model, step + 10, rows)
+                        model.set_requires_gradient_sync(True)
+                    elif kind == "accumulate" and released is not None:
+                        with released.accumulate():
+                            models.backward(model, step + 10, rows)
+                    elif kind == "accumulate":
+                        models.backward(model, step + 10, rows)
+                    models.backward(model, step, rows)
+                    if released is None:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                if kind == "reloaded" and step == 1:
+                    whole = StateDictOptions(full_state_dict=True)
+                    saved = get_optimizer_state_dict(model, optimizer, options=whole)
+                    if released is not None:
+                        released.remove()
+                    optimizer = Adafactor(model.parameters(), lr=1e-2, **options)
+                    options_ = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+                    set_optimizer_state_dict(model, optimizer, saved if rank == 0 else {}, options=options_)
+                    released = step_in_backward(model, optimizer) if release else None
+            left = [name for name, p in model.named_parameters() if p.grad is not None]
+            runs += [model, optimizer]
+            found[f"{kind}: gradients left"] = left
+            found[f"{kind}: all-reduces {release}"] = count.calls
+        found[f"{kind}: different"] = different(*runs)
+    return found
+
+
+class Half(nn.Module):
+    """Uses one of its two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def unused(rank: int, world: int) -> dict[str, Any]:
+    """A module of which some parameters get no gradient: they are not waited for."""
+    runs: list[Any] = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(Half(), nn.Linear(6, 4), Half())
+        for module in (model[0], model[2]):
+            fully_shard(module)
+        fully_shard(model)
+        optimizer = Adafactor(model.parameters(), lr=1e-2)
+        released = step_in_backward(model, optimizer) if release else None
+        for step in range(3):
+            model(torch.ones(2, 4) * (rank + step)).square().sum().backward()
+            if released is None:
+                optimizer.step()
+                optimizer.zero_grad()
+        runs += [model, optimizer]
+        left = [name for name, p in model.named_parameters() if p.grad is not None]
+    return {"different": different(*runs), "left": left, "state": len(optimizer.state)}
+
+
+def refusals(rank: int, world: int) -> dict[str, str]:
+    """DDP given, DDP around the model, DDP around a part of it, FSDP1."""
+    found = {}
+
+    def attempt(case: str, model: nn.Module, trained: nn.Module, wrap_later: bool = False) -> None:
+        params = list(trained.parameters())
+        before = [p.detach().clone() for p in params]
+        optimizer = Adafactor(params)
+        try:
+            released = step_in_backward(model, optimizer)
+            runner = nn.parallel.DistributedDataParallel(trained) if wrap_later else model
+            runner(torch.ones(2, 4)).sum().backward()
+            released.remove()
+            found[case] = "no error"
+        except RuntimeError as error:
+            same = all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+            found[case] = f"{error}" if same and not optimizer.state else "something was written"
+
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    attempt("plain", *[plain()] * 2)
+    inner = plain()
+    attempt("given", nn.parallel.DistributedDataParallel(inner), inner)
+    attempt("inside", nn.Sequential(nn.parallel.DistributedDataParallel(inner)), inner)
+    later = plain()
+    attempt("later", later, later, wrap_later=True)
+    for original in (False, True):
+        mesh = init_device_mesh("cpu", (world,))
+        flat = FullyShardedDataParallel(plain(), device_mesh=mesh, use_orig_params=original)
+        attempt(f"FSDP1 {original}", flat, flat)
+    return found
