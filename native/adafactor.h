@@ -60,6 +60,9 @@ typedef struct adafactor_tensor {
   void* S;           /* T, like column (eq. 4), overwritten by apply; T[slices], sums of g^2, if not factored */
   void* W;           /* T, like column (eq. 5); T[slices], sums of u^2 (eq. 11), if not factored.
                         step takes NULL for finished, S and W, and keeps them to itself */
+  double* report;    /* [slices][4], or NULL for none. apply: of the update it makes RMS(u) before clipping (eq. 7), what
+                        clipping divides by (eq. 10) and the parameter scale (eq. 9); if it makes none it adds 1 to the
+                        fourth */
   int64_t b0, n, B1, m, slices;
   int64_t n_global;      /* rows of the whole matrix, of which a shard holds n; 1 if not factored */
   int64_t N_global;      /* elements behind one clip factor, over all shards */

@@ -365,7 +365,10 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
   const size_t sums = factored ? size_t(t.b0) * sums_of_a_block(t) : size_t(t.slices);
   T *S = at<T>(w.S, 0), *W = at<T>(w.W, 0);
   // A gradient that is not finite shows in its sums: no pass over it just to look.
-  if ((t.flags & ADAFACTOR_SKIP_NONFINITE) && !(finite(total(S, sums)) && finite(total(W, sums)))) return false;
+  if ((t.flags & ADAFACTOR_SKIP_NONFINITE) && !(finite(total(S, sums)) && finite(total(W, sums)))) {
+    for (int64_t s = 0; t.report && s < t.slices; ++s) t.report[4 * s + 3] += 1;
+    return false;
+  }
 
   for (int64_t s = 0; s < t.slices; ++s) {
     double u2 = 0;
@@ -379,14 +382,17 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
       u2 = double(W[s]);
     }
     const double N = double(t.N_global);
-    const double excess = root(u2 / N) / t.clip;
-    w.shrink[s] = !finite(t.clip) || excess <= 1 ? 1 : 1 / excess;  // eq. 10; NaN stays NaN
-    w.alpha[s] = t.rho;
+    const double rms_u = root(u2 / N), excess = rms_u / t.clip;
+    const double divisor = !finite(t.clip) || excess <= 1 ? 1 : excess;  // eq. 10; NaN stays NaN
+    double scale = 1;
     if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
-      double scale = root(t.Q[s] / N);
+      scale = root(t.Q[s] / N);
       if (t.flags & ADAFACTOR_SCALE_AFTER_DECAY) scale *= t.keep < 0 ? -t.keep : t.keep;
-      w.alpha[s] *= scale <= t.eps2 ? t.eps2 : scale;  // eq. 9
+      if (scale <= t.eps2) scale = t.eps2;  // eq. 9
     }
+    w.shrink[s] = 1 / divisor;
+    w.alpha[s] = t.rho * scale;
+    if (double* report = t.report ? t.report + 4 * s : nullptr) report[0] = rms_u, report[1] = divisor, report[2] = scale;
   }
   return true;
 }

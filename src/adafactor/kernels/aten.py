@@ -204,20 +204,35 @@ def _moves(run: Run, sums: Sequence[Sums], sums_u2: Sequence[Tensor], updated: T
         return torch.cat([(value / n).reshape(-1) for value, n in zip(values, sizes, strict=True)])
 
     alpha = torch.cat([rho.expand(count) for rho, count in zip(run.rho, counts, strict=True)])
+    rms_x = divisor = None
     if hp.scale_parameter:
-        rms = means([_found(s.Q) for s in sums]).sqrt_()
+        rms_x = means([_found(s.Q) for s in sums]).sqrt_()
         if settings.scale_after_decay:
-            rms.mul_(torch.cat([s.abs().expand(count) for s, count in zip(run.shrink, counts, strict=True)]))
-        alpha = alpha * rms.clamp_(min=hp.epsilon_2)  # eq. 9
+            rms_x.mul_(torch.cat([s.abs().expand(count) for s, count in zip(run.shrink, counts, strict=True)]))
+        alpha = alpha * rms_x.clamp_(min=hp.epsilon_2)  # eq. 9
     scale = torch.full_like(alpha, -1.0 if settings.maximize else 1.0)
     if hp.clip_threshold is not None:
-        scale = scale / (means(sums_u2).sqrt_() / hp.clip_threshold).clamp_(min=1)  # eq. 10
+        divisor = (means(sums_u2).sqrt_() / hp.clip_threshold).clamp_(min=1)  # eq. 10
+        scale = scale / divisor
+    if any(w.report is not None for w in run.work):
+        ones = torch.ones_like(alpha)
+        values = (means(sums_u2).sqrt_(), ones if divisor is None else divisor, ones if rms_x is None else rms_x)
+        _report(run, torch.split(torch.stack(values, dim=1), counts), updated)
     if hp.momentum is None:
         scale = scale * alpha
     shrink = torch.where(updated, torch.stack(list(run.shrink)), 1.0).unbind()
     shapes = [kept(w.layout, w.layout.whole) if w.layout.batch else () for w in run.work]
     slices = ([part.view(s) for part, s in zip(torch.split(v, counts), shapes, strict=True)] for v in (scale, alpha))
     return map(Move, *slices, shrink, updated.unbind(), run.decay, run.t)
+
+
+def _report(run: Run, values: Sequence[Tensor], updated: Tensor) -> None:
+    """Fill the reports that are asked for; see `work.py`."""
+    for w, value, made in zip(run.work, values, updated.unbind(), strict=True):
+        if w.report is not None:
+            last = w.report[:, :3]
+            last.copy_(torch.where(made, value.to(last.dtype), last))
+            w.report[:, 3].add_(~made)
 
 
 def _move(w: Work, rows: Tensor | None, columns: Columns | None, move: Move) -> None:

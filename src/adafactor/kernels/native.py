@@ -34,7 +34,7 @@ FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHAST
     1 << bit for bit in range(8)
 )
 
-_ADDRESSES = ["param", "grad", "row", "column", "momentum", "residual", "Q", "finished", "S", "W"]
+_ADDRESSES = ["param", "grad", "row", "column", "momentum", "residual", "Q", "finished", "S", "W", "report"]
 _NUMBERS = ["b0", "n", "B1", "m", "slices", "n_global", "N_global", "m_global", "row_offset", "column_offset"]
 _CODES = ["param_dtype", "grad_dtype", "momentum_dtype"]
 _SCALARS = ["rho", "decay", "eps1", "eps2", "clip", "keep", "beta1"]

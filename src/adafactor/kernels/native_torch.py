@@ -147,6 +147,7 @@ def prepare(work: Sequence[Work]) -> Prepared:
         if isinstance(w.layout, Part):
             _globalise(table.records[k : k + 1], _in_memory(w.layout, table.forms[k]))
     table.records["id"] = [w.tensor for w in chosen]
+    table.records["report"] = [0 if w.report is None else w.report.data_ptr() for w in chosen]
     return Prepared(
         work=chosen,
         other=[w for w, form in zip(work, forms, strict=True) if form is None],

@@ -7,6 +7,7 @@ the kernel for any device; a native one takes the same list.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ class Work:
         lr: the group's learning rate before eq. 8: a number, or a tensor of one element.
         tensor: the parameter's place among all the optimizer's parameters, which keys its random bits.
         kernel: what updates it.
+        report: where asked for, float64 (float32 where the device has no float64) of shape [slices, 4]; written:
+            RMS(u) before clipping (eq. 7), what clipping divides by (eq. 10) and the parameter scale (eq. 9) of the
+            last update made, and how many were left alone so far.
     """
 
     param: Tensor
@@ -80,6 +84,7 @@ class Work:
     lr: float | Tensor
     tensor: int
     kernel: Kernel
+    report: Tensor | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -92,6 +97,12 @@ class Work:
     def compensated(self) -> bool:
         """Whether rounding cuts something off that is kept: not of a float32 or float64 parameter."""
         return self.settings.compensated and self.param.dtype in (torch.bfloat16, torch.float16)
+
+
+def new_report(layout: Layout, device: torch.device) -> Tensor:
+    """Zeros for ``Work.report``."""
+    slices = math.prod(layout.shape[axis] for axis in layout.batch)
+    return torch.zeros(slices, 4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

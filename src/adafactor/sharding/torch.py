@@ -83,8 +83,8 @@ class Sharded:
                 for shard in fast:
                     shard.found = found.get(shard.work)
                     if shard.found is not None and shard.placement.mode == "stack" and shard.work.layout.factored:
-                        decay = shard.work.settings.hyperparameters.decay(int(shard.work.state["step"]) + 1)
-                        shard.found.sum_u2 = aten_split.squares_of_stack(shard.work, shard.found, decay)
+                        its_decay = shard.work.settings.hyperparameters.decay(int(shard.work.state["step"]) + 1)
+                        shard.found.sum_u2 = aten_split.squares_of_stack(shard.work, shard.found, its_decay)
         by_work = {shard.work: shard for shard in shards if shard.found is None}
         for run in (run for _, works in by_device(by_work) for run in aten.runs(works)):
             for w, decay in zip(run.work, run.decay, strict=True):

@@ -19,7 +19,7 @@ from adafactor.factoring import Factoring, Layout, layout
 from adafactor.hyperparameters import RelativeStep, message
 from adafactor.kernels import aten, native, opaque
 from adafactor.kernels.native_torch import Step
-from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtype
+from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtype, new_report
 from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 # Which parameters have a gradient varies little from step to step: what is derived from a list is kept for so many.
 LISTS = 8
+
+# The columns of ``Work.report``.
+DIAGNOSTICS = ("update_rms", "clip_factor", "parameter_scale", "skipped")
 
 
 class Adafactor(Optimizer):
@@ -64,6 +67,7 @@ class Adafactor(Optimizer):
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient holds an inf or a NaN, or
             when its squares overflow; count it in :attr:`skipped`. ``False`` lets it spread.
         seed: an integer; of the bits behind ``stochastic_rounding``.
+        diagnostics: record what :meth:`diagnostics` returns; for all groups.
 
     State of a parameter: ``step``, int64 of shape (), the updates made; ``row`` and ``column``, or
     ``second_moment``, of the shapes ``adafactor.layout`` gives; ``momentum`` of the parameter's shape, with ``beta1``;
@@ -96,6 +100,7 @@ class Adafactor(Optimizer):
         compensated: bool = False,
         skip_nonfinite: bool = True,
         seed: int = 0,
+        diagnostics: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -119,6 +124,9 @@ class Adafactor(Optimizer):
             "seed": seed,
         }
         translate(defaults)
+        if not isinstance(diagnostics, bool):
+            raise TypeError(message("diagnostics", "True or False", diagnostics, "Leave it out for the default."))
+        self._reports: dict[Tensor, Tensor] | None = {} if diagnostics else None
         self._in_backward: StepInBackward | None = None
         self._forget()
         self._skipped: dict[torch.device, Tensor] = {}
@@ -153,6 +161,41 @@ class Adafactor(Optimizer):
         Reading it waits for the device; nothing else here does.
         """
         return sum(int(count) for count in self._skipped.values())
+
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """What the last update of every parameter was like.
+
+        Returns:
+            By the parameter's name (its number among all parameters if the optimizer was given none), tensors of
+            shape (), or of one number per slice of the batch axes, on the parameter's device: ``update_rms``, the root
+            mean square of the normalised update before clipping (eq. 7); ``clip_factor``, what clipping divided it by,
+            at least 1 (eq. 10); ``parameter_scale``, what the learning rate was multiplied by (eq. 9); ``skipped``, how
+            often the parameter was left alone. Zeros for one that was never updated.
+            Copies: nothing waits for the device until they are read.
+
+        Raises:
+            RuntimeError: they are not recorded.
+        """
+        if self._reports is None:
+            raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
+        found = {}
+        number = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or range(number, number + len(group["params"]))
+            number += len(group["params"])
+            for name, param in zip(names, group["params"], strict=True):
+                if param in self._reports:
+                    report = self._reports[param].clone()
+                    values = (report[0] if report.shape[0] == 1 else report).unbind(-1)
+                    found[str(name)] = dict(zip(DIAGNOSTICS, values, strict=True))
+        return found
+
+    def _report_of(self, param: Tensor, roles: Layout) -> Tensor | None:
+        if self._reports is None:
+            return None
+        if param not in self._reports:
+            self._reports[param] = new_report(roles, param.device)
+        return self._reports[param]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not say is taken from the constructor's arguments.
@@ -248,6 +291,7 @@ class Adafactor(Optimizer):
             if w is None or w.layout.shape != param.shape:
                 roles = _layout(group, position, param)
                 w = Work(param, grad, {}, roles, settings, group["lr"], first + position, kernel)
+                w.report = self._report_of(param, roles)
                 self._work[param] = w
             w.grad, w.settings, w.lr, w.kernel = grad, settings, group["lr"], kernel
             work[param] = w
@@ -270,6 +314,7 @@ class Adafactor(Optimizer):
                 name = (group.get("param_names") or {position: f"parameter {first + position}"})[position]
                 roles = _layout(group, position, param)
                 shard = shard_of(param, roles, settings, group["lr"], first + position, name)
+                shard.work.report = self._report_of(param, shard.work.layout)
                 self._shards[param] = shard
             if grad is None and not shard.placement.dims:
                 continue
@@ -384,12 +429,13 @@ class Adafactor(Optimizer):
             warnings.warn(note, UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": self._skipped}
+        return {**super().__getstate__(), "_skipped": self._skipped, "_reports": None if self._reports is None else {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Both unpickling and the base class's load_state_dict come through here.
         super().__setstate__(state)
         self.__dict__.setdefault("_in_backward", None)
+        self.__dict__.setdefault("_reports", None)
         if "_given" not in self.__dict__:
             self._given = {id(param) for group in self.param_groups for param in group["params"]}
         if "_handle" not in self.__dict__:
