@@ -33,6 +33,7 @@ EVERYTHING = {
     "scale_parameter": False,
     "factoring": "smallest",
     "min_dim_size_to_factor": 3,
+    "diagnostics": True,
 }
 
 
@@ -63,6 +64,7 @@ REFUSED = {
     "scale_parameter": (None, 1, "yes"),
     "factoring": (None, "last", 2, True),
     "min_dim_size_to_factor": (0, -1, 2.0, None, "8", True),
+    "diagnostics": (None, 1, "yes"),
 }
 
 

@@ -1,6 +1,6 @@
 """Files of this optimizer and of ``keras.optimizers.Adafactor``: which of their entries belongs to which variable.
 
-Keras keys a saved optimizer by position, so the order of ``optimizer.variables`` is a contract.
+Keras keys a saved optimizer by position, so the order of ``optimizer.saved_variables`` is a contract.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def load(
         if version != STATE_VERSION:
             remedy = "Load it with the release of adafactor that wrote it."
             raise ValueError(message(f"the state version of {optimizer.name!r}", str(STATE_VERSION), version, remedy))
-        positions: list[int | None] = list(range(len(optimizer.variables)))
+        positions: list[int | None] = list(range(len(optimizer.saved_variables)))
         expected = len(positions)
     else:
-        positions, expected = _keras_positions(len(optimizer.variables), len(keys), variables, layouts, momentum)
+        positions, expected = _keras_positions(len(optimizer.saved_variables), len(keys), variables, layouts, momentum)
     if len(keys) != expected:
         warnings.warn(
-            f"Skipping variable loading for optimizer '{optimizer.name}', because it has {len(optimizer.variables)} "
-            f"variables and expects {expected} in the file, which has {len(keys)}. Build it on the same variables, "
-            "with the same options, before loading.",
+            f"Skipping variable loading for optimizer '{optimizer.name}', because it has "
+            f"{len(optimizer.saved_variables)} variables and expects {expected} in the file, which has {len(keys)}. "
+            "Build it on the same variables, with the same options, before loading.",
             stacklevel=2,
         )
         return
     pairs = [
         (variable, np.zeros(variable.shape) if position is None else np.asarray(store[str(position)]))
-        for variable, position in zip(optimizer.variables, positions, strict=True)
+        for variable, position in zip(optimizer.saved_variables, positions, strict=True)
     ]
     for variable, value in pairs:
         if value.shape != tuple(variable.shape):

@@ -20,6 +20,9 @@ from adafactor.keras import arguments, checkpoint
 from adafactor.keras.step import Member, update_one
 from adafactor.keras.variables import dense, is_sparse, path_of, reduced_layout, static_shape, statistics_dtype
 
+# What the last axis of a variable of diagnostics holds.
+DIAGNOSTICS = ("update_rms", "clip_factor", "parameter_scale")
+
 
 @keras.saving.register_keras_serializable(package="adafactor")
 class Adafactor(keras.optimizers.Optimizer):
@@ -55,11 +58,13 @@ class Adafactor(keras.optimizers.Optimizer):
             the shape in two that keeps the fewest numbers), or a callable
             ``(path, shape) -> adafactor.Factored | None``.
         min_dim_size_to_factor: leave a variable unfactored when either side of its matrix is smaller.
+        diagnostics: record what `diagnostics()` returns and the callback ``adafactor.keras.Diagnostics`` logs.
 
     State, in the order of ``optimizer.variables``: ``iteration``, ``learning_rate`` (if it is a constant), the moving
     averages (``use_ema``), the gradient accumulators, then for each trainable variable ``<path>_row`` and
-    ``<path>_column``, or ``<path>_second_moment`` where it is not factored, and ``<path>_momentum``
-    (``beta_1``). Statistics and momentum are float32, float64 for a float64 variable, whatever the variable's dtype.
+    ``<path>_column``, or ``<path>_second_moment`` where it is not factored, and ``<path>_momentum`` (``beta_1``);
+    last, with ``diagnostics``, ``<path>_diagnostics`` of each, which no file keeps. Statistics and momentum are
+    float32, float64 for a float64 variable, whatever the variable's dtype.
     Files written with ``keras.optimizers.Adafactor`` load: row and column are taken over.
 
     Reference: Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235, Algorithms 4 to 6; ``docs/algorithm.md``.
@@ -95,6 +100,7 @@ class Adafactor(keras.optimizers.Optimizer):
         scale_parameter: bool = True,
         factoring: Factoring = "last_two",
         min_dim_size_to_factor: int = 1,
+        diagnostics: bool = False,
         **kwargs: Any,
     ) -> None:
         hyperparameters = Hyperparameters(
@@ -108,6 +114,8 @@ class Adafactor(keras.optimizers.Optimizer):
             scale_parameter=scale_parameter,
         )
         _factoring.validate(factoring, min_dim_size_to_factor)
+        if not isinstance(diagnostics, bool):
+            raise TypeError(message("diagnostics", "True or False", diagnostics, "Leave it out for the default."))
         if not callable(learning_rate):
             learning_rate = float(arguments.number("learning_rate", learning_rate, "Pass a float or a schedule."))
         arguments.validate(
@@ -137,10 +145,12 @@ class Adafactor(keras.optimizers.Optimizer):
         self._hyperparameters = hyperparameters
         self.factoring = factoring
         self.min_dim_size_to_factor = min_dim_size_to_factor
+        self._records_diagnostics = diagnostics
         self._state_names: set[str] = set()
         self._layouts: list[Layout | None] = []
         self._slots: list[Any] = []
         self._momentums: list[Any] = []
+        self._reports: list[Any] = []
         self._waiting: list[np.ndarray] = []
         self._torch_step: Any = None
         if keras.backend.backend() == "torch":
@@ -180,6 +190,10 @@ class Adafactor(keras.optimizers.Optimizer):
             slots.append(names)
             momentums.append(self._add_statistic(variable, "momentum", its_layout) if momentum else None)
         self._layouts, self._slots, self._momentums = layouts, slots, momentums
+        self._reports = [
+            self._add_report(variable, its_layout) if self._records_diagnostics and its_layout is not None else None
+            for variable, its_layout in zip(variables, layouts, strict=True)
+        ]
         if self._waiting:
             values, self._waiting = self._waiting, []
             if [value.shape for value in values] == [tuple(variable.shape) for variable in self.variables]:
@@ -208,6 +222,42 @@ class Adafactor(keras.optimizers.Optimizer):
                 layout=reduced_layout(getattr(variable, "_layout", None), len(its_layout.shape), axes),
                 name=f"{path_of(variable).replace('/', '_')}_{name}",
             )
+
+    def _add_report(self, variable: Any, its_layout: Layout) -> Any:
+        """RMS(u), clip factor and parameter scale of the last update, per slice of the batch axes."""
+        with self._beside(variable):
+            return self.add_variable(
+                shape=(*(its_layout.shape[axis] for axis in its_layout.batch), 3),
+                dtype=statistics_dtype(variable),
+                name=f"{path_of(variable).replace('/', '_')}_diagnostics",
+            )
+
+    def diagnostics(self) -> dict[str, dict[str, np.ndarray]]:
+        """What the last update of every variable was like.
+
+        Returns:
+            By the variable's path, arrays of shape (), or of one number per slice of the batch axes: ``update_rms``,
+            the root mean square of the normalised update before clipping (eq. 7); ``clip_factor``, what clipping
+            divided it by, at least 1 (eq. 10); ``parameter_scale``, what the learning rate was multiplied by (eq. 9).
+            Zeros before the first update. Reading them waits for the device.
+
+        Raises:
+            RuntimeError: they are not recorded.
+        """
+        if not self._records_diagnostics:
+            raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
+        return {
+            path_of(variable): dict(zip(DIAGNOSTICS, np.moveaxis(np.asarray(values), -1, 0), strict=True))
+            for variable, report in zip(self._trainable_variables, self._reports, strict=True)
+            if report is not None
+            for values in (ops.convert_to_numpy(report),)
+        }
+
+    @property
+    def saved_variables(self) -> list[Any]:
+        """``variables`` less the diagnostics."""
+        reports = {id(report) for report in self._reports}
+        return [variable for variable in self.variables if id(variable) not in reports]
 
     def _beside(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
         """TensorFlow's distribution strategies place a variable where its neighbour is."""
@@ -296,8 +346,8 @@ class Adafactor(keras.optimizers.Optimizer):
             if its_layout is None or not its_layout.size:
                 continue
             decay = self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
-            slots, momentum = self._slots[place], self._momentums[place]
-            members.append(Member(place, variable, gradient, its_layout, slots, momentum, decay))
+            state = self._slots[place], self._momentums[place], self._reports[place]
+            members.append(Member(place, variable, gradient, its_layout, *state, decay))
         return members
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
@@ -323,6 +373,7 @@ class Adafactor(keras.optimizers.Optimizer):
         return config | hyperparameters | {
             "factoring": factoring,
             "min_dim_size_to_factor": self.min_dim_size_to_factor,
+            "diagnostics": self._records_diagnostics,
         }  # fmt: skip
 
     @classmethod
@@ -348,7 +399,8 @@ class Adafactor(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Write every variable under its position, and the version of this order."""
-        super().save_own_variables(store)
+        for position, variable in enumerate(self.saved_variables):
+            store[str(position)] = ops.convert_to_numpy(variable)
         store[checkpoint.VERSION_KEY] = np.asarray(checkpoint.STATE_VERSION)
 
     def load_own_variables(self, store: Any) -> None:

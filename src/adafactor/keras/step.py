@@ -28,7 +28,7 @@ class Member(NamedTuple):
         place: the variable's place among those the optimizer was built on.
         variable, gradient: the variable and its gradient, dense or sparse.
         layout: the role of every axis; the variable has elements.
-        slots, momentum: the optimizer's variables for it; no momentum is ``None``.
+        slots, momentum, report: the optimizer's variables for it; no momentum and no diagnostics are ``None``.
         weight_decay: 0 where it does not decay.
     """
 
@@ -38,6 +38,7 @@ class Member(NamedTuple):
     layout: Layout
     slots: dict[str, Any]
     momentum: Any
+    report: Any
     weight_decay: float
 
     @property
@@ -61,7 +62,8 @@ def update_one(
         decay, rho = array.schedule(_ops, t, learning_rate, hp, scheduled)
         keep = 1 - learning_rate * member.weight_decay if member.weight_decay else None
         values = {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()}
-        update = array.measure(_ops, x, g, values, its_layout, hp, decay, rho, keep, _barrier)
+        asked = member.report is not None
+        update = array.measure(_ops, x, g, values, its_layout, hp, decay, rho, keep, _barrier, report=asked)
         if member.sparse:
             first, second = update.direction
             if keep is not None:
@@ -77,6 +79,10 @@ def update_one(
                 optimizer.assign(member.momentum, average)
         for name, slot in member.slots.items():
             optimizer.assign(slot, update.slots[name])
+        if update.report is not None:
+            shape = ops.shape(update.report[0])
+            columns = [ops.broadcast_to(ops.cast(column, dtype), shape) for column in update.report]
+            optimizer.assign(member.report, ops.reshape(ops.stack(columns, axis=-1), member.report.shape))
 
 
 def _no_grad() -> contextlib.AbstractContextManager[Any]:

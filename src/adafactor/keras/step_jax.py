@@ -36,13 +36,14 @@ def update(
     t = (jnp.asarray(ops.convert_to_tensor(iterations)) + 1).astype(jnp.result_type(float))
     rate = jnp.asarray(ops.convert_to_tensor(learning_rate), t.dtype)
     decay, rho = array.schedule(xla.ops, t, rate, hp, scheduled)
+    report = any(member.report is not None for member in members)
     tensors = [_tensor(member, rate) for member in members]
     shardings = [_sharding_of(member.variable) for member in members]
     split = [sharding is not None and sharding.mesh.size > 1 for sharding in shardings]
     if all(split):
-        measured = shards.measure(tensors, shardings, hp, decay, rho, True)
+        measured = shards.measure(tensors, shardings, hp, decay, rho, True, report)
     elif not any(split):
-        measured = xla.measure(tensors, hp, decay, rho, True)
+        measured = xla.measure(tensors, hp, decay, rho, True, report)
     else:
         return False
     for member, tensor, found in zip(members, tensors, measured, strict=True):
@@ -52,6 +53,8 @@ def update(
         optimizer.assign(member.variable, moved.astype(tensor.x.dtype))
         for name, slot in member.slots.items():
             optimizer.assign(slot, found.slots[name])
+        if found.report is not None:
+            optimizer.assign(member.report, found.report)
     return True
 
 

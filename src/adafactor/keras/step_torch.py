@@ -14,7 +14,7 @@ from adafactor.hyperparameters import Hyperparameters
 from adafactor.keras.step import Member
 from adafactor.kernels import aten, native
 from adafactor.kernels.native_torch import Step
-from adafactor.kernels.work import Kernel, Settings, Work
+from adafactor.kernels.work import Kernel, Settings, Work, new_report
 
 
 class TorchStep:
@@ -39,7 +39,10 @@ class TorchStep:
         if isinstance(learning_rate, keras.Variable):
             learning_rate = learning_rate.value
         lists: dict[torch.device, list[Work]] = {}
+        reporting = []
         for member in members:
+            if member.report is not None:
+                reporting.append(member)
             work = self._item(member, hp, learning_rate, scheduled)
             lists.setdefault(work.param.device, []).append(work)
         done = ops.convert_to_tensor(iterations)
@@ -52,6 +55,10 @@ class TorchStep:
             kernel(items, torch.zeros((), dtype=torch.int64, device=device))
             for item in items:
                 del item.grad
+        for member in reporting:
+            values = self._work[member.place].report
+            assert values is not None
+            member.report.assign(values[:, :3].reshape(tuple(member.report.shape)).to(torch.float32))
 
     def _item(self, member: Member, hp: Hyperparameters, learning_rate: float | Tensor, scheduled: bool) -> Work:
         settings = self._settings.get((member.weight_decay, scheduled))
@@ -75,6 +82,7 @@ class TorchStep:
         work = self._work.get(member.place)
         if work is None or any(work.state.get(name) is not tensor for name, tensor in state.items()):
             work = Work(param, grad, state, member.layout, settings, learning_rate, member.place, aten.step)
+            work.report = None if member.report is None else new_report(member.layout, param.device)
             self._work[member.place] = work
         work.param, work.grad, work.settings, work.lr = param, grad, settings, learning_rate
         return work

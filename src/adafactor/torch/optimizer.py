@@ -41,7 +41,7 @@ class Adafactor(Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``. Each
-            argument below except ``foreach`` may differ from group to group.
+            argument below except ``foreach`` and ``diagnostics`` may differ from group to group.
         lr: learning rate, at least 0; a number or a tensor of one element (eq. 8).
         beta2_decay: exponent of the second-moment decay: beta2(t) = 1 - t**beta2_decay (eq. 1).
         eps: two numbers, at least 0. ``eps[0]`` is added to every squared gradient (eq. 2); ``None`` means 1e-30.
