@@ -60,7 +60,7 @@ bool prepare(Work& work, Buffer& buffer) {
   const int64_t sums = factored ? columns : t.slices;
   const size_t finished = factored && !t.finished ? padded(rows * element) : 0;
   const size_t S = t.S ? 0 : padded(sums * element), W = t.W ? 0 : padded(sums * element);
-  const size_t partial = factored && plan.parts > 1 ? padded(columns * plan.parts * element) : 0;
+  const size_t partial = factored && plan.sum_parts > 1 ? padded(columns * plan.sum_parts * element) : 0;
   const size_t units = padded(plan.units * 8), slices = padded(t.slices * 8);
   char* at = buffer.reserve(finished + S + W + 2 * partial + 3 * units + 2 * slices);
   if (!at) return false;
@@ -79,7 +79,7 @@ bool prepare(Work& work, Buffer& buffer) {
   space.u2 = reinterpret_cast<double*>(take(units));
   space.alpha = reinterpret_cast<double*>(take(slices));
   space.shrink = reinterpret_cast<double*>(take(slices));
-  space.parts = plan.parts;
+  space.parts = plan.sum_parts;
   space.units_per_slice = plan.units_per_slice;
   return true;
 }

@@ -14,8 +14,7 @@ using adafactor::Workspace;
 
 const size_t kColumns = 512;            // columns that eight rows visit while they are in the first-level cache
 const size_t kBlockBytes = 192 * 1024;  // of gradient between its first and its second look: second-level cache
-const size_t kPanelBytes = 512 * 1024;  // the same where columns come first, unless a panel would become
-const size_t kLeastPanel = 128;         // narrower than this
+const size_t kAhead = 2;                // rows between the one at hand and the one asked for, where columns come first
 
 inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -35,38 +34,20 @@ inline bool columns_first(const adafactor_tensor& t) { return t.flags & ADAFACTO
 // Numbers in each of S and W of one block.
 inline size_t sums_of_a_block(const adafactor_tensor& t) { return size_t(columns_first(t) ? t.n : t.B1 * t.m); }
 
-// What a unit covers of a factored parameter: runs [first, last) of m elements, and of each [begin, end).
-struct Extent {
-  size_t m, first, last, begin, end;
+// A tile of a factored parameter is a piece of one long run, or several short runs: how many of them.
+inline size_t runs_of_a_tile(size_t m, size_t left) { return m < kTile ? least(kTile / m, left) : 1; }
 
-  Extent(const adafactor_tensor& t, const Unit& unit) : m(size_t(t.m)) {
-    const int64_t row = columns_first(t) ? 0 : unit.begin, row_end = columns_first(t) ? t.n : unit.end;
-    first = size_t((unit.b * t.n + row) * t.B1);
-    last = size_t(((unit.b_end - 1) * t.n + row_end) * t.B1);
-    begin = columns_first(t) ? size_t(unit.begin) : 0;
-    end = columns_first(t) ? size_t(unit.end) : m;
-  }
-
-  // A tile is a piece of one long run, or several short runs, if they are whole: how many of them.
-  size_t runs_of_a_tile(size_t r) const { return m < kTile && end - begin == m ? least(kTile / m, last - r) : 1; }
-
-  // Where the tile begins that follows the one of `runs` runs from r on, at column j.
-  size_t next(size_t r, size_t runs, size_t j) const {
-    return j + kTile < end ? r * m + j + kTile : (r + runs) * m + begin;
-  }
-};
-
-// Sum of x^2 in the tiles of `apply`: its sums of the new x and the sums found here in the next update have the same
-// bits, so it does not matter which of them a run uses.
+// Sum of x^2 over runs [first, last) of m elements, in the tiles of `apply`: its sums of the new x and the sums found
+// here in the next update have the same bits, so it does not matter which of them a run uses.
 template <class T>
-double sum_squares(const adafactor_tensor& t, const Extent& e) {
+double sum_squares(const adafactor_tensor& t, size_t first, size_t last, size_t m) {
   T tile[kTile];
   double total = 0;
-  for (size_t r = e.first; r < e.last;) {
-    const size_t runs = e.runs_of_a_tile(r);
-    for (size_t j = e.begin; j < e.end; j += kTile) {
-      const size_t n = runs * least(kTile, e.end - j);
-      total += double(sum<Square>(load(t.param_dtype, t.param, r * e.m + j, tile, n, e.next(r, runs, j)), n));
+  for (size_t r = first; r < last;) {
+    const size_t runs = runs_of_a_tile(m, last - r);
+    for (size_t j = 0; j < m; j += kTile) {
+      const size_t n = runs * least(kTile, m - j);
+      total += double(sum<Square>(load(t.param_dtype, t.param, r * m + j, tile, n), n));
     }
     r += runs;
   }
@@ -137,8 +118,8 @@ struct Rows {
   size_t stride;
 };
 
-// `count` pieces of rows of the gradient, n <= kColumns elements each (any number where no copy is made), `stride`
-// apart and starting at element `first`: in place if the storage is T, else copies in `tile`.
+// `count` pieces of rows of the gradient, n <= kTile elements each (any number where no copy is made), `stride`
+// apart and starting at element `first`: in place if the storage is T, else copies in `tile`, which has room for them.
 template <class T>
 Rows<T> load_rows(const adafactor_tensor& t, size_t first, size_t stride, size_t count, size_t n, T* tile) {
   if (t.grad_dtype == Own<T>::dtype) return {static_cast<const T*>(t.grad) + first, stride};
@@ -201,46 +182,45 @@ void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b,
   }
 }
 
-// The columns [begin, end) of a matrix, finished, and what they add to S and W of its rows. A panel of columns is read
-// twice: for their sums, and when they are finished for the rows'.
-template <class T>
-void measure_columns_first(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
-  const size_t n = size_t(t.n), m = size_t(t.m);
-  const T* column = at<T>(t.column, b * m);
-  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
-  memset(S, 0, n * sizeof(T));
-  memset(W, 0, n * sizeof(T));
-  finished += b * m;
+// Calls visit(g, i) for every row i, with its n elements from column j on; n <= kTile.
+template <class T, class Visit>
+inline void visit_rows(const adafactor_tensor& t, size_t b, size_t j, size_t n, const Visit& visit) {
+  const size_t m = size_t(t.m), end = size_t(t.n), first = b * end * m + j;
+  const size_t most = n == m ? kTile / m : 1;  // whole rows lie side by side: a tile of several
+  T tile[kTile];
+  for (size_t i = 0; i < end; i += most) {
+    const size_t rows = least(most, end - i), count = rows * n;
+    prefetch(t.grad_dtype, t.grad, first + (i + kAhead * rows) * m - count, count);
+    const Rows<T> piece = load_rows(t, first + i * m, m, rows, n, tile);
+    for (size_t q = 0; q < rows; ++q) visit(piece.g + q * piece.stride, i + q);
+  }
+}
 
-  size_t width = kPanelBytes / (n * bytes_of(t.grad_dtype));
-  width = width >= kColumns ? kColumns : width <= kLeastPanel ? kLeastPanel : width / kLeastPanel * kLeastPanel;
-  T tile[8 * kColumns], weights[kColumns], u[kColumns];
-  for (size_t j = begin; j < end; j += width) {
-    const size_t count = least(width, end - j), group = count == m ? least(8 * kColumns / m, n) : 8;
-    const T* old = column + j;
-    T* sums = finished + j;
-    memset(sums, 0, count * sizeof(T));
-    for (size_t i = 0; i < n; i += group) {
-      const size_t rows = least(group, n - i);
-      const Rows<T> piece = load_rows(t, (b * n + i) * m + j, m, rows, count, tile);
-      for (size_t q = 0; q < rows; ++q) {
-        const T* g = piece.g + q * piece.stride;
-        prefetch(t.grad_dtype, t.grad, (b * n + i + q + 4) * m + j, count);
-        for (size_t k = 0; k < count; ++k) sums[k] += g[k] * g[k];
-      }
-    }
-    for (size_t k = 0; k < count; ++k) sums[k] = past * old[k] + decay * (sums[k] / T(n) + eps1);  // eq. 3
-    for (size_t k = 0; k < count; ++k) weights[k] = weight(sums[k]);
-    for (size_t i = 0; i < n; i += group) {
-      const size_t rows = least(group, n - i);
-      const Rows<T> piece = load_rows(t, (b * n + i) * m + j, m, rows, count, tile);
-      for (size_t q = 0; q < rows; ++q) {
-        const T* g = piece.g + q * piece.stride;
-        for (size_t k = 0; k < count; ++k) u[k] = g[k] * weights[k];
-        S[i + q] += sum<Square>(g, count);
-        W[i + q] += sum<Square>(u, count);
-      }
-    }
+// The columns [begin, end) of a matrix, finished, and what they add to S and W of its rows. A panel of columns is read
+// twice: for their sums, and when they are finished for the rows'. Panels that stay in cache between would be so narrow
+// that memory likes two reads of wide ones better.
+template <class T>
+void measure_columns(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
+  const size_t rows = size_t(t.n), m = size_t(t.m);
+  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  memset(S, 0, rows * sizeof(T));
+  memset(W, 0, rows * sizeof(T));
+  T weights[kTile], u[kTile];
+  for (size_t j = begin; j < end; j += kTile) {
+    const size_t n = least(kTile, end - j);
+    const T* column = at<T>(t.column, b * m + j);
+    T* ADAFACTOR_RESTRICT sums = finished + b * m + j;
+    memset(sums, 0, n * sizeof(T));
+    visit_rows<T>(t, b, j, n, [=](const T* g, size_t) {
+      for (size_t k = 0; k < n; ++k) sums[k] += g[k] * g[k];
+    });
+    for (size_t k = 0; k < n; ++k) sums[k] = past * column[k] + decay * (sums[k] / T(rows) + eps1);  // eq. 3
+    for (size_t k = 0; k < n; ++k) weights[k] = weight(sums[k]);
+    visit_rows<T>(t, b, j, n, [&, n](const T* g, size_t i) {
+      for (size_t k = 0; k < n; ++k) u[k] = g[k] * weights[k];
+      S[i] += sum<Square>(g, n);
+      W[i] += sum<Square>(u, n);
+    });
   }
 }
 
@@ -260,11 +240,13 @@ inline void normalise(const adafactor_tensor& t, const T* g, const T* second_mom
 template <class T>
 void measure_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const bool whole = w.parts == 1;
-  const auto measure_one = columns_first(t) ? measure_columns_first<T> : measure_block<T>;
   for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b) {
     const size_t place = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * sums_of_a_block(t);
-    measure_one(t, at<T>(w.finished, 0), at<T>(whole ? w.S : w.partial_S, place),
-                at<T>(whole ? w.W : w.partial_W, place), b, size_t(unit.begin), size_t(unit.end));
+    T *S = at<T>(whole ? w.S : w.partial_S, place), *W = at<T>(whole ? w.W : w.partial_W, place);
+    if (!columns_first(t))
+      measure_block(t, at<T>(w.finished, 0), S, W, b, size_t(unit.begin), size_t(unit.end));
+    else if (unit.column < unit.column_end)
+      measure_columns(t, at<T>(w.finished, 0), S, W, b, size_t(unit.column), size_t(unit.column_end));
   }
 }
 
@@ -288,7 +270,8 @@ void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const bool reads_x = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
   if (t.flags & ADAFACTOR_FACTORED) {
     measure_factored<T>(t, w, unit);
-    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, Extent(t, unit));  // eq. 6
+    const size_t first = size_t((unit.b * t.n + unit.begin) * t.B1), last = size_t(((unit.b_end - 1) * t.n + unit.end) * t.B1);
+    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, first, last, size_t(t.m));  // eq. 6
   } else {
     const size_t begin = size_t(unit.b * t.m + unit.begin), end = size_t(unit.b * t.m + unit.end);
     measure_whole<T>(t, w, unit, begin, end);
@@ -394,6 +377,13 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
     w.alpha[s] = t.rho * scale;
     if (double* report = t.report ? t.report + 4 * s : nullptr) report[0] = rms_u, report[1] = divisor, report[2] = scale;
   }
+  if (columns_first(t)) {  // apply takes the columns ready to multiply by; row by row, they would be made n times
+    T* finished = at<T>(w.finished, 0);
+    for (size_t j = 0; j < size_t(t.b0 * t.m); ++j) {
+      *at<T>(t.column, j) = finished[j];
+      finished[j] = inverse_root(finished[j]);
+    }
+  }
   return true;
 }
 
@@ -419,17 +409,16 @@ inline void descend(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x
   for (size_t j = 0; j < n; ++j) x[j] = keep * x[j] - g[j] * a * c[j];
 }
 
-// The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes. `ahead`: from
-// here to the next tile.
+// The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes.
 template <class T>
-inline T descend_squares(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n, size_t ahead) {
+inline T descend_squares(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n) {
   Lanes<T> squares;
   T s[4][kLanes] = {};
   size_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
     for (size_t k = 0; k < 4 * kLanes * sizeof(T); k += 64) {
-      ask(reinterpret_cast<const char*>(g + j + ahead) + k);
-      ask(reinterpret_cast<const char*>(x + j + ahead) + k);
+      ask(reinterpret_cast<const char*>(g + j + kTile) + k);
+      ask(reinterpret_cast<const char*>(x + j + kTile) + k);
     }
     for (size_t q = 0; q < 4; ++q)
       for (size_t k = 0; k < kLanes; ++k) {
@@ -460,21 +449,20 @@ inline void descend_momentum(const T* u, const Step<T>& step, T* ADAFACTOR_RESTR
 template <class T>
 struct Target {
   const adafactor_tensor& t;
-  size_t first, n, next;  // the tile, and where the one after it begins
+  size_t first, n;
   bool stochastic;
   T x_tile[kTile], momentum_tile[kTile], residual_tile[kTile];
   T *x, *momentum;
 
-  Target(const adafactor_tensor& tensor, size_t first_element, size_t count, size_t next_element)
-      : t(tensor), first(first_element), n(count), next(next_element) {
+  Target(const adafactor_tensor& tensor, size_t first_element, size_t count) : t(tensor), first(first_element), n(count) {
     const bool half = t.param_dtype == ADAFACTOR_BFLOAT16 || t.param_dtype == ADAFACTOR_FLOAT16;
     stochastic = half && (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING);
-    x = open(t.param_dtype, t.param, first, x_tile, n, next);
+    x = open(t.param_dtype, t.param, first, x_tile, n);
     if (t.residual) {
-      const T* residual = load(ADAFACTOR_BFLOAT16, t.residual, first, residual_tile, n, next);
+      const T* residual = load(ADAFACTOR_BFLOAT16, t.residual, first, residual_tile, n);
       for (size_t k = 0; k < n; ++k) x[k] += residual[k];
     }
-    momentum = t.momentum ? open(t.momentum_dtype, t.momentum, first, momentum_tile, n, next) : nullptr;
+    momentum = t.momentum ? open(t.momentum_dtype, t.momentum, first, momentum_tile, n) : nullptr;
   }
 
   // Rounds a part of the tile whose elements have the indices index, index + 1, ... in the whole parameter.
@@ -497,7 +485,7 @@ struct Target {
     if (momentum) close(t.momentum_dtype, momentum, t.momentum, first, n);
     if (t.residual) keep_rest();
     if (!(t.flags & ADAFACTOR_SCALE_PARAMETER)) return 0;
-    return double(sum<Square>(load(t.param_dtype, t.param, first, x_tile, n, next), n));  // as stored
+    return double(sum<Square>(load(t.param_dtype, t.param, first, x_tile, n), n));  // as stored
   }
 };
 
@@ -524,38 +512,33 @@ inline uint64_t global_index(const adafactor_tensor& t, uint64_t run, uint64_t c
 template <class T>
 double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const size_t n = size_t(t.n), m = size_t(t.m), B1 = size_t(t.B1);
-  const bool turned = columns_first(t);
-  const Extent e(t, unit);
   const Step<T> step(t, w, unit.slice);
-  T *finished = at<T>(w.finished, 0), *S = at<T>(w.S, 0);
+  // Where columns come first, finish has committed both sides: the rows are in S and the columns in finished.
+  const bool turned = columns_first(t);
+  const T *finished = at<T>(turned ? w.S : w.finished, 0), *scaled = at<T>(turned ? w.finished : w.S, 0);
+  T* row = at<T>(t.row, 0);
+  const auto factor = [turned, finished, row, &step](size_t r) {
+    if (turned) return finished[r] * step.normalised;
+    row[r] = finished[r];
+    return inverse_root(finished[r]) * step.normalised;
+  };
   T tile[kTile], u[kTile];
   double Q = 0;
   const bool plain = t.param_dtype == Own<T>::dtype && t.grad_dtype == Own<T>::dtype && !t.momentum && m >= kTile;
 
-  if (turned)  // the columns are committed here, the rows on the way
-    for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b)
-      for (size_t k = b * m + e.begin; k < b * m + e.end; ++k) {
-        *at<T>(t.column, k) = finished[k];
-        finished[k] = inverse_root(finished[k]);
-      }
-  const T* scaled = turned ? finished : S;
-  const auto factor = [&t, turned, finished, S, &step](size_t r) {  // everything in eq. 13 but the columns
-    if (turned) return S[r] * step.normalised;
-    *at<T>(t.row, r) = finished[r];
-    return inverse_root(finished[r]) * step.normalised;
-  };
-
-  Cursor cursor = {n, B1, m, turned ? 0 : size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
-  for (size_t r = e.first; r < e.last;) {
+  const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * B1;
+  const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * B1;
+  Cursor cursor = {n, B1, m, size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
+  for (size_t r = first; r < last;) {
     if (plain) {  // nothing to convert and no momentum: no tile, and one look at everything
       const T a = factor(r);
       const T* c = scaled + cursor.columns();
-      for (size_t j = e.begin; j < e.end; j += kTile) {
-        const size_t count = least(kTile, e.end - j);
+      for (size_t j = 0; j < m; j += kTile) {
+        const size_t count = least(kTile, m - j);
         T* x = at<T>(t.param, r * m + j);
         const T* g = static_cast<const T*>(t.grad) + r * m + j;
         if (count >= kLanes) {
-          Q += double(descend_squares(g, c + j, a, step.keep, x, count, e.next(r, 1, j) - (r * m + j)));
+          Q += double(descend_squares(g, c + j, a, step.keep, x, count));
         } else {
           descend(g, c + j, a, step.keep, x, count);
           Q += double(sum<Square>(x, count));
@@ -565,12 +548,12 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
       ++r;
       continue;
     }
-    const size_t runs = e.runs_of_a_tile(r);
+    const size_t runs = runs_of_a_tile(m, last - r);
     const Cursor start = cursor;
-    for (size_t j = e.begin; j < e.end; j += kTile) {
-      const size_t count = least(kTile, e.end - j), next = e.next(r, runs, j);
-      const T* g = load(t.grad_dtype, t.grad, r * m + j, tile, runs * count, next);
-      Target<T> target(t, r * m + j, runs * count, next);
+    for (size_t j = 0; j < m; j += kTile) {
+      const size_t count = least(kTile, m - j);
+      const T* g = load(t.grad_dtype, t.grad, r * m + j, tile, runs * count);
+      Target<T> target(t, r * m + j, runs * count);
       cursor = start;
       for (size_t q = 0; q < runs; ++q, cursor.next()) {
         const T a = factor(r + q);
@@ -601,7 +584,7 @@ double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& un
     const size_t n = least(kTile, size_t(unit.end) - j), start = size_t(unit.b) * m + j;
     const T* g = load(t.grad_dtype, t.grad, start, tile, n);
     T* v = at<T>(t.row, start);
-    Target<T> target(t, start, n, start + n);
+    Target<T> target(t, start, n);
     normalise(t, g, v, v, u, n);
     for (size_t k = 0; k < n; ++k) u[k] *= step.normalised;
     if (target.momentum) {

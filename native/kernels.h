@@ -24,11 +24,11 @@ struct Workspace {
   int64_t units_per_slice;
 };
 
-// Blocks [b, b_end) and of these the rows (the columns, if they come first; elements, if not factored) [begin, end).
-// Only a whole block has company.
+// Blocks [b, b_end) and of these the rows (elements, if not factored) [begin, end). Only a whole block has company.
 struct Unit {
   int64_t index, slice, part;
   int64_t b, b_end, begin, end;
+  int64_t column, column_end;  // what it measures where columns come first, perhaps nothing; apply goes by rows
 };
 
 struct Kernels {

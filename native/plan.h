@@ -18,15 +18,13 @@ inline int64_t most_parts(int64_t rows) {
   return std::min(kMostParts, std::max(rows / 512, std::min<int64_t>(4, rows / 128)));
 }
 
-// What units divide among them: rows, or columns where those come first, or elements if not factored.
-inline int64_t length_of(const adafactor_tensor& t) {
-  const bool rows = (t.flags & ADAFACTOR_FACTORED) && !(t.flags & ADAFACTOR_COLUMNS_FIRST);
-  return rows ? t.n : t.m;
-}
+constexpr int64_t kColumnPart = 1024;  // columns below which a part of them is not worth its row sums
 
 struct Plan {
   int64_t parts = 1;            // of one block
-  int64_t part_length = 0;      // of length_of
+  int64_t part_length = 0;      // rows, or elements if not factored
+  int64_t sum_parts = 1;        // of one block, each with sums of its own
+  int64_t column_length = 0;    // columns that a part measures, where they come first
   int64_t blocks_per_unit = 1;
   int64_t blocks_per_slice = 0;
   int64_t units_per_slice = 0;
@@ -36,13 +34,19 @@ struct Plan {
 
   explicit Plan(const adafactor_tensor& t) {
     const bool factored = t.flags & ADAFACTOR_FACTORED;
-    const int64_t block = t.n * t.B1 * t.m, length = length_of(t);
+    const int64_t block = t.n * t.B1 * t.m, length = factored ? t.n : t.m;
     if (block == 0 || t.b0 == 0) return;
-    const int64_t most = factored ? most_parts(length) : kMostParts;
+    const int64_t most = factored ? most_parts(t.n) : kMostParts;
     parts = std::max<int64_t>(1, std::min(most, block / kPart));
     part_length = (length + parts - 1) / parts;
     if (parts > 1) part_length = (part_length + 15) / 16 * 16;
     parts = (length + part_length - 1) / part_length;
+    sum_parts = parts;
+    if (t.flags & ADAFACTOR_COLUMNS_FIRST) {
+      const int64_t most_columns = std::max<int64_t>(1, std::min(parts, t.m / kColumnPart));
+      column_length = ((t.m + most_columns - 1) / most_columns + 63) / 64 * 64;
+      sum_parts = (t.m + column_length - 1) / column_length;
+    }
 
     blocks_per_slice = t.b0 / t.slices;
     if (parts == 1) blocks_per_unit = std::max<int64_t>(1, std::min(blocks_per_slice, kGrain / block));
@@ -54,6 +58,7 @@ struct Plan {
   }
 
   Unit unit(int64_t index, const adafactor_tensor& t) const {
+    const int64_t length = (t.flags & ADAFACTOR_FACTORED) ? t.n : t.m;
     Unit u;
     u.index = index;
     u.slice = index / units_per_slice;
@@ -62,7 +67,9 @@ struct Plan {
     u.b = u.slice * blocks_per_slice + group * blocks_per_unit;
     u.b_end = std::min(u.b + blocks_per_unit, (u.slice + 1) * blocks_per_slice);
     u.begin = u.part * part_length;
-    u.end = std::min(u.begin + part_length, length_of(t));
+    u.end = std::min(u.begin + part_length, length);
+    u.column = std::min(u.part * column_length, t.m);
+    u.column_end = std::min(u.column + column_length, t.m);
     return u;
   }
 };

@@ -203,34 +203,29 @@ ADAFACTOR_CALLED void narrow_stochastic(const adafactor_tensor& t, const float* 
 
 inline void narrow_stochastic(const adafactor_tensor&, const double*, size_t, size_t, uint64_t) {}  // has no double
 
-// Asks for n elements from `at` on, the next tile: while a tile is worked on, nothing else is read from memory.
+// Asks for the tile after this one: while a tile is converted and worked on, nothing else is read from memory.
 inline void prefetch(int64_t dtype, const void* memory, size_t at, size_t n) {
 #if defined(__GNUC__)
   const size_t size = dtype == ADAFACTOR_FLOAT64 ? 8 : dtype == ADAFACTOR_FLOAT32 ? 4 : 2;
-  const char* next = static_cast<const char*>(memory) + at * size;
+  const char* next = static_cast<const char*>(memory) + (at + n) * size;
   for (size_t k = 0; k < n * size; k += 64) ask(next + k);
 #else
   (void)dtype, (void)memory, (void)at, (void)n;
 #endif
 }
 
-// The tile at `at`, in place if its storage is T, else a copy in `tile`. `next`: where the tile after it begins.
+// The tile at `at`, in place if its storage is T, else a copy in `tile`.
 template <class T>
-inline const T* load(int64_t dtype, const void* memory, size_t at, T* tile, size_t n, size_t next) {
-  prefetch(dtype, memory, next, n);
+inline const T* load(int64_t dtype, const void* memory, size_t at, T* tile, size_t n) {
+  prefetch(dtype, memory, at, n);
   if (dtype == Own<T>::dtype) return static_cast<const T*>(memory) + at;
   widen(dtype, memory, at, tile, n);
   return tile;
 }
 
 template <class T>
-inline const T* load(int64_t dtype, const void* memory, size_t at, T* tile, size_t n) {
-  return load(dtype, memory, at, tile, n, at + n);
-}
-
-template <class T>
-inline T* open(int64_t dtype, void* memory, size_t at, T* tile, size_t n, size_t next) {
-  return const_cast<T*>(load(dtype, memory, at, tile, n, next));
+inline T* open(int64_t dtype, void* memory, size_t at, T* tile, size_t n) {
+  return const_cast<T*>(load(dtype, memory, at, tile, n));
 }
 
 // Writes back what `open` gave.

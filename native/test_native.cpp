@@ -53,11 +53,12 @@ struct Model {
     return data;
   }
 
-  void add(bool factored, int64_t b0, int64_t n, int64_t B1, int64_t m, int64_t slices, int64_t dtype, int64_t grad,
+  void add(bool factored, bool columns_first, int64_t b0, int64_t n, int64_t B1, int64_t m, int64_t slices, int64_t dtype, int64_t grad,
            int64_t momentum, bool separate) {
     adafactor_tensor t = {};
     const size_t N = size_t(b0 * n * B1 * m), element = dtype == ADAFACTOR_FLOAT64 ? 8 : 4;
     const size_t rows = factored ? size_t(b0 * n * B1) : N, columns = factored ? size_t(b0 * B1 * m) : 0;
+    const size_t whole = columns_first ? columns : rows, sums = !factored ? size_t(slices) : columns_first ? rows : columns;
     t.b0 = b0, t.n = t.n_global = n, t.B1 = B1, t.m = t.m_global = m, t.slices = slices;
     t.N_global = slices ? int64_t(N) / slices : 0;
     t.param_dtype = dtype, t.grad_dtype = grad, t.momentum_dtype = momentum < 0 ? 0 : momentum;
@@ -68,14 +69,14 @@ struct Model {
     if (momentum >= 0) t.momentum = zeros(N * bytes_of(momentum));
     t.Q = static_cast<double*>(zeros(size_t(slices) * 8));
     if (separate) {
-      if (factored) t.finished = zeros(rows * element);
-      const size_t sums = factored ? columns : size_t(slices);
+      if (factored) t.finished = zeros(whole * element);
       t.S = zeros(sums * element);
       t.W = zeros(sums * element);
     }
     t.rho = 0.01, t.decay = 0.5, t.eps1 = 1e-30, t.eps2 = 1e-3, t.clip = 1, t.keep = 0.99, t.beta1 = 0.9;
     t.seed = 7, t.id = tensors.size();
     t.flags = ADAFACTOR_SCALE_PARAMETER | ADAFACTOR_SKIP_NONFINITE | (factored ? ADAFACTOR_FACTORED : 0u);
+    if (columns_first) t.flags |= ADAFACTOR_COLUMNS_FIRST;
     const bool half = dtype == ADAFACTOR_BFLOAT16 || dtype == ADAFACTOR_FLOAT16;
     if ((tensors.size() + tensors.size() / 4) % 2) t.flags |= ADAFACTOR_STOCHASTIC_ROUNDING;
     else if (half) t.residual = zeros(N * 2);
@@ -84,16 +85,18 @@ struct Model {
 
   explicit Model(bool separate) {
     const int64_t shapes[][6] = {
-        // factored, b0, n, B1, m, slices
+        // 0: not factored, 1: factored, 2: columns first; b0, n, B1, m, slices
         {0, 1, 1, 1, 1, 1},      {0, 1, 1, 1, 70001, 1}, {0, 5, 1, 1, 33, 5},    {0, 1, 1, 1, 530000, 1},
         {0, 0, 1, 1, 5, 0},      {0, 1, 1, 1, 0, 1},     {1, 1, 1, 1, 1, 1},     {1, 1, 7, 1, 5, 1},
         {1, 1, 1300, 1, 410, 1}, {1, 1, 40, 1, 2051, 1}, {1, 3, 17, 4, 19, 1},   {1, 6, 30, 1, 31, 3},
-        {1, 2, 700, 1, 900, 2},  {1, 50, 3, 1, 3, 1},    {1, 1, 300, 9, 200, 1},
+        {1, 2, 700, 1, 900, 2},  {1, 50, 3, 1, 3, 1},    {1, 1, 300, 9, 200, 1},  {2, 1, 1, 1, 1, 1},
+        {2, 1, 7, 1, 5, 1},      {2, 50, 3, 1, 3, 1},    {2, 6, 30, 1, 31, 3},    {2, 1, 40, 1, 1051, 1},
+        {2, 1, 1300, 1, 410, 1}, {2, 1, 260, 1, 2100, 1},
     };
     int64_t k = 0;
     for (const auto& s : shapes)
       for (int64_t dtype = 0; dtype < 4; ++dtype, ++k)
-        add(s[0], s[1], s[2], s[3], s[4], s[5], dtype, (dtype + k / 4) % 4, k % 5 - 1, separate);
+        add(s[0] > 0, s[0] == 2, s[1], s[2], s[3], s[4], s[5], dtype, (dtype + k / 4) % 4, k % 5 - 1, separate);
   }
 
   std::string contents() const {

@@ -45,6 +45,7 @@ class Model:
     learning_rate: float = 0.05
     options: dict[str, Any] = field(default_factory=dict)
     permutation: tuple[int, ...] | None = None
+    columns_first: bool = False
     t: int = 0
 
     def __post_init__(self) -> None:
@@ -53,7 +54,8 @@ class Model:
         wide = "float64" if self.dtype == "float64" else "float32"
         forms = [canonical(one, self.permutation) for one in self.layouts]
         assert None not in forms
-        self.table = native.Table([form for form in forms if form])
+        turned = self.columns_first
+        self.table = native.Table([form._replace(columns_first=turned and form.factored) for form in forms if form])
         self.x = [np.array(rng.normal(size=one.shape) * self.scale, DTYPE[self.dtype]) for one in self.layouts]
         self.state = [{name: np.zeros(shape, wide) for name, shape in one.slots.items()} for one in self.layouts]
         self.momentum = [np.zeros(one.shape, DTYPE[self.momentum_dtype]) for one in self.layouts]
@@ -441,6 +443,102 @@ def test_measure_commits_nothing_and_apply_completes_the_step() -> None:
         assert before == ([x.tobytes() for x in two.x], [s.tobytes() for state in two.state for s in state.values()])
         two.table.apply(2)
         assert one.everything() == two.everything()
+
+
+TURNED = [one for one in LAYOUTS if one.factored and (form := canonical(one)) and form.B1 == 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_columns_first_agrees_with_the_oracle(dtype: str, zero: bool) -> None:
+    model = Model(
+        TURNED, Hyperparameters(beta_1=0.9 if zero else None), dtype, momentum_dtype=dtype, columns_first=True
+    )
+    agrees(model, 3, 3e-6 if dtype == "float32" else 1e-13, zero=zero)
+
+
+@pytest.mark.parametrize("grad_dtype", list(DTYPE))
+@pytest.mark.parametrize("dtype", list(DTYPE))
+def test_columns_first_for_every_pair_of_dtypes(dtype: str, grad_dtype: str) -> None:
+    tolerance = {"float32": 3e-6, "float64": 1e-13, "float16": 6e-4, "bfloat16": 5e-3}[dtype]
+    agrees(
+        Model([one for one in TURNED if one.size < 30_000], dtype=dtype, grad_dtype=grad_dtype, columns_first=True),
+        3,
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE))
+def test_columns_first_has_the_same_bits_for_any_threads_and_instruction_set(dtype: str) -> None:
+    layouts = [layout((2100, 300)), layout((300, 4200)), *TURNED[:12]]
+
+    def run(threads: int, isa: str, known: bool = False) -> bytes:
+        model = Model(layouts, dtype=dtype, columns_first=True, options={"stochastic_rounding": True})
+        for t in (1, 2):
+            model.step(gradients(layouts, t), threads, isa, q_known=known and t > 1)
+        return model.everything()
+
+    expected = run(1, "baseline")
+    for threads, isa in [(7, "baseline"), *((3, isa) for isa in SUPPORTED[1:])]:
+        assert run(threads, isa) == expected, (threads, isa)
+    assert run(1, SUPPORTED[-1], known=True) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_shards_of_columns_are_the_whole(dtype: str) -> None:
+    shapes = [(50, 60), (300, 2400), (2, 20, 33)]
+    whole = Model([layout(s) for s in shapes], dtype=dtype)
+    shards = []
+    for part in range(3):
+        shard = Model([layout((*s[:-1], s[-1] // 3)) for s in shapes], dtype=dtype, columns_first=True)
+        shard.table.allocate_sums()
+        shard.table.records["m_global"] = [s[-1] for s in shapes]
+        shard.table.records["N_global"] = [x.size for x in whole.x]
+        for k, x in enumerate(whole.x):
+            shard.x[k][...] = np.split(x, 3, -1)[part]
+        shards.append(shard)
+    for t in (1, 2, 3):
+        grads = gradients(whole.layouts, t)
+        whole.step(grads)
+        for part, shard in enumerate(shards):
+            shard.prepare([np.split(g, 3, -1)[part] for g in grads])
+            shard.table.measure(2)
+        sums = sum(shard.table.sums[dtype] for shard in shards)
+        Q = sum(shard.table._Q for shard in shards)
+        for shard in shards:
+            shard.table.sums[dtype][...], shard.table._Q[...] = sums, Q
+            shard.table.apply(2)
+    tolerance = 2e-6 if dtype == "float32" else 1e-13
+    for k in range(len(shapes)):
+        assert error(np.concatenate([shard.x[k] for shard in shards], -1), whole.x[k]) < tolerance
+        columns = np.concatenate([shard.state[k]["column"] for shard in shards], -1)
+        assert error(columns, whole.state[k]["column"]) < tolerance
+        assert all(error(shard.state[k]["row"], whole.state[k]["row"]) < tolerance for shard in shards)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_columns_first_leaves_alone_what_is_not_finite(bad: float) -> None:
+    layouts = [layout((40, 30)), layout((300, 2100)), layout((7, 5))]
+    model = Model(layouts, columns_first=True, options={"skip_nonfinite": True})
+    model.step(gradients(layouts, 1))
+    before = [[array.copy() for array in (x, *state.values())] for x, state in zip(model.x, model.state, strict=True)]
+    grads = gradients(layouts, 2)
+    for g in grads[:2]:
+        g[3, 2] = bad
+    model.step(grads)
+    assert model.table.skipped.tolist() == [True, True, False]
+    for k, arrays in enumerate(before):
+        after = [model.x[k], *model.state[k].values()]
+        assert [np.array_equal(a, b) for a, b in zip(arrays, after, strict=True)] == [k < 2] * 3
+
+
+@pytest.mark.parametrize("one", [layout((6, 4, 3, 5), lambda name, shape: Factored((1,), (3,))), layout((6,))])
+def test_columns_come_first_only_where_rows_lie_together(one: Layout) -> None:
+    model = Model([one])
+    model.table.records["flags"] |= np.uint64(native.COLUMNS_FIRST)
+    model.prepare(gradients([one], 1))
+    with pytest.raises(RuntimeError, match=r"native step: columns can come first only in a factored tensor"):
+        model.table.step()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
