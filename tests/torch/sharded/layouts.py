@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -125,19 +126,24 @@ def ragged(rank: int, world: int) -> dict[str, Any]:
     """Gradients that are missing or not finite on some ranks only."""
     mesh = init_device_mesh("cpu", (world,))
     found: dict[str, Any] = {}
-    for fused in (None, False):
+    cases = {"rows and experts": (S0, experts), "columns": (S1, "last_two"), "a stack": (S0, "last_two")}
+    for (case, (split, factoring)), fused in product(cases.items(), (None, False)):
         torch.manual_seed(0)
-        values = [torch.randn(6, 4), torch.randn(4, 6), torch.randn(5), torch.randn(4, 3, 2)]
+        values = [torch.randn(6, 4), torch.randn(4, 6), torch.randn(5, 5), torch.randn(4, 3, 2)]
+        if split == S0:
+            values[2] = torch.randn(5)
         singles = [torch.nn.Parameter(x.clone()) for x in values]
-        shards = [torch.nn.Parameter(distribute_tensor(x.clone(), mesh, [S0])) for x in values]
-        arguments: dict[str, Any] = {"factoring": experts, "fused": fused}
+        shards = [torch.nn.Parameter(distribute_tensor(x.clone(), mesh, [split])) for x in values]
+        arguments: dict[str, Any] = {"factoring": factoring, "fused": fused}
         one, many = Adafactor(singles, **arguments), Adafactor(shards, **arguments)
         for step in range(4):
             grads = [torch.randn(x.shape) for x in values]
             if step == 1:  # only rank 0 has a gradient of the first; nobody has one of the second
-                grads[0][whole_rows(grads[0], world) :] = 0
-            if step == 2:  # one element of the last rank's experts, and of its vector
-                grads[2][-1], grads[3][-1, 0, 0] = float("nan"), float("inf")
+                for other in grads[0].chunk(world, split.dim)[1:]:
+                    other.zero_()
+            if step == 2:  # one element of the last rank's vector, and of its experts
+                for k, bad in ((2, float("nan")), (3, float("inf"))):
+                    grads[k][(-1,) * grads[k].dim()] = bad
             for k, (a, b, g) in enumerate(zip(singles, shards, grads, strict=True)):
                 a.grad, b.grad = g.clone(), share(g, b)
                 if step == 1 and k == 1:
@@ -146,14 +152,63 @@ def ragged(rank: int, world: int) -> dict[str, Any]:
                     b.grad = None
             one.step()
             many.step()
-        found[f"steps {fused}"] = [int(many.state[p]["step"]) for p in shards]
-        found[f"skipped {fused}"] = (one.skipped, many.skipped)
-        found[f"distance {fused}"] = max(distance(b, a) for a, b in zip(singles, shards, strict=True))
+        found[f"{case}, {fused}"] = {
+            "steps": [int(many.state[p]["step"]) for p in shards],
+            "skipped": (one.skipped, many.skipped),
+            "distance": max(distance(b, a) for a, b in zip(singles, shards, strict=True)),
+        }
     return found
 
 
-def whole_rows(tensor: torch.Tensor, world: int) -> int:
-    return len(tensor.chunk(world)[0])
+def groups(rank: int, world: int) -> dict[str, float]:
+    """One model over several meshes, some of them with other parameters on other ranks, in every dtype at once."""
+    line = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("left", "right"))
+    stages = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
+    alone = [DeviceMesh("cpu", [k]) for k in range(world)]
+    places = {
+        "line": (line, S0), "left": (grid["left"], S1), "right": (grid["right"], S0), "stage": (stages[rank // 2], S1),
+        "alone": (alone[rank], S0),
+    }  # fmt: skip
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    pairs, names = [], []
+    for k, (name, (mesh, split)) in enumerate(places.items()):
+        for dtype in dtypes:
+            seed = {"stage": rank // 2, "alone": rank}.get(name, 0)  # these are not the same on all ranks
+            x = torch.randn(9 + k, 7, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            shard = torch.nn.Parameter(distribute_tensor(x.clone(), mesh, [split], src_data_rank=None))
+            pairs.append((torch.nn.Parameter(x), shard))
+            names.append(f"{name}, {dtype}")
+    one, many = (Adafactor([pair[k] for pair in pairs], lr=0.05) for k in (0, 1))
+    for step in range(5):
+        for k, (a, b) in enumerate(pairs):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step * 100 + k)).to(a.dtype)
+            b.grad = share(a.grad, b)
+        one.step()
+        many.step()
+    return {name: distance(b, a) for name, (a, b) in zip(names, pairs, strict=True)}
+
+
+def kernels(rank: int, world: int) -> dict[str, bool]:
+    """Which layouts the native kernels step."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    cases: dict[str, tuple[tuple[int, ...], list[Placement]]] = {
+        "rows": ((8, 6), [S0, R]),
+        "columns": ((8, 6), [R, S1]),
+        "a stack": ((4, 3, 5), [S0, S0]),
+        "columns of a stack": ((3, 4, 8), [R, Shard(2)]),
+        "a vector": ((9,), [S0, S0]),
+        "rows and columns": ((8, 6), [S0, S1]),
+    }
+    found = {}
+    for name, (shape, placements) in cases.items():
+        param = torch.nn.Parameter(distribute_tensor(torch.ones(shape), mesh, placements))
+        param.grad = distribute_tensor(torch.ones(shape), mesh, placements)
+        optimizer = Adafactor([param])
+        optimizer.step()
+        tables = optimizer._sharded._tables.values()
+        found[name] = sum(len(table.work) for table in tables) == 1
+    return found
 
 
 def rounding(rank: int, world: int) -> dict[str, float]:
@@ -163,7 +218,7 @@ def rounding(rank: int, world: int) -> dict[str, float]:
         for fused in (None, False):
             different = total = 0
             torch.manual_seed(0)
-            for shape in [(64, 48), (8, 16, 12), (33, 16), (64,)]:
+            for shape in [(64, 48), (8, 16, 12), (33, 16), (64,), (24, world)]:
                 x = torch.randn(shape).bfloat16()
                 mine = shard(x.clone(), mesh, placements)
                 if mine is None:
@@ -171,7 +226,7 @@ def rounding(rank: int, world: int) -> dict[str, float]:
                 a, b = torch.nn.Parameter(x), torch.nn.Parameter(mine)
                 arguments: dict[str, Any] = {"lr": 1e-3, "stochastic_rounding": True, "seed": 7, "fused": fused}
                 one, many = Adafactor([a], **arguments), Adafactor([b], **arguments)
-                for _ in range(10):
+                for _ in range(5):
                     a.grad = torch.randn(shape).bfloat16()
                     b.grad = share(a.grad, b)
                     one.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -18,7 +20,7 @@ from adafactor.sharding.dtensor import placement_of
 from adafactor.sharding.placement import sums
 from adafactor.torch import Adafactor
 
-WIDTH, WORDS = 16, 24
+WIDTH, WORDS, LAYERS = 16, 24, 4
 
 
 class Block(nn.Module):
@@ -32,7 +34,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, layers: int = 12) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(WORDS, WIDTH)
@@ -43,9 +45,14 @@ class Model(nn.Module):
         return self.head(self.blocks(self.words(tokens)))
 
 
-def sharded(kind: str, world: int, layers: int = 12) -> Model:
+KINDS = ("FSDP2", "FSDP2, columns", "TP", "HSDP", "FSDP x TP", "DDP")
+
+
+def sharded(kind: str, world: int, layers: int = LAYERS) -> nn.Module:
     model = Model(layers)
-    if kind == "FSDP2":
+    if kind == "DDP":
+        return nn.parallel.DistributedDataParallel(model)
+    if kind.startswith("FSDP2"):
         mesh = init_device_mesh("cpu", (world,))
     elif kind == "TP":
         tp, mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)), None
@@ -58,9 +65,10 @@ def sharded(kind: str, world: int, layers: int = 12) -> Model:
         for block in model.blocks:
             parallelize_module(block, tp, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if mesh is not None:
+        along = {"shard_placement_fn": lambda p: Shard(p.dim() - 1)} if kind == "FSDP2, columns" else {}
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, **along)
+        fully_shard(model, mesh=mesh, **along)
     return model
 
 
@@ -83,45 +91,64 @@ def share_of_batch(kind: str, rank: int, world: int) -> slice:
     return slice(mine * 8 // parts, (mine + 1) * 8 // parts)
 
 
-def distance(model: nn.Module, single: nn.Module) -> float:
-    moved = size = torch.zeros(())
+@torch.no_grad()
+def distances(model: nn.Module, single: nn.Module) -> tuple[float, float]:
+    """The relative difference by norm, of all parameters as one vector and of the parameter where it is largest."""
+    norms = []
     for a, b in zip(model.parameters(), single.parameters(), strict=True):
         full = a.full_tensor() if isinstance(a, DTensor) else a
-        moved = moved + (full - b).detach().square().sum()
-        size = size + b.detach().square().sum()
-    return float((moved / size).sqrt())
+        norms.append((float((full - b).norm()), float(b.norm())))
+    apart, size = (math.hypot(*values) for values in zip(*norms, strict=True))
+    return apart / size, max(a / b for a, b in norms)
 
 
-def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+def distance(model: nn.Module, single: nn.Module) -> float:
+    """The largest relative difference of a parameter."""
+    return distances(model, single)[1]
+
+
+LR = 1e-3  # for both
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
     """Fused, in groups of one mesh each, which is all that it takes."""
     groups: dict[Any, list[nn.Parameter]] = {}
     for p in model.parameters():
         groups.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
-    return torch.optim.AdamW([{"params": params} for params in groups.values()], lr, fused=True)
+    return torch.optim.AdamW([{"params": params} for params in groups.values()], LR, fused=True)
 
 
-def adafactor(model: nn.Module, lr: float = 1e-3) -> Adafactor:
-    return Adafactor(model.parameters(), lr)
+def adafactor(model: nn.Module) -> Adafactor:
+    return Adafactor(model.parameters(), LR)
 
 
-def train(rank: int, world: int, kinds: list[str], steps: int = 50) -> dict[str, Any]:
-    """End to end, beside fused AdamW; collectives and bytes of one optimizer step."""
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, rows: slice) -> nn.Module:
+    for step in range(steps):
+        optimizer.zero_grad()
+        backward(model, step, rows)
+        optimizer.step()
+    return model
+
+
+def train(rank: int, world: int, kinds: Sequence[str] = KINDS, steps: int = 50, layers: int = 1) -> dict[str, Any]:
+    """Forward, backward and step under every kind of sharding: the distance from one process, beside fused AdamW's."""
     found: dict[str, Any] = {}
+    for name, make in (("ours", adafactor), ("adamw", adamw)):
+        single = Model(layers)
+        trained(single, make(single), steps, slice(None))
+        for kind in kinds:
+            model = sharded(kind, world, layers)
+            trained(model, make(model), steps, share_of_batch(kind, rank, world))
+            found[f"{kind}: {name}"] = distances(model, single)
+    return found
+
+
+def collectives(rank: int, world: int, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What one optimizer step sends."""
+    found = {}
     for kind in kinds:
-        for name, make in (("ours", adafactor), ("adamw", adamw)):
-            torch.manual_seed(0)
-            single, model = Model(), sharded(kind, world)
-            one, many = make(single, lr=1e-3), make(model, lr=1e-3)
-            for step in range(steps):
-                for m, optimizer, rows in (
-                    (single, one, slice(None)),
-                    (model, many, share_of_batch(kind, rank, world)),
-                ):
-                    optimizer.zero_grad()
-                    backward(m, step, rows)
-                    optimizer.step()
-            found[f"{kind}: {name}"] = distance(model, single)
-        found[f"{kind}: sent"] = sent(model, adafactor(model))
+        model = sharded(kind, world)
+        found[kind] = sent(model, adafactor(model))
     return found
 
 

@@ -6,6 +6,8 @@ import pytest
 import ranks
 import torch
 
+from adafactor.kernels import native
+
 CASES = str(Path(__file__).with_name("layouts.py"))
 
 
@@ -23,15 +25,30 @@ def test_float64():
 
 def test_gradients_that_are_missing_or_not_finite_on_some_ranks():
     for found in ranks.run(CASES, "ragged", 3):
-        for fused in (None, False):
-            assert found[f"steps {fused}"] == [4, 3, 3, 3]
-            assert found[f"skipped {fused}"] == (2, 2)
-            assert found[f"distance {fused}"] <= 1e-6
+        assert len(found) == 6
+        for case, got in found.items():
+            assert got["steps"] == [4, 3, 3, 3], case
+            assert got["skipped"] == (2, 2), case
+            assert got["distance"] <= 1e-6, case
 
 
-def test_stochastic_rounding_draws_the_same_bits():
+def test_several_groups_and_dtypes_in_one_model():
+    limits = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-3, "float16": 1e-4}  # of halves a rounding or two
+    for found in ranks.run(CASES, "groups", 4):
+        assert len(found) == 20
+        assert {case: d for case, d in found.items() if not d <= limits[case.rpartition(".")[2]]} == {}
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+def test_all_but_what_is_split_both_ways_takes_the_native_kernels():
+    for found in ranks.run(CASES, "kernels", 4):
+        assert [case for case, is_native in found.items() if not is_native] == ["rows and columns"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_stochastic_rounding_draws_the_same_bits(world):
     # The sums differ in their last bit, which moves an element across its random threshold now and then.
-    for found in ranks.run(CASES, "rounding", 4):
+    for found in ranks.run(CASES, "rounding", world):
         assert {case: share for case, share in found.items() if not share <= 2e-3} == {}
 
 

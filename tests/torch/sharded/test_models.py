@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallelism and both on a model of twelve layers: what a step sends, and where training arrives."""
+"""FSDP2, tensor parallelism and both on a small model: what a step sends, and where training arrives."""
 
 import importlib.util
 from pathlib import Path
@@ -32,15 +32,22 @@ def computed(cost, kind):
     return cost.ours(shapes, shards, tensor)
 
 
-def test_one_all_reduce_per_step_and_training_as_exact_as_adamws():
+def test_fifty_steps_end_as_near_to_one_process_as_adamws():
+    kinds = [kind for kind in models.KINDS if kind != "DDP"]
+    for found in ranks.run(CASES, "train", 4, limit=150, kinds=kinds):
+        for kind in kinds:
+            for ours, adamw in zip(found[f"{kind}: ours"], found[f"{kind}: adamw"], strict=True):
+                assert ours <= max(adamw, 1e-6), found
+
+
+def test_one_all_reduce_per_step():
     cost = cost_model()
     kinds = ["FSDP2", "TP", "HSDP", "FSDP x TP"]
-    for found in ranks.run(CASES, "train", 4, limit=150, kinds=kinds, steps=20):
+    for found in ranks.run(CASES, "collectives", 4, kinds=kinds):
         for kind in kinds:
-            sent = found[f"{kind}: sent"]
+            sent = found[kind]
             assert sent["collectives"] == len(sent["bytes"]) == (2 if kind == "FSDP x TP" else 1)
             assert sent["bytes"] == sent["formula"]
             if kind != "TP":
                 expected = computed(cost, kind)
                 assert (len(sent["bytes"]), sum(sent["bytes"])) == (expected.rounds, expected.sent)
-            assert found[f"{kind}: ours"] <= max(found[f"{kind}: adamw"], 1e-6), found
