@@ -26,9 +26,8 @@ def main() -> None:
     asked = parser.parse_args()
     arguments = {"kinds": list(asked.kinds), "steps": asked.steps}
     found = ranks.run(str(SHARDED / "models.py"), "train", asked.ranks, limit=600, **arguments)[0]
-    print(
-        "| layout | Adafactor, all parameters | AdamW | Adafactor, the farthest parameter | AdamW |\n|---|---|---|---|---|"
-    )
+    print("| layout | Adafactor, all parameters | AdamW | Adafactor, the farthest parameter | AdamW |")
+    print("|---|---|---|---|---|")
     for kind in asked.kinds:
         (ours, our_worst), (adamw, adamw_worst) = found[f"{kind}: ours"], found[f"{kind}: adamw"]
         print(f"| {kind} | {ours:.1e} | {adamw:.1e} | {our_worst:.1e} | {adamw_worst:.1e} |")

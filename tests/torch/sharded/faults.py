@@ -51,7 +51,7 @@ def sentences(rank: int, world: int) -> dict[str, str]:
         found[f"FSDP1 {original}"] = refusal(Adafactor(flat.parameters()))
     compiled = Adafactor([parameter(2, 3)])
     found["compiled"] = refusal(compiled, torch.compile(compiled.step, backend="eager"))
-    elsewhere = [DeviceMesh("cpu", [k]) for k in range(world)][0]
+    elsewhere, *_ = [DeviceMesh("cpu", [k]) for k in range(world)]  # every rank makes every mesh
     lone = DTensor.from_local(torch.ones(2, 3), elsewhere, [Shard(0)], run_check=False, shape=(2, 3), stride=(3, 1))
     found["elsewhere"] = refusal(Adafactor([nn.Parameter(lone)])) if rank else ""
     return found

@@ -20,7 +20,7 @@ from adafactor.torch import Adafactor
 
 STEPS = 10
 KINDS = (
-    "DDP", "ZeRO", "CPU offload", "accumulation", "clipping", "checkpoint", "checkpoint_wrapper", "embedding left whole",
+    "DDP", "ZeRO", "CPU offload", "accumulation", "clipping", "checkpoint", "checkpoint_wrapper", "left whole",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def sharded(kind: str, world: int) -> nn.Module:
         if kind == "checkpoint_wrapper":
             model.blocks[k] = checkpoint_wrapper(block)
         fully_shard(model.blocks[k], mesh=mesh, **policy)
-    ignored = {"ignored_params": {model.words.weight}} if kind == "embedding left whole" else {}
+    ignored = {"ignored_params": {model.words.weight}} if kind == "left whole" else {}
     return fully_shard(model, mesh=mesh, **policy, **ignored)
 
 
@@ -78,7 +78,7 @@ def every_loop(rank: int, world: int) -> dict[str, Any]:
                     models.backward(many, step, half, scale=0.5)
             else:
                 models.backward(many, step, rows)
-            if kind == "embedding left whole":
+            if kind == "left whole":
                 average(many.parameters(), world)
             if kind == "clipping":
                 norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.01) for m in (single, many)]
@@ -104,7 +104,7 @@ def gloo_is_an_accelerator() -> None:
 
 
 def accelerated(rank: int, world: int, place: str) -> dict[str, Any]:
-    """FSDP2 by Accelerate: accumulation, clipping, activation checkpointing, a schedule, and a state saved and loaded."""
+    """FSDP2 by Accelerate, with activation checkpointing, accumulation, clipping, a schedule, and a state to resume."""
     os.environ.update(LOCAL_RANK=str(rank), ACCELERATE_TORCH_DEVICE="cpu")
     import accelerate
 
@@ -140,7 +140,7 @@ def accelerated(rank: int, world: int, place: str) -> dict[str, Any]:
     objects = prepared()
     runner, model, optimizer, _ = objects
     found["fsdp2"] = runner.is_fsdp2
-    found["sharded"] = [type(p) is DTensor or isinstance(p, DTensor) for p in model.parameters()]
+    found["sharded"] = [isinstance(p, DTensor) for p in model.parameters()]
     found["stepped"] = optimizer.optimizer.param_groups[0]["params"] == list(model.parameters())
     train(objects, 0, 5)
     runner.save_state(place)

@@ -1,4 +1,4 @@
-"""DDP, ZeRO, offload, accumulation, clipping, activation checkpointing, Accelerate: each arrives where one process does."""
+"""DDP, ZeRO, offload, accumulation, clipping, recomputing, Accelerate: each arrives where one process does."""
 
 from pathlib import Path
 
