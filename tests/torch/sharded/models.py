@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from adafactor.factoring import layout
 from adafactor.sharding.dtensor import placement_of
 from adafactor.sharding.placement import sums
-from adafactor.torch import Adafactor
+from adafactor.torch import Adafactor, Factored
 
 WIDTH, WORDS, LAYERS = 16, 24, 4
 
@@ -152,10 +152,8 @@ def collectives(rank: int, world: int, kinds: Sequence[str]) -> dict[str, dict[s
     return found
 
 
-def sent(model: nn.Module, optimizer: Adafactor) -> dict[str, Any]:
-    """Collectives and bytes of a step that is not the first, and what the formula says."""
-    backward(model, 0, slice(0, 2))
-    optimizer.step()
+def buffers_of(step: Callable[[], Any]) -> list[int]:
+    """The bytes of every all-reduce."""
     buffers: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -165,10 +163,31 @@ def sent(model: nn.Module, optimizer: Adafactor) -> dict[str, Any]:
 
     dist.all_reduce = counting
     try:
-        with CommDebugMode() as counted:
-            optimizer.step()
+        step()
     finally:
         dist.all_reduce = all_reduce
+    return buffers
+
+
+def experts(rank: int, world: int) -> dict[str, Any]:
+    """Experts that lie on different ranks: what a step sends, and the shape of their statistics here."""
+    mesh = init_device_mesh("cpu", (world,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(2 * world, 5, 7), mesh, [Shard(0)])) for _ in range(3)]
+    for p in params:
+        p.grad = distribute_tensor(torch.ones(p.shape), mesh, [Shard(0)])
+    optimizer = Adafactor(params, factoring=lambda name, shape: Factored(rows=(1,), columns=(2,), batch=(0,)))
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    shapes = {name: tuple(state[name].to_local().shape) for name in ("row", "column")}
+    return {"bytes": buffers_of(optimizer.step), **shapes}
+
+
+def sent(model: nn.Module, optimizer: Adafactor) -> dict[str, Any]:
+    """Collectives and bytes of a step that is not the first, and what the formula says."""
+    backward(model, 0, slice(0, 2))
+    optimizer.step()
+    with CommDebugMode() as counted:
+        buffers = buffers_of(optimizer.step)
     placements = [placement_of(p, layout(p.shape)) for p in model.parameters() if isinstance(p, DTensor)]
     along: dict[tuple[int, ...], set[int]] = {}
     for place in placements:

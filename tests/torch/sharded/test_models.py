@@ -51,3 +51,8 @@ def test_one_all_reduce_per_step():
             if kind != "TP":
                 expected = computed(cost, kind)
                 assert (len(sent["bytes"]), sum(sent["bytes"])) == (expected.rounds, expected.sent)
+
+
+def test_experts_keep_their_statistics_and_send_two_flags_a_tensor():
+    for found in ranks.run(CASES, "experts", 2):
+        assert found == {"bytes": [3 * 2 * 4], "row": (2, 5), "column": (2, 7)}
