@@ -160,6 +160,10 @@ def ragged(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def groups_and_kernels(rank: int, world: int) -> dict[str, Any]:
+    return {"groups": groups(rank, world), "kernels": kernels()}
+
+
 def groups(rank: int, world: int) -> dict[str, float]:
     """One model over several meshes, some of them with other parameters on other ranks, in every dtype at once."""
     line = init_device_mesh("cpu", (world,))
@@ -189,7 +193,7 @@ def groups(rank: int, world: int) -> dict[str, float]:
     return {name: distance(b, a) for name, (a, b) in zip(names, pairs, strict=True)}
 
 
-def kernels(rank: int, world: int) -> dict[str, bool]:
+def kernels() -> dict[str, bool]:
     """Which layouts the native kernels step."""
     mesh = init_device_mesh("cpu", (2, 2))
     cases: dict[str, tuple[tuple[int, ...], list[Placement]]] = {

@@ -145,7 +145,7 @@ def train(rank: int, world: int, kinds: Sequence[str] = KINDS, steps: int = 50, 
 
 def collectives(rank: int, world: int, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What one optimizer step sends."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {"experts": experts(world)}
     for kind in kinds:
         model = sharded(kind, world)
         found[kind] = sent(model, adafactor(model))
@@ -169,7 +169,7 @@ def buffers_of(step: Callable[[], Any]) -> list[int]:
     return buffers
 
 
-def experts(rank: int, world: int) -> dict[str, Any]:
+def experts(world: int) -> dict[str, Any]:
     """Experts that lie on different ranks: what a step sends, and the shape of their statistics here."""
     mesh = init_device_mesh("cpu", (world,))
     params = [nn.Parameter(distribute_tensor(torch.ones(2 * world, 5, 7), mesh, [Shard(0)])) for _ in range(3)]

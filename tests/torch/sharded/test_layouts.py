@@ -32,17 +32,13 @@ def test_gradients_that_are_missing_or_not_finite_on_some_ranks():
             assert got["distance"] <= 1e-6, case
 
 
-def test_several_groups_and_dtypes_in_one_model():
+def test_several_groups_and_dtypes_in_one_model_and_the_kernel_of_every_layout():
     limits = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-3, "float16": 1e-4}  # of halves a rounding or two
-    for found in ranks.run(CASES, "groups", 4):
-        assert len(found) == 20
-        assert {case: d for case, d in found.items() if not d <= limits[case.rpartition(".")[2]]} == {}
-
-
-@pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
-def test_all_but_what_is_split_both_ways_takes_the_native_kernels():
-    for found in ranks.run(CASES, "kernels", 4):
-        assert [case for case, is_native in found.items() if not is_native] == ["rows and columns"]
+    for found in ranks.run(CASES, "groups_and_kernels", 4):
+        assert len(found["groups"]) == 20
+        assert {case: d for case, d in found["groups"].items() if not d <= limits[case.rpartition(".")[2]]} == {}
+        if native.available():
+            assert [case for case, is_native in found["kernels"].items() if not is_native] == ["rows and columns"]
 
 
 @pytest.mark.parametrize("world", [2, 4])
