@@ -9,9 +9,10 @@ The framework is in the import path, and importing this package imports none of 
 
 from adafactor.factoring import Factored, Layout, layout
 from adafactor.hyperparameters import Hyperparameters
+from adafactor.planning import plan
 
 __version__ = "0.1.0"
-__all__ = ["Factored", "Hyperparameters", "Layout", "layout"]
+__all__ = ["Factored", "Hyperparameters", "Layout", "layout", "plan"]
 
 _IMPORTS = {
     "Keras 3": "from adafactor.keras import Adafactor",

@@ -1,0 +1,86 @@
+"""Say what training a model will need, before training: weights, gradients, optimizer state, temporaries.
+
+MODEL is a .safetensors file, a Hugging Face folder, a .keras or .weights.h5 file, a PyTorch state dict (.pt, .pth,
+.bin), a .txt or .json of shapes, or shapes: adafactor plan 4096x4096*32 4096. Of a file no weight is read. Activations
+are not included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from adafactor.cli.command import Refusal, integer, need
+from adafactor.cli.plan import report
+from adafactor.hyperparameters import message
+from adafactor.planning import Plan, plan
+from adafactor.planning.files import shapes
+from adafactor.planning.optimizers import FRAMEWORKS
+from adafactor.planning.parameters import TRAINED
+
+SUMMARY = "say what training a model will need, optimizer by optimizer"
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def memory(text: str) -> int:
+    """An argparse type: ``24GB`` or ``80GiB`` in bytes."""
+    match = re.fullmatch(rf"(\d{{1,6}}(?:\.\d{{1,3}})?)({'|'.join(_UNITS)})", text.replace(" ", ""))
+    if match is None or not float(match[1]):
+        raise Refusal(message("--gpu-memory", f"a number and {', '.join(_UNITS)}", text, "For example 24GB."))
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="+", metavar="MODEL", help="a file, a folder, or shapes")
+    add("--dtype", choices=TRAINED, help="of weights and gradients (default: as stored; float32 for shapes)")
+    add("--shards", type=integer("--shards", 1, 1 << 20), default=1, metavar="N", help="FSDP2 ranks (default: 1)")
+    add("--gpu-memory", type=memory, metavar="SIZE", help="say what fits: 24GB, 80GiB")
+    add("--frozen", action="append", default=[], metavar="PATTERN", help="names that are not trained: 'encoder.*'")
+    add("--framework", choices=FRAMEWORKS, help="whose optimizers (default: keras for its files, else torch)")
+    add("--top", type=integer("--top", 0), default=5, metavar="N", help="list the N largest tensors (default: 5)")
+    add("--json", metavar="FILE", help="write every figure to FILE; - prints them instead of the table")
+    add("--plot", metavar="FILE", help="draw to FILE.png, .svg or .pdf")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan, then print, write and draw."""
+    if arguments.plot:
+        need(("matplotlib",), "adafactor plan --plot", "pip install matplotlib")
+    name, found = _plan(arguments)
+    if arguments.json == "-":
+        print(report.json_text(name, found, arguments.gpu_memory, arguments.top))
+    else:
+        print(report.text(name, found, arguments.gpu_memory, arguments.top))
+    try:
+        if arguments.json not in (None, "-"):
+            data = report.json_text(name, found, arguments.gpu_memory, arguments.top)
+            Path(arguments.json).write_text(data + "\n", encoding="utf-8")
+        if arguments.plot:
+            from adafactor.cli.plan import picture
+
+            picture.draw(name, found, arguments.gpu_memory, Path(arguments.plot))
+    except (OSError, ValueError) as error:
+        raise Refusal(message("--json and --plot", "files that can be written", str(error), "Pass others.")) from None
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[str, Plan]:
+    """The model's name and its plan."""
+    words = arguments.model
+    is_keras = words[0].endswith((".keras", ".h5"))
+    framework = arguments.framework or ("keras" if is_keras else "torch")
+    try:
+        if all(map(shapes.is_shape, words)):
+            name, model = " ".join(words), shapes.parse_words(words)
+        elif len(words) == 1:
+            name, model = Path(words[0]).name or words[0], Path(words[0])
+        else:
+            remedy = "Separate shapes by spaces, and give one file at a time."
+            raise Refusal(message("MODEL", "one file, one folder or shapes only", " ".join(words), remedy))
+        settings = {"dtype": arguments.dtype, "shards": arguments.shards, "frozen": arguments.frozen}
+        return name, plan(model, framework=framework, **settings)
+    except ValueError as error:
+        raise Refusal(str(error)) from None

@@ -1,0 +1,116 @@
+"""A plan as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from adafactor import __version__
+from adafactor.cli.table import table
+from adafactor.planning import Plan, Usage
+from adafactor.planning.optimizers import Adafactor
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units with three digits: ``13.5 GB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{count:,.{0 if abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2}f} {unit}"
+
+
+def text(name: str, plan: Plan, card: int | None, top: int) -> str:
+    """What stands on the terminal."""
+    return "\n\n".join([_title(name, plan), _usages(plan, card), *_top(plan, top), _notes(plan)])
+
+
+def json_text(name: str, plan: Plan, card: int | None, top: int) -> str:
+    """The same figures, in bytes."""
+    data = {
+        "adafactor": __version__,
+        "model": name,
+        "parameters": plan.size,
+        "tensors": len(plan.parameters),
+        "trained_tensors": len(plan.trained),
+        "dtypes": _dtypes(plan),
+        "shards": plan.shards,
+        "gpu_memory": card,
+        "activations": "not included",
+        "optimizers": [_usage(plan, usage, card) for usage in plan.usages],
+        "largest": [
+            {"name": p.name, "shape": p.shape, "dtype": p.dtype, "bytes": p.nbytes, "trained": p.trained}
+            for p in plan.top(top)
+        ],
+    }
+    return json.dumps(data, indent=1)
+
+
+def _usage(plan: Plan, usage: Usage, card: int | None) -> dict[str, Any]:
+    return {
+        "name": usage.optimizer.label,
+        "weights": usage.weights,
+        "gradients": usage.gradients,
+        "state": usage.state,
+        "temporaries": usage.temporaries,
+        "total": usage.total,
+        "state_bytes_per_parameter": plan.shards * usage.state / plan.size if plan.size else 0.0,
+        "fits": None if card is None else usage.total <= card,
+    }
+
+
+def _dtypes(plan: Plan) -> list[str]:
+    return sorted({p.dtype for p in plan.parameters})
+
+
+def _title(name: str, plan: Plan) -> str:
+    shared = "" if plan.shards == 1 else f", FSDP2 over {plan.shards} ranks: the first rank's part"
+    dtypes = " and ".join(_dtypes(plan))
+    return f"{name}: {plan.size:,} parameters in {len(plan.trained):,} tensors, {dtypes}{shared}"
+
+
+def _usages(plan: Plan, card: int | None) -> str:
+    header = ["", "weights", "gradients", "state", "temporaries", "total"]
+    if card is not None:
+        header.append(f"of {size(card)}")
+    rows = []
+    for usage in plan.usages:
+        temporaries = "not known" if usage.temporaries is None else size(usage.temporaries)
+        cells = [size(usage.weights), size(usage.gradients), size(usage.state), temporaries, size(usage.total)]
+        if card is not None:
+            left = card - usage.total
+            cells.append(f"{size(left)} left" if left >= 0 else f"{size(-left)} too much")
+        rows.append([usage.optimizer.label, *cells])
+    return table(header, rows)
+
+
+def _top(plan: Plan, count: int) -> list[str]:
+    largest = plan.top(count)
+    if not largest:
+        return []
+    optimizers = [usage.optimizer for usage in plan.usages]
+    ours = next(one for one in optimizers if isinstance(one, Adafactor))
+    chosen = [optimizers[0], ours]
+    rows = []
+    for p in largest:
+        shape = " x ".join(map(str, p.shape)) or "scalar"
+        states = [size(sum(one.slots(p, plan.shards).values())) if p.trained else "not trained" for one in chosen]
+        rows.append([p.name, shape, p.dtype, size(p.local(plan.shards).nbytes), *states])
+    return [
+        table(["the largest tensors", "shape", "dtype", "weights", *(f"state, {one.label}" for one in chosen)], rows)
+    ]
+
+
+def _notes(plan: Plan) -> str:
+    lines = ["Activations are not included: they depend on batch, sequence length and checkpointing."]
+    still = [p for p in plan.parameters if not p.trained]
+    if still:
+        held = size(sum(p.local(plan.shards).nbytes for p in still))
+        lines.append(f"{len(still):,} tensors of {held} are not trained: no gradient, no state.")
+    if plan.shards > 1:
+        lines.append(
+            f"Nor is the layer that FSDP2 gathers while it computes: {size(plan.gathered)} of weights at most."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""A folder as Hugging Face lays it out: one file of weights, or an index that names several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adafactor.hyperparameters import message
+from adafactor.planning.files import child, safetensors
+from adafactor.planning.files.access import Unreadable, content, inside, parse
+from adafactor.planning.parameters import MAX_TENSORS, Parameter, check_total, cut
+
+#: In the order in which transformers looks for them.
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "adapter_model.safetensors",
+)
+MAX_INDEX = 100_000_000
+
+
+def read(folder: Path) -> list[Parameter]:
+    """The tensors of the first of ``NAMES`` that is there."""
+    name = next((name for name in NAMES if (folder / name).is_file()), None)
+    if name is None:
+        remedy = "Give the file itself."
+        raise Unreadable(message("the folder", f"one that holds {', '.join(NAMES)}", str(folder), remedy))
+    return read_index(folder / name) if name.endswith(".json") else _read(inside(folder, name, "the folder"))
+
+
+def read_index(path: Path) -> list[Parameter]:
+    """The tensors that an index names, each from the file that it says."""
+    source = cut(path.name)
+    index = parse(content(path, MAX_INDEX), source)
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise Unreadable(
+            message(f"weight_map in {source}", "an object of tensors and files", cut(weights), "Check it.")
+        )
+    if len(weights) > MAX_TENSORS:
+        raise Unreadable(
+            message(f"weight_map in {source}", f"at most {MAX_TENSORS:,} tensors", len(weights), "Check it.")
+        )
+    wanted: dict[str, set[str]] = {}
+    for tensor, file in weights.items():
+        wanted.setdefault(inside_name(path.parent, file, source), set()).add(tensor)
+    found: list[Parameter] = []
+    for file, names in wanted.items():
+        here = [parameter for parameter in _read(path.parent / file) if parameter.name in names]
+        missing = names - {parameter.name for parameter in here}
+        if missing:
+            rule = f"in {cut(file)}, as {source} says"
+            raise Unreadable(message(f"{cut(min(missing))}", rule, "nothing there", "Fetch the folder again."))
+        found += here
+    check_total(found)
+    return found
+
+
+def inside_name(folder: Path, file: object, source: str) -> str:
+    return inside(folder, file, source).name
+
+
+def _read(path: Path) -> list[Parameter]:
+    if path.name.endswith(".safetensors"):
+        return safetensors.read(path)
+    if path.name.endswith((".bin", ".pt", ".pth")):
+        return child.read("pytorch", path)
+    rule = "a .safetensors, .bin, .pt or .pth file"
+    raise Unreadable(message("a file named in the index", rule, cut(path.name), "Give the file itself."))

@@ -1,0 +1,166 @@
+"""Keras's ``.keras`` and ``.weights.h5``: names, shapes and dtypes of an HDF5 file, read by h5py in a child process.
+
+A ``.keras`` file also says which layers are trainable, and its batch normalizations which variables are not.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from adafactor.hyperparameters import message
+from adafactor.planning.files import child
+from adafactor.planning.files.access import Unreadable, parse
+from adafactor.planning.parameters import Parameter, cut
+
+MAX_CONFIG = 100_000_000
+WEIGHTS = "model.weights.h5"
+
+#: Variables of a layer, counted from the end, that are not trained whatever it says.
+_STATISTICS = {"BatchNormalization": 2, "Normalization": 3}
+
+
+def read(path: Path) -> list[Parameter]:
+    return child.read("keras", path)
+
+
+def read_weights(path: Path) -> list[Parameter]:
+    return child.read("weights_h5", path)
+
+
+# -- in the child ------------------------------------------------------------------------------------------------------
+
+
+def open_archive(path: Path) -> list[Parameter]:
+    """The variables of a ``.keras`` file. HDF5 is read where it lies in the archive, which Keras does not compress."""
+    name, damaged = cut(path.name), "The file is damaged or not Keras's."
+    with path.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            config = parse(_member(archive, "config.json", name), f"config.json in {name}")
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, ValueError) as error:
+            if isinstance(error, Unreadable):
+                raise
+            raise Unreadable(message(name, f"a zip archive ({cut(str(error))})", "something else", damaged)) from None
+        info = _only(archive, WEIGHTS, name)
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            remedy = "Save it again with model.save."
+            raise Unreadable(message(f"{WEIGHTS} in {name}", "stored as it is", "compressed or encrypted", remedy))
+        file.seek(info.header_offset)
+        local = file.read(30)
+        if len(local) < 30 or local[:4] != b"PK\3\4":
+            raise Unreadable(message(f"{WEIGHTS} in {name}", "where the archive says", info.header_offset, damaged))
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+        if start + info.file_size > file.seek(0, io.SEEK_END):
+            raise Unreadable(message(f"{WEIGHTS} in {name}", "inside the archive", info.file_size, damaged))
+        return _variables(Window(file, start, info.file_size), name, _layers(config))
+
+
+def open_weights(path: Path) -> list[Parameter]:
+    """The variables of a ``.weights.h5`` file."""
+    with path.open("rb") as file:
+        return _variables(file, cut(path.name), {})
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._size - self._at))
+        self._file.seek(self._start + self._at)
+        data = self._file.read(count)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _only(archive: zipfile.ZipFile, member: str, name: str) -> zipfile.ZipInfo:
+    """The one member of a name; two would let one reader see what another does not."""
+    found = [info for info in archive.infolist() if info.filename == member]
+    if len(found) != 1 or stat.S_ISLNK(found[0].external_attr >> 16):
+        remedy = "The file is damaged or not Keras's."
+        raise Unreadable(message(f"{member} in {name}", "there once, as a file", f"{len(found)} times", remedy))
+    return found[0]
+
+
+def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
+    info = _only(archive, member, name)
+    if info.file_size > MAX_CONFIG:
+        rule = f"at most {MAX_CONFIG:,} bytes"
+        raise Unreadable(message(f"{member} in {name}", rule, info.file_size, "The file is damaged."))
+    return archive.read(info)
+
+
+def _layers(config: Any) -> dict[str, tuple[str, bool] | None]:
+    """Class of every layer and whether it is trainable, by name; ``None`` where a name stands for different ones."""
+    found: dict[str, tuple[str, bool] | None] = {}
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+            its = value.get("config")
+            if isinstance(value.get("class_name"), str) and isinstance(its, dict) and isinstance(its.get("name"), str):
+                said = (value["class_name"], its.get("trainable") is not False)
+                found[its["name"]] = said if found.get(its["name"], said) == said else None
+    return found
+
+
+def _variables(file: Any, name: str, layers: dict[str, tuple[str, bool] | None]) -> list[Parameter]:
+    try:
+        import h5py
+    except ImportError:
+        raise Unreadable(f"Reading {name} needs h5py. Install with: pip install h5py") from None
+    groups: dict[str, list[tuple[int, Parameter]]] = {}
+
+    def visit(path: str, item: Any) -> None:
+        if not isinstance(item, h5py.Dataset) or path.startswith("optimizer/"):
+            return
+        dtype = str(item.attrs.get("dtype", "") or item.dtype.name)
+        if item.shape is None or item.dtype.kind not in "biufcV":
+            return
+        group, _, key = path.rpartition("/")
+        dtype = "float8" if dtype.startswith("float8") else dtype
+        place = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else 0
+        shape = tuple(int(n) for n in item.shape)
+        groups.setdefault(group, []).append((place, Parameter(path, shape, dtype)))
+
+    found: list[Parameter] = []
+    try:
+        with h5py.File(file, "r") as opened:
+            opened.visititems(visit)
+            for group, members in groups.items():
+                kind, trainable = layers.get(str(opened[group].attrs.get("name", "")) if group else "") or ("", True)
+                members.sort(key=lambda member: member[0])
+                last = len(members) - _STATISTICS.get(kind, 0)
+                for position, (_, p) in enumerate(members):
+                    found.append(Parameter(p.name, p.shape, p.dtype, trainable and position < last))
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        remedy = "The file is damaged or not Keras's."
+        raise Unreadable(
+            message(name, f"HDF5 as Keras writes it ({cut(str(error))})", "something else", remedy)
+        ) from None
+    return found

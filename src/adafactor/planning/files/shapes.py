@@ -1,0 +1,64 @@
+"""Shapes written by hand: ``4096x4096*32 4096`` on the command line or in a file, or JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from adafactor.hyperparameters import message
+from adafactor.planning.files.access import Unreadable, content, parse, shape_of
+from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
+
+MAX_FILE = 100_000_000
+
+_WORD = re.compile(r"(?:(?P<shape>\d{1,19}(?:x\d{1,19})*)|scalar)(?:\*(?P<count>\d{1,7}))?", re.ASCII)
+_RULE = "a shape like 4096x4096, 4096 or scalar, *32 after it for 32 of them"
+
+
+def is_shape(word: str) -> bool:
+    """Whether a word of the command line is a shape rather than a file."""
+    return _WORD.fullmatch(word) is not None
+
+
+def parse_words(words: Iterable[str]) -> list[Parameter]:
+    """Tensors of the shapes, named by what was written."""
+    found: list[Parameter] = []
+    for word in words:
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise Unreadable(message("a shape", _RULE, cut(word), "Separate shapes by spaces."))
+        shape = tuple(int(n) for n in (match["shape"] or "").split("x") if n)
+        count = int(match["count"] or 1)
+        if len(found) + count > MAX_TENSORS:
+            remedy = "Plan one part at a time."
+            raise Unreadable(message("the shapes", f"at most {MAX_TENSORS:,}", f"{len(found) + count:,}", remedy))
+        found += [Parameter(f"shape {len(found) + i} ({match['shape'] or 'scalar'})", shape) for i in range(count)]
+    return found
+
+
+def read_text(path: Path) -> list[Parameter]:
+    """Words as on the command line; what follows a # is a comment."""
+    try:
+        text = content(path, MAX_FILE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"something else at byte {error.start}"
+        raise Unreadable(message(cut(path.name), "text in UTF-8", got, "Save it as UTF-8.")) from None
+    return parse_words(word for line in text.splitlines() for word in line.partition("#")[0].split())
+
+
+def read_json(path: Path) -> list[Parameter]:
+    """``{"name": [4096, 4096]}``, ``[[4096, 4096], [4096]]`` or ``["4096x4096*32", "4096"]``."""
+    source = cut(path.name)
+    value = parse(content(path, MAX_FILE), source)
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return parse_words(value)
+    elif isinstance(value, list):
+        pairs = [(f"shape {position}", shape) for position, shape in enumerate(value)]
+    else:
+        raise Unreadable(message(source, "an object or a list of shapes", cut(value), "docs/planning.md has examples."))
+    if len(pairs) > MAX_TENSORS:
+        raise Unreadable(message(f"the shapes in {source}", f"at most {MAX_TENSORS:,}", len(pairs), "Plan one part."))
+    return [Parameter(name, shape_of(shape, name)) for name, shape in pairs]

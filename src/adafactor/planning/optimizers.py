@@ -1,0 +1,254 @@
+"""What each optimizer keeps for a parameter, in bytes: the rule of every one, checked against what it allocates.
+
+State is everything that ``optimizer.state`` (PyTorch), ``optimizer.variables`` (Keras) or the state (optax) holds. The
+tests build each optimizer over the shapes of public models and compare to the byte; where a rule is read from someone
+else's source, its docstring says which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from adafactor.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
+from adafactor.hyperparameters import message
+from adafactor.planning.parameters import BITS, Parameter, local_shape
+
+Framework = Literal["torch", "keras", "jax"]
+FRAMEWORKS: tuple[Framework, ...] = ("torch", "keras", "jax")
+Slots = dict[str, int]
+
+MOMENTUM = (None, "float32", "bfloat16", "float16", "int8")
+#: Elements that share one float32 scale, in int8 momentum as in bitsandbytes' state.
+BLOCK = 256
+#: Elements of a block of torch operations on an accelerator (``kernels/aten_blocks.py``).
+DEVICE_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """An optimizer as the plan sees it.
+
+    Attributes:
+        label: how tables call it.
+        sharded: whether it steps over FSDP2's parameters.
+        release: whether a gradient is used and freed while the backward pass still runs.
+    """
+
+    label: str
+    sharded: bool = True
+    release: bool = False
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        """Name and bytes of what is kept for one trained parameter; on the first of ``shards`` ranks."""
+        raise NotImplementedError
+
+    def shared(self, trained: Sequence[Parameter]) -> int:
+        """Bytes kept once, whatever the parameters."""
+        return 0
+
+    def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int | None:
+        """Peak bytes that live during a step only; ``None`` where that is the compiler's decision."""
+        return None
+
+    def state(self, trained: Sequence[Parameter], shards: int = 1) -> int:
+        """Bytes kept for all trained parameters."""
+        return sum(sum(self.slots(p, shards).values()) for p in trained) + self.shared(trained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchAdamW(Optimizer):
+    """``torch.optim.AdamW(fused=True)``: two averages like the parameter, and a float32 step. Updates in place."""
+
+    label: str = "torch.optim.AdamW(fused=True)"
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        size = parameter.local(shards).nbytes
+        return {"step": 4, "exp_avg": size, "exp_avg_sq": size}
+
+    def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bit(Optimizer):
+    """``bitsandbytes.optim.AdamW8bit`` of bitsandbytes 0.50.2, ``Optimizer2State.init_state``.
+
+    Fewer than 4,096 elements keep two float32 averages. Others keep two bytes per element, two float32 maxima per
+    256 elements, and all of them together two code books of 256 float32 numbers. Steps are Python integers.
+    """
+
+    label: str = "bitsandbytes AdamW8bit"
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        size = parameter.local(shards).size
+        if size < 4096:
+            return {"state1": 4 * size, "state2": 4 * size}
+        maxima = 4 * -(-size // BLOCK)
+        return {"state1": size, "state2": size, "absmax1": maxima, "absmax2": maxima}
+
+    def shared(self, trained: Sequence[Parameter]) -> int:
+        return 2 * 4 * 256 if any(p.size >= 4096 for p in trained) else 0
+
+    def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchAdafactor(Optimizer):
+    """``torch.optim.Adafactor``: row and column over the last two axes, in the gradient's dtype, and a float32 step.
+
+    It does not step over DTensors (PyTorch 2.13). Its update is of the parameter's size, and the previous parameter's
+    lives until the next one replaces it.
+    """
+
+    label: str = "torch.optim.Adafactor"
+    sharded: bool = False
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        *stack, n, m = (1, 1, *parameter.shape)
+        if len(parameter.shape) < 2:
+            return {"step": 4, "variance": parameter.nbytes}
+        count = math.prod(stack)
+        return {"step": 4, "row_var": count * n * parameter.itemsize, "col_var": count * m * parameter.itemsize}
+
+    def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int:
+        sizes = [0, *(p.nbytes for p in trained)]
+        return max((a + b for a, b in zip(sizes, sizes[1:], strict=False)), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keras(Optimizer):
+    """Keras keeps an int32 iteration (int64 on TensorFlow, 4 bytes more) and a float32 learning rate."""
+
+    sharded: bool = False
+
+    def shared(self, trained: Sequence[Parameter]) -> int:
+        return 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class KerasAdamW(_Keras):
+    """``keras.optimizers.AdamW``: two averages like the variable."""
+
+    label: str = "keras.optimizers.AdamW"
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        return {"momentum": parameter.nbytes, "velocity": parameter.nbytes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KerasAdafactor(_Keras):
+    """``keras.optimizers.Adafactor``: row and column in the variable's dtype, and a velocity of the variable's size."""
+
+    label: str = "keras.optimizers.Adafactor"
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        if len(parameter.shape) < 2:
+            return {"velocity": parameter.nbytes}
+        *stack, n, m = parameter.shape
+        count = math.prod(stack) * parameter.itemsize
+        return {"row": count * n, "column": count * m, "velocity": parameter.nbytes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptaxAdamW(Optimizer):
+    """``optax.adamw``: two averages like the parameter, and one int32 count."""
+
+    label: str = "optax.adamw"
+    sharded: bool = False
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        return {"mu": parameter.nbytes, "nu": parameter.nbytes}
+
+    def shared(self, trained: Sequence[Parameter]) -> int:
+        return 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+    """This package's: float32 statistics (float64 of a float64 parameter) in the shapes of ``adafactor.layout``.
+
+    PyTorch keeps an int64 step per parameter, Keras its two scalars, optax one int32 count.
+
+    Args:
+        framework: whose front end.
+        factoring, min_dim_size_to_factor: as in :func:`adafactor.layout`.
+        momentum: dtype of the momentum, ``None`` for none. int8 has a float32 scale per 256 elements.
+        release: PyTorch only: gradients are used and freed in the backward pass.
+    """
+
+    label: str = ""
+    framework: Framework = "torch"
+    factoring: Factoring = "last_two"
+    min_dim_size_to_factor: int = 1
+    momentum: str | None = None
+
+    def __post_init__(self) -> None:
+        validate(self.factoring, self.min_dim_size_to_factor)
+        if self.framework not in FRAMEWORKS:
+            raise ValueError(message("framework", f"one of {', '.join(FRAMEWORKS)}", self.framework, 'Try "torch".'))
+        if self.momentum not in MOMENTUM:
+            names = ", ".join(map(str, MOMENTUM[1:]))
+            raise ValueError(message("momentum", f"{names} or None", self.momentum, "None keeps no momentum."))
+        object.__setattr__(self, "sharded", self.framework == "torch")
+        if not self.label:
+            policy = self.factoring if isinstance(self.factoring, str) else "callable factoring"
+            kept = f", momentum {self.momentum}" if self.momentum else ""
+            released = ", gradient release" if self.release else ""
+            object.__setattr__(self, "label", f"adafactor, {policy}{kept}{released}")
+
+    def layout(self, parameter: Parameter) -> Layout:
+        return layout(parameter.shape, self.factoring, self.min_dim_size_to_factor, name=parameter.name)
+
+    def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
+        if self.framework == "torch" and not parameter.size:
+            return {}  # it leaves empty tensors alone
+        roles, itemsize = self.layout(parameter), 8 if parameter.dtype == "float64" else 4
+        gone = {"row": roles.columns, "column": roles.rows}
+        found = {"step": 8} if self.framework == "torch" else {}
+        for name, shape in roles.slots.items():
+            # Dimension 0 is split where the statistic keeps it; a statistic that does not is replicated.
+            local: Shape = shape if 0 in gone.get(name, ()) else local_shape(shape, shards)
+            found[name] = itemsize * math.prod(local)
+        if self.momentum is not None:
+            size = parameter.local(shards).size
+            # "float32" is the default of PyTorch and Keras, which is: like the statistics.
+            like = self.momentum == "float32" and self.framework != "jax"
+            found["momentum"] = size * (itemsize if like else BITS[self.momentum] // 8)
+            if self.momentum == "int8":
+                found["momentum_scale"] = 4 * -(-size // BLOCK)
+        return found
+
+    def shared(self, trained: Sequence[Parameter]) -> int:
+        return {"torch": 0, "keras": 8, "jax": 4}[self.framework]
+
+    def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int | None:
+        """PyTorch: of torch operations on an accelerator, block by block; the native kernels need next to nothing.
+
+        Two blocks, one more with momentum, four for half-precision parameters, and a few row and column sums.
+        """
+        if self.framework != "torch" or not trained:
+            return None if trained else 0
+        half = any(p.dtype in ("bfloat16", "float16") for p in trained)
+        itemsize = 8 if any(p.dtype == "float64" for p in trained) else 4
+        block = max(min(p.local(shards).size, DEVICE_BLOCK) for p in trained)
+        layouts = [self.layout(p) for p in trained]
+        sums = max((roles.state_size for roles in layouts if roles.factored), default=0)
+        return itemsize * (block * (4 if half else 3 if self.momentum else 2) + 4 * sums)
+
+
+def defaults(framework: Framework = "torch") -> tuple[Optimizer, ...]:
+    """The rows of the table."""
+    ours = tuple(Adafactor(framework=framework, factoring=policy) for policy in POLICIES)
+    momentum = Adafactor(framework=framework, momentum="float32")
+    if framework == "keras":
+        return (KerasAdamW(), KerasAdafactor(), *ours, momentum)
+    if framework == "jax":
+        return (OptaxAdamW(), *ours, momentum, Adafactor(framework=framework, momentum="bfloat16"))
+    return (
+        TorchAdamW(), AdamW8bit(), KerasAdafactor(), TorchAdafactor(), *ours, momentum,
+        Adafactor(momentum="bfloat16"), Adafactor(momentum="int8"), Adafactor(release=True),
+    )  # fmt: skip

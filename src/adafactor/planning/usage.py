@@ -1,0 +1,135 @@
+"""From shapes to bytes: what training will need, part by part and optimizer by optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adafactor.hyperparameters import message
+from adafactor.planning.optimizers import Framework, Optimizer, defaults
+from adafactor.planning.parameters import Parameter, parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes that one optimizer needs on one device, activations left out.
+
+    Attributes:
+        optimizer: its rule.
+        weights: all tensors of the model, trained or not.
+        gradients: of all trained tensors; of the largest one with gradient release.
+        state: what the optimizer keeps from step to step.
+        temporaries: what lives during a step only; ``None`` where the compiler decides.
+    """
+
+    optimizer: Optimizer
+    weights: int
+    gradients: int
+    state: int
+    temporaries: int | None
+
+    @property
+    def total(self) -> int:
+        """The sum; unknown temporaries count as none."""
+        return self.weights + self.gradients + self.state + (self.temporaries or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What training a model needs.
+
+    Attributes:
+        parameters: the model's tensors, whole.
+        shards: ranks that share them.
+        usages: one per optimizer.
+    """
+
+    parameters: tuple[Parameter, ...]
+    shards: int
+    usages: tuple[Usage, ...]
+
+    @property
+    def trained(self) -> list[Parameter]:
+        return [p for p in self.parameters if p.trained]
+
+    @property
+    def size(self) -> int:
+        """Numbers in trained tensors."""
+        return sum(p.size for p in self.parameters if p.trained)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of the largest layer's weights: what FSDP2 makes whole while that layer computes."""
+        layers: dict[str, int] = {}
+        for p in self.parameters:
+            layers[layer_of(p.name)] = layers.get(layer_of(p.name), 0) + p.nbytes
+        return max(layers.values(), default=0)
+
+    def top(self, count: int) -> list[Parameter]:
+        """The ``count`` tensors of the most bytes, the largest first."""
+        return sorted(self.parameters, key=lambda p: -p.nbytes)[:count]
+
+
+def layer_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``; the module of a tensor outside numbered layers."""
+    parts = name.replace("/", ".").split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[: number + 1]) or name
+
+
+def plan(
+    model: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Any],
+    *,
+    dtype: str | None = None,
+    shards: int = 1,
+    frozen: Sequence[str] = (),
+    framework: Framework = "torch",
+    optimizers: Iterable[Optimizer] | None = None,
+) -> Plan:
+    """Say what training a model needs, before training: weights, gradients, optimizer state, temporaries.
+
+    Activations are not included: they depend on batch, sequence length and checkpointing.
+
+    Args:
+        model: a model file or folder (:func:`adafactor.planning.files.read`), of which no weight is read; or a mapping
+            from name to shape or tensor, such as ``dict(model.named_parameters())``; or an iterable of shapes,
+            tensors or ``Parameter``.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"`` for weights and gradients; ``None`` keeps
+            what is stored (float32 for shapes).
+        shards: FSDP2 ranks. Figures are the first rank's, which holds the most: dimension 0 of a tensor is divided,
+            rounded up. Optimizers that cannot step over FSDP2's parameters are left out.
+        frozen: patterns (``*``, ``?``) of names that are not trained.
+        framework: ``"torch"``, ``"keras"`` or ``"jax"``: which optimizers are compared by default.
+        optimizers: which to compare; rules of ``adafactor.planning.optimizers``.
+
+    Raises:
+        TypeError, ValueError: an argument or a file does not fit.
+    """
+    if isinstance(shards, bool) or not isinstance(shards, int):
+        raise TypeError(message("shards", "an integer", shards, "Pass 1 for one device."))
+    if shards < 1:
+        raise ValueError(message("shards", ">= 1", shards, "Pass 1 for one device."))
+    if isinstance(model, str | os.PathLike):
+        from adafactor.planning import files
+
+        model = files.read(model)
+    found = parameters(model, dtype, frozen)
+    chosen = tuple(defaults(framework) if optimizers is None else optimizers)
+    if shards > 1:
+        chosen = tuple(one for one in chosen if one.sharded)
+    whole = [p for p in found if p.trained]
+    weights = sum(p.local(shards).nbytes for p in found)
+    each = [p.local(shards).nbytes for p in whole]
+    usages = tuple(
+        Usage(
+            one,
+            weights,
+            max(each, default=0) if one.release else sum(each),
+            one.state(whole, shards),
+            one.temporaries(whole, shards),
+        )
+        for one in chosen
+    )
+    return Plan(tuple(found), shards, usages)
