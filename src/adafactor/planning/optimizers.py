@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from adafactor.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
@@ -116,7 +117,7 @@ class TorchAdafactor(Optimizer):
 
     def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int:
         sizes = [0, *(p.nbytes for p in trained)]
-        return max((a + b for a, b in zip(sizes, sizes[1:], strict=False)), default=0)
+        return max((a + b for a, b in pairwise(sizes)), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +142,16 @@ class KerasAdamW(_Keras):
 
 @dataclass(frozen=True, kw_only=True)
 class KerasAdafactor(_Keras):
-    """``keras.optimizers.Adafactor``: row and column in the variable's dtype, and a velocity of the variable's size."""
+    """``keras.optimizers.Adafactor``: row and column in the variable's dtype, and a velocity of the variable's size.
+
+    The row and column of a vector are two int32 scalars that nothing reads (int64 on TensorFlow).
+    """
 
     label: str = "keras.optimizers.Adafactor"
 
     def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
         if len(parameter.shape) < 2:
-            return {"velocity": parameter.nbytes}
+            return {"row": 4, "column": 4, "velocity": parameter.nbytes}
         *stack, n, m = parameter.shape
         count = math.prod(stack) * parameter.itemsize
         return {"row": count * n, "column": count * m, "velocity": parameter.nbytes}

@@ -16,8 +16,8 @@ from adafactor.cli.plan import report
 from adafactor.hyperparameters import message
 from adafactor.planning import Plan, plan
 from adafactor.planning.files import shapes
-from adafactor.planning.optimizers import FRAMEWORKS
-from adafactor.planning.parameters import TRAINED
+from adafactor.planning.optimizers import FRAMEWORKS, Framework
+from adafactor.planning.parameters import TRAINED, Parameter
 
 SUMMARY = "say what training a model will need, optimizer by optimizer"
 
@@ -71,7 +71,8 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Plan]:
     """The model's name and its plan."""
     words = arguments.model
     is_keras = words[0].endswith((".keras", ".h5"))
-    framework = arguments.framework or ("keras" if is_keras else "torch")
+    framework: Framework = arguments.framework or ("keras" if is_keras else "torch")
+    model: Path | list[Parameter]
     try:
         if all(map(shapes.is_shape, words)):
             name, model = " ".join(words), shapes.parse_words(words)
@@ -80,7 +81,8 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Plan]:
         else:
             remedy = "Separate shapes by spaces, and give one file at a time."
             raise Refusal(message("MODEL", "one file, one folder or shapes only", " ".join(words), remedy))
-        settings = {"dtype": arguments.dtype, "shards": arguments.shards, "frozen": arguments.frozen}
-        return name, plan(model, framework=framework, **settings)
+        return name, plan(
+            model, dtype=arguments.dtype, shards=arguments.shards, frozen=arguments.frozen, framework=framework
+        )
     except ValueError as error:
         raise Refusal(str(error)) from None

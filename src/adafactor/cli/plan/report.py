@@ -96,11 +96,10 @@ def _top(plan: Plan, count: int) -> list[str]:
     rows = []
     for p in largest:
         shape = " x ".join(map(str, p.shape)) or "scalar"
-        states = [size(sum(one.slots(p, plan.shards).values())) if p.trained else "not trained" for one in chosen]
-        rows.append([p.name, shape, p.dtype, size(p.local(plan.shards).nbytes), *states])
-    return [
-        table(["the largest tensors", "shape", "dtype", "weights", *(f"state, {one.label}" for one in chosen)], rows)
-    ]
+        kept = [size(sum(one.slots(p, plan.shards).values())) if p.trained else "not trained" for one in chosen]
+        rows.append([p.name, shape, p.dtype, size(p.local(plan.shards).nbytes), *kept])
+    states = [f"state, {one.label}" for one in chosen]
+    return [table(["the largest tensors", "shape", "dtype", "weights", *states], rows)]
 
 
 def _notes(plan: Plan) -> str:

@@ -46,7 +46,7 @@ def read_index(path: Path) -> list[Parameter]:
         )
     wanted: dict[str, set[str]] = {}
     for tensor, file in weights.items():
-        wanted.setdefault(inside_name(path.parent, file, source), set()).add(tensor)
+        wanted.setdefault(inside(path.parent, file, source).name, set()).add(tensor)
     found: list[Parameter] = []
     for file, names in wanted.items():
         here = [parameter for parameter in _read(path.parent / file) if parameter.name in names]
@@ -57,10 +57,6 @@ def read_index(path: Path) -> list[Parameter]:
         found += here
     check_total(found)
     return found
-
-
-def inside_name(folder: Path, file: object, source: str) -> str:
-    return inside(folder, file, source).name
 
 
 def _read(path: Path) -> list[Parameter]:

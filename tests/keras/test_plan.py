@@ -1,0 +1,141 @@
+"""The plan's bytes are those of Keras's variables, and its files are read without Keras."""
+
+import json
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from architectures import PUBLIC, SMALL
+
+import adafactor.keras
+from adafactor import plan
+from adafactor.planning import optimizers as rules
+from adafactor.planning.files import Unreadable, read
+
+BACKEND = keras.backend.backend()
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "float64": 8, "int64": 8}
+
+OPTIMIZERS = {
+    "AdamW": (keras.optimizers.AdamW, rules.KerasAdamW()),
+    "Keras's Adafactor": (keras.optimizers.Adafactor, rules.KerasAdafactor()),
+    **{
+        f"ours, {policy}, {momentum}": (
+            lambda policy=policy, momentum=momentum: adafactor.keras.Adafactor(
+                factoring=policy, beta_1=0.9 if momentum else None
+            ),
+            rules.Adafactor(framework="keras", factoring=policy, momentum=momentum),
+        )
+        for policy, momentum in (("last_two", None), ("largest_two", "float32"), ("smallest", None))
+    },
+}
+
+
+def check(make, rule, shapes, dtype):
+    variables = [keras.Variable(keras.ops.zeros(shape, dtype=dtype)) for shape in shapes.values()]
+    optimizer = make()
+    optimizer.build(variables)
+    held = sum(int(np.prod(v.shape, dtype=np.int64)) * BYTES[v.dtype] for v in optimizer.variables)
+    (usage,) = plan(shapes, optimizers=[rule], dtype=dtype).usages
+    # What is an int32 in the plan is an int64 on TensorFlow.
+    integers = 1 + 2 * sum(len(shape) < 2 for shape in shapes.values()) * isinstance(rule, rules.KerasAdafactor)
+    assert held == usage.state + (4 * integers if BACKEND == "tensorflow" else 0)
+
+
+@pytest.mark.parametrize("shapes", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("make", "rule"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_state(make, rule, shapes, dtype):
+    check(make, rule, shapes, dtype)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch has variables without memory")
+@pytest.mark.parametrize(("make", "rule"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_state_at_public_sizes(make, rule):
+    with keras.device("meta"):
+        for shapes, _ in PUBLIC.values():
+            check(make, rule, shapes, "float32")
+
+
+@pytest.fixture
+def model():
+    layers = keras.layers
+    tower = keras.Sequential([layers.Dense(6), layers.Dense(3)], name="tower")
+    tower.trainable = False
+    model = keras.Sequential([
+        layers.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Dropout(0.1),
+        layers.Flatten(), tower, layers.Dense(5, dtype="bfloat16", name="head"),
+    ])  # fmt: skip
+    model.compile("adam", "mse")
+    model.fit(np.zeros((2, 8, 8, 3)), np.zeros((2, 5)), verbose=0)  # Adam's state goes into the file as well
+    return model
+
+
+def described(parameters, trained):
+    return sorted((p.shape, p.dtype) for p in parameters if p.trained == trained)
+
+
+def of(variables):
+    return sorted((tuple(v.shape), v.dtype) for v in variables)
+
+
+def test_a_keras_file_says_what_is_trained(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    found = plan(tmp_path / "model.keras", framework="keras").parameters
+    assert described(found, True) == of(model.trainable_variables)
+    still = [v for v in model.non_trainable_variables if v.dtype in BYTES and "int" not in v.dtype]
+    assert described(found, False) == of(still)  # the seed of dropout is not in the file
+    assert plan(tmp_path / "model.keras").usages[0].gradients == plan(model.trainable_variables).usages[0].gradients
+
+
+def test_weights_alone(model, tmp_path):
+    model.save_weights(tmp_path / "model.weights.h5")
+    found = read(tmp_path / "model.weights.h5")
+    floats = [v for v in model.variables if v.dtype in ("float32", "bfloat16")]
+    assert sorted((p.shape, p.dtype) for p in found if p.dtype in ("float32", "bfloat16")) == of(floats)
+
+
+def test_damaged_and_hostile_files_end_in_one_sentence(model, tmp_path):
+    whole = tmp_path / "whole.keras"
+    model.save(whole)
+    with zipfile.ZipFile(whole) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    weights, config = members["model.weights.h5"], members["config.json"]
+
+    def archive(name, *parts, **options):
+        with zipfile.ZipFile(tmp_path / name, "w", **options) as made:
+            for member, content in parts:
+                made.writestr(member, content)
+
+    archive("compressed.keras", ("config.json", config), ("model.weights.h5", weights), compression=8)
+    archive("elsewhere.keras", ("config.json", config), ("../model.weights.h5", weights))
+    archive("not-json.keras", ("config.json", b"\xff\xfe{"), ("model.weights.h5", weights))
+    archive("deep.keras", ("config.json", b"[" * 100_000), ("model.weights.h5", weights))
+    archive("not-hdf5.keras", ("config.json", config), ("model.weights.h5", b"\x89HDF\r\n\x1a\n" + bytes(5000)))
+    archive("bomb.keras", ("config.json", bytes(200_000_000)), ("model.weights.h5", weights), compression=8)
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        archive("twice.keras", ("config.json", config), *[("model.weights.h5", weights)] * 2)
+    (tmp_path / "cut.keras").write_bytes(whole.read_bytes()[:-3000])
+    (tmp_path / "cut.weights.h5").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "empty.weights.h5").touch()
+    with h5py.File(tmp_path / "odd.weights.h5", "w") as file:
+        file.create_dataset("layers/a/vars/0", shape=(2,), dtype=np.dtype([("x", "f4")]))
+    with h5py.File(tmp_path / "loop.weights.h5", "w") as file:  # a group inside itself, and links that leave the file
+        file.create_group("layers")["layers"] = file["/"]
+        file["layers/out"] = h5py.ExternalLink("/etc/passwd", "/")
+        file["layers/soft"] = h5py.SoftLink("/layers")
+    files = sorted([*tmp_path.glob("*.keras"), *tmp_path.glob("*.h5")])
+    files.remove(whole)
+    assert len(files) == 12
+    for path in files:
+        with pytest.raises(Unreadable, match=r"^[^\n]* must be [^\n]*\.$"):
+            read(path)
+
+
+def test_a_shape_of_2_to_the_60_is_only_a_number(tmp_path):
+    with h5py.File(tmp_path / "huge.weights.h5", "w") as file:
+        file.create_dataset("layers/a/vars/0", shape=(2**30, 2**29), dtype="f4", chunks=(1, 1))
+    (parameter,) = read(tmp_path / "huge.weights.h5")
+    assert parameter.nbytes == 2**61
+    assert json.dumps(parameter.shape)
