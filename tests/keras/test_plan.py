@@ -38,16 +38,13 @@ def check(make, rule, shapes, dtype):
     optimizer.build(variables)
     held = sum(int(np.prod(v.shape, dtype=np.int64)) * BYTES[v.dtype] for v in optimizer.variables)
     (usage,) = plan(shapes, optimizers=[rule], dtype=dtype).usages
-    # What is an int32 in the plan is an int64 on TensorFlow.
-    integers = 1 + 2 * sum(len(shape) < 2 for shape in shapes.values()) * isinstance(rule, rules.KerasAdafactor)
-    assert held == usage.state + (4 * integers if BACKEND == "tensorflow" else 0)
+    assert held == usage.state + (4 if BACKEND == "tensorflow" else 0)  # its iteration is an int64
 
 
-@pytest.mark.parametrize("shapes", SMALL.values(), ids=SMALL)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [("ViT", "float32"), ("T5", "bfloat16")])
 @pytest.mark.parametrize(("make", "rule"), OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_state(make, rule, shapes, dtype):
-    check(make, rule, shapes, dtype)
+def test_state(make, rule, name, dtype):
+    check(make, rule, SMALL[name], dtype)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch has variables without memory")

@@ -132,8 +132,15 @@ def test_bitsandbytes_keeps_what_its_source_says():
 
 
 def test_transformers_models_have_these_shapes():
-    from transformers import AutoModelForCausalLM, AutoModelForImageClassification, GemmaConfig, LlamaConfig, T5Config
-    from transformers import T5ForConditionalGeneration, ViTConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        GemmaConfig,
+        LlamaConfig,
+        T5Config,
+        T5ForConditionalGeneration,
+        ViTConfig,
+    )
 
     gemma = GemmaConfig(
         vocab_size=256000, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,

@@ -144,7 +144,7 @@ class KerasAdamW(_Keras):
 class KerasAdafactor(_Keras):
     """``keras.optimizers.Adafactor``: row and column in the variable's dtype, and a velocity of the variable's size.
 
-    The row and column of a vector are two int32 scalars that nothing reads (int64 on TensorFlow).
+    The row and column of a vector are two int32 scalars that nothing reads.
     """
 
     label: str = "keras.optimizers.Adafactor"

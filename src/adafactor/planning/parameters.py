@@ -23,7 +23,7 @@ BITS = {
 TRAINED = ("float32", "bfloat16", "float16", "float64")
 
 #: More than any model has; they keep a hostile file from filling the memory with names, or a figure from overflowing.
-MAX_TENSORS, MAX_RANK, MAX_BYTES = 1_000_000, 64, 2**63 - 1
+MAX_TENSORS, MAX_RANK, MAX_BYTES = 500_000, 64, 2**63 - 1
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,24 @@ def content(path: Path, limit: int) -> bytes:
         raise Unreadable(message(cut(path.name), rule, cut(str(path)), "Check its rights.")) from None
 
 
+def decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"something else at byte {error.start}"
+        raise Unreadable(message(name, "text in UTF-8", got, "The file is damaged.")) from None
+
+
 def parse(data: bytes, name: str) -> Any:
     """JSON in UTF-8, without duplicate keys or constants that are not JSON."""
+    return parse_text(decode(data, name), name)
 
+
+def parse_text(text: str, name: str) -> Any:
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(found)
         if len(made) != len(found):
-            seen: set[str] = set()
-            twice = next(key for key, _ in found if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice = Counter(key for key, _ in found).most_common(1)[0][0]
             raise Unreadable(message(f"a key in {name}", "unique", cut(twice), "The file is damaged."))
         return made
 
@@ -56,15 +67,12 @@ def parse(data: bytes, name: str) -> Any:
         raise Unreadable(message(f"a number in {name}", "finite", word, "The file is damaged."))
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except UnicodeDecodeError as error:
-        got = f"something else at byte {error.start}"
-        raise Unreadable(message(name, "JSON in UTF-8", got, "The file is damaged.")) from None
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except Unreadable:
         raise
     except (ValueError, RecursionError) as error:
         rule = f"JSON ({cut(str(error))})"
-        raise Unreadable(message(name, rule, cut(repr(data[:20])), "The file is damaged.")) from None
+        raise Unreadable(message(name, rule, cut(text[:20]), "The file is damaged.")) from None
 
 
 def shape_of(value: Any, name: str) -> tuple[int, ...]:

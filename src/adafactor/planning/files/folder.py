@@ -19,7 +19,7 @@ NAMES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "adapter_model.safetensors",
 )
-MAX_INDEX = 100_000_000
+MAX_INDEX = 32_000_000
 
 
 def read(folder: Path) -> list[Parameter]:

@@ -17,7 +17,7 @@ from adafactor.planning.files import child
 from adafactor.planning.files.access import Unreadable, parse
 from adafactor.planning.parameters import Parameter, cut
 
-MAX_CONFIG = 100_000_000
+MAX_CONFIG = 32_000_000
 WEIGHTS = "model.weights.h5"
 
 #: Variables of a layer, counted from the end, that are not trained whatever it says.

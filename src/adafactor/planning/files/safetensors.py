@@ -2,15 +2,20 @@
 
 https://github.com/huggingface/safetensors describes the format, its limits included: a header has at most 100 MB, no
 key twice, and describes every byte after it exactly once.
+
+The header is read entry by entry: 100 MB of JSON that is something else would otherwise become gigabytes of objects.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
 from adafactor.hyperparameters import message
-from adafactor.planning.files.access import Unreadable, parse, regular, shape_of
+from adafactor.planning.files.access import Unreadable, decode, parse_text, regular, shape_of
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
 MAX_HEADER = 100_000_000
@@ -39,13 +44,16 @@ def read(path: Path) -> list[Parameter]:
         raise Unreadable(message(name, f"readable ({error.strerror})", cut(str(path)), "Check its rights.")) from None
     if data[:1] != b"{":
         raise Unreadable(message(f"the header of {name}", "a JSON object", cut(repr(data[:8])), damaged))
-    header = parse(data, f"the header of {name}")
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise Unreadable(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", len(header), damaged))
-    entries = [_entry(key, value, name) for key, value in header.items()]
+    found: dict[str, tuple[int, int, Parameter]] = {}
+    for key, value in _Header(data, f"the header of {name}"):
+        if key in found:
+            raise Unreadable(message(f"a key in the header of {name}", "unique", cut(key), damaged))
+        if len(found) == MAX_TENSORS:
+            raise Unreadable(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", "more", damaged))
+        found[key] = _entry(key, value, name)
+    entries = sorted(found.values(), key=lambda entry: entry[:2])
     end = 0
-    for start, stop, parameter in sorted(entries, key=lambda entry: entry[:2]):
+    for start, stop, parameter in entries:
         if start != end:
             rule = f"where the tensor before it ends ({end})"
             raise Unreadable(message(f"the first byte of {cut(parameter.name)}", rule, start, damaged))
@@ -53,7 +61,71 @@ def read(path: Path) -> list[Parameter]:
     if end != size - 8 - length:
         rule = f"{end:,} bytes after its header, as that says"
         raise Unreadable(message(name, rule, f"{size - 8 - length:,}", "It is cut short, or not safetensors."))
-    return [parameter for _, _, parameter in sorted(entries, key=lambda entry: entry[:2])]
+    return [parameter for _, _, parameter in entries]
+
+
+#: What may stand between two words of JSON; the description of a tensor, which holds no braces and fits on a page.
+_SPACE, _ENTRY = re.compile(r"[ \t\r\n]*"), re.compile(r"\{[^{}]{0,4096}\}")
+
+
+class _Header:
+    """A header as its reader goes through it: an iterable of names and descriptions of tensors."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self._text, self._name, self._at = decode(data, name), name, 0
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for key in self._keys():
+            if key == "__metadata__":
+                for _ in self._keys():
+                    self._string()
+                continue
+            match = _ENTRY.match(self._text, self._skip())
+            if match is None:
+                raise self._error(f"an object of dtype, shape and data_offsets for {cut(key)}")
+            self._at = match.end()
+            yield key, parse_text(match[0], f"{cut(key)} in {self._name}")
+        if self._skip() != len(self._text):
+            raise self._error("one JSON object and no more")
+
+    def _keys(self) -> Iterator[str]:
+        """The keys of the object that begins here. Who takes a key reads its value before the next."""
+        self._mark("{")
+        if self._text[self._skip() : self._at + 1] == "}":
+            self._at += 1
+            return
+        while True:
+            key = self._string()
+            self._mark(":")
+            yield key
+            if self._mark(",}") == "}":
+                return
+
+    def _string(self) -> str:
+        self._mark('"')
+        try:
+            found, self._at = scanstring(self._text, self._at, True)
+        except ValueError as error:
+            raise self._error(f"JSON ({cut(str(error))})") from None
+        return str(found)
+
+    def _mark(self, allowed: str) -> str:
+        mark = self._text[self._skip() : self._at + 1]
+        if not mark or mark not in allowed:
+            raise self._error(f"a JSON object, with {' or '.join(allowed)} at character {self._at}")
+        self._at += 1
+        return mark
+
+    def _skip(self) -> int:
+        """Pass over white space; the place after it."""
+        match = _SPACE.match(self._text, self._at)
+        assert match is not None
+        self._at = match.end()
+        return self._at
+
+    def _error(self, rule: str) -> Unreadable:
+        got = cut(self._text[self._at : self._at + 20])
+        return Unreadable(message(self._name, rule, got, "The file is damaged or not safetensors."))
 
 
 def _entry(key: str, value: Any, name: str) -> tuple[int, int, Parameter]:

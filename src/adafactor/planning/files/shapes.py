@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adafactor.hyperparameters import message
-from adafactor.planning.files.access import Unreadable, content, parse, shape_of
+from adafactor.planning.files.access import Unreadable, content, decode, parse, shape_of
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
-MAX_FILE = 100_000_000
+MAX_FILE = 32_000_000
 
 _WORD = re.compile(r"(?:(?P<shape>\d{1,19}(?:x\d{1,19})*)|scalar)(?:\*(?P<count>\d{1,7}))?", re.ASCII)
 _RULE = "a shape like 4096x4096, 4096 or scalar, *32 after it for 32 of them"
@@ -39,11 +39,7 @@ def parse_words(words: Iterable[str]) -> list[Parameter]:
 
 def read_text(path: Path) -> list[Parameter]:
     """Words as on the command line; what follows a # is a comment."""
-    try:
-        text = content(path, MAX_FILE).decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"something else at byte {error.start}"
-        raise Unreadable(message(cut(path.name), "text in UTF-8", got, "Save it as UTF-8.")) from None
+    text = decode(content(path, MAX_FILE), cut(path.name))
     return parse_words(word for line in text.splitlines() for word in line.partition("#")[0].split())
 
 
