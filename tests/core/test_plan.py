@@ -48,6 +48,8 @@ def test_dtype_is_that_of_weights_and_gradients(dtype, itemsize):
 
 def test_gradient_release_keeps_the_largest():
     assert usage(SHAPES, Adafactor(release=True)).gradients == 4 * 512 * 256
+    # FSDP2 reduces a layer's gradients together.
+    assert usage(SHAPES, Adafactor(release=True), shards=4).gradients == 4 * (128 * 256 + 64)
 
 
 def test_frozen_and_integer_tensors_are_weights_only():

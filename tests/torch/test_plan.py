@@ -98,6 +98,16 @@ def ours(params, policy, momentum, least=1):
     return adafactor.torch.Adafactor(params, **options)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_compensated(dtype):
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=getattr(torch, dtype))) for shape in SMALL["T5"].values()]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = adafactor.torch.Adafactor(params, compensated=True)
+    optimizer.step()
+    assert planned(SMALL["T5"], rules.Adafactor(compensated=True), dtype).state == state_bytes(optimizer)
+
+
 def test_int8_momentum_has_a_scale_per_256_elements():
     slots = rules.Adafactor(momentum="int8").slots(plan([(3, 257)]).parameters[0])
     assert slots == {"step": 8, "row": 12, "column": 4 * 257, "momentum": 771, "momentum_scale": 16}
@@ -195,20 +205,38 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(mesh, policy, momentum):
     assert matrix["column"].placements == (Replicate(),)
 
 
-# -- temporaries -------------------------------------------------------------------------------------------------------
+# -- gradient release and temporaries -----------------------------------------------------------------------------------
 
 
 def peak(optimizer):
     """Bytes that a step holds at most above what is there before and after it."""
-    optimizer.step()  # state is made here
+    return peak_of(optimizer.step)
+
+
+def peak_of(step):
+    step()  # state is made here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        optimizer.step()
+        step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = top = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         top = max(top, held)
     return top
+
+
+def test_gradient_release_holds_the_largest_gradient():
+    layers = [torch.nn.Linear(256, 256, bias=False) for _ in range(6)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(256, 1024, bias=False))
+    optimizer = adafactor.torch.Adafactor(model.named_parameters())
+    adafactor.torch.step_in_backward(model, optimizer)
+    released, whole = (
+        planned(dict(model.named_parameters()), rules.Adafactor(release=release)).gradients for release in (True, False)
+    )
+    assert (released, whole) == (4 * 256 * 1024, 4 * (256 * 1024 + 6 * 256 * 256))
+    x = torch.ones(1, 256)
+    measured = peak_of(lambda: model(x).sum().backward())
+    assert released <= measured < 1.1 * released + 65536  # activations of one example, and one small gradient's start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,6 +24,7 @@ Slots = dict[str, int]
 MOMENTUM = (None, "float32", "bfloat16", "float16", "int8")
 #: Elements that share one float32 scale, in int8 momentum as in bitsandbytes' state.
 BLOCK = 256
+HALF = ("bfloat16", "float16")
 #: Elements of a block of torch operations on an accelerator (``kernels/aten_blocks.py``).
 DEVICE_BLOCK = 1 << 24
 
@@ -181,7 +182,8 @@ class Adafactor(Optimizer):
         framework: whose front end.
         factoring, min_dim_size_to_factor: as in :func:`adafactor.layout`.
         momentum: dtype of the momentum, ``None`` for none. int8 has a float32 scale per 256 elements.
-        release: PyTorch only: gradients are used and freed in the backward pass.
+        compensated: PyTorch only: a bfloat16 residual for every bfloat16 or float16 weight.
+        release: PyTorch only, ``step_in_backward``: gradients are used and freed in the backward pass.
     """
 
     label: str = ""
@@ -189,6 +191,7 @@ class Adafactor(Optimizer):
     factoring: Factoring = "last_two"
     min_dim_size_to_factor: int = 1
     momentum: str | None = None
+    compensated: bool = False
 
     def __post_init__(self) -> None:
         validate(self.factoring, self.min_dim_size_to_factor)
@@ -200,7 +203,7 @@ class Adafactor(Optimizer):
         object.__setattr__(self, "sharded", self.framework == "torch")
         if not self.label:
             policy = self.factoring if isinstance(self.factoring, str) else "callable factoring"
-            kept = f", momentum {self.momentum}" if self.momentum else ""
+            kept = f", momentum {self.momentum}" if self.momentum else ", compensated" if self.compensated else ""
             released = ", gradient release" if self.release else ""
             object.__setattr__(self, "label", f"adafactor, {policy}{kept}{released}")
 
@@ -224,6 +227,8 @@ class Adafactor(Optimizer):
             found["momentum"] = size * (itemsize if like else BITS[self.momentum] // 8)
             if self.momentum == "int8":
                 found["momentum_scale"] = 4 * -(-size // BLOCK)
+        if self.compensated and parameter.dtype in HALF:
+            found["residual"] = 2 * parameter.local(shards).size
         return found
 
     def shared(self, trained: Sequence[Parameter]) -> int:
@@ -236,7 +241,7 @@ class Adafactor(Optimizer):
         """
         if self.framework != "torch" or not trained:
             return None if trained else 0
-        half = any(p.dtype in ("bfloat16", "float16") for p in trained)
+        half = any(p.dtype in HALF for p in trained)
         itemsize = 8 if any(p.dtype == "float64" for p in trained) else 4
         block = max(min(p.local(shards).size, DEVICE_BLOCK) for p in trained)
         layouts = [self.layout(p) for p in trained]
@@ -244,8 +249,8 @@ class Adafactor(Optimizer):
         return itemsize * (block * (4 if half else 3 if self.momentum else 2) + 4 * sums)
 
 
-def defaults(framework: Framework = "torch") -> tuple[Optimizer, ...]:
-    """The rows of the table."""
+def defaults(framework: Framework = "torch", half: bool = False) -> tuple[Optimizer, ...]:
+    """The rows of the table; ``half`` says whether weights are of 16 bits."""
     ours = tuple(Adafactor(framework=framework, factoring=policy) for policy in POLICIES)
     momentum = Adafactor(framework=framework, momentum="float32")
     if framework == "keras":
@@ -254,5 +259,6 @@ def defaults(framework: Framework = "torch") -> tuple[Optimizer, ...]:
         return (OptaxAdamW(), *ours, momentum, Adafactor(framework=framework, momentum="bfloat16"))
     return (
         TorchAdamW(), AdamW8bit(), KerasAdafactor(), TorchAdafactor(), *ours, momentum,
-        Adafactor(momentum="bfloat16"), Adafactor(momentum="int8"), Adafactor(release=True),
+        Adafactor(momentum="bfloat16"), Adafactor(momentum="int8"), *[Adafactor(compensated=True)] * half,
+        Adafactor(release=True),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adafactor.hyperparameters import message
-from adafactor.planning.optimizers import Framework, Optimizer, defaults
+from adafactor.planning.optimizers import HALF, Framework, Optimizer, defaults
 from adafactor.planning.parameters import Parameter, parameters
 
 
@@ -19,7 +19,8 @@ class Usage:
     Attributes:
         optimizer: its rule.
         weights: all tensors of the model, trained or not.
-        gradients: of all trained tensors; of the largest one with gradient release.
+        gradients: of all trained tensors; with gradient release of the largest one, or of the largest layer where
+            FSDP2 reduces a layer's gradients together.
         state: what the optimizer keeps from step to step.
         temporaries: what lives during a step only; ``None`` where the compiler decides.
     """
@@ -62,14 +63,20 @@ class Plan:
     @property
     def gathered(self) -> int:
         """Bytes of the largest layer's weights: what FSDP2 makes whole while that layer computes."""
-        layers: dict[str, int] = {}
-        for p in self.parameters:
-            layers[layer_of(p.name)] = layers.get(layer_of(p.name), 0) + p.nbytes
-        return max(layers.values(), default=0)
+        return _largest_layer(self.parameters, 1)
 
     def top(self, count: int) -> list[Parameter]:
         """The ``count`` tensors of the most bytes, the largest first."""
         return sorted(self.parameters, key=lambda p: -p.nbytes)[:count]
+
+
+def _largest_layer(found: Iterable[Parameter], shards: int) -> int:
+    """Bytes that one rank holds of the layer of which it holds most."""
+    layers: dict[str, int] = {}
+    for p in found:
+        layer = layer_of(p.name)
+        layers[layer] = layers.get(layer, 0) + p.local(shards).nbytes
+    return max(layers.values(), default=0)
 
 
 def layer_of(name: str) -> str:
@@ -116,17 +123,19 @@ def plan(
 
         model = files.read(model)
     found = parameters(model, dtype, frozen)
-    chosen = tuple(defaults(framework) if optimizers is None else optimizers)
+    half = any(p.trained and p.dtype in HALF for p in found)
+    chosen = tuple(defaults(framework, half) if optimizers is None else optimizers)
     if shards > 1:
         chosen = tuple(one for one in chosen if one.sharded)
     whole = [p for p in found if p.trained]
     weights = sum(p.local(shards).nbytes for p in found)
     each = [p.local(shards).nbytes for p in whole]
+    released = max(each, default=0) if shards == 1 else _largest_layer(whole, shards)
     usages = tuple(
         Usage(
             one,
             weights,
-            max(each, default=0) if one.release else sum(each),
+            released if one.release else sum(each),
             one.state(whole, shards),
             one.temporaries(whole, shards),
         )

@@ -109,7 +109,6 @@ def _notes(plan: Plan) -> str:
         held = size(sum(p.local(plan.shards).nbytes for p in still))
         lines.append(f"{len(still):,} tensors of {held} are not trained: no gradient, no state.")
     if plan.shards > 1:
-        lines.append(
-            f"Nor is the layer that FSDP2 gathers while it computes: {size(plan.gathered)} of weights at most."
-        )
+        gathered = size(plan.gathered)
+        lines.append(f"Nor is what FSDP2 gathers while a layer computes: {gathered} of weights, as much of gradients.")
     return "\n".join(lines)
