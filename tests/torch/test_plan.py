@@ -205,7 +205,7 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(mesh, policy, momentum):
     assert matrix["column"].placements == (Replicate(),)
 
 
-# -- gradient release and temporaries -----------------------------------------------------------------------------------
+# -- gradient release and temporaries ----------------------------------------------------------------------------------
 
 
 def peak(optimizer):

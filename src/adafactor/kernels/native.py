@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from adafactor.hyperparameters import Hyperparameters, message
 from adafactor.kernels.canonical import Canonical, canonical
 
-__all__ = ["DTYPES", "Canonical", "Table", "available", "canonical", "info", "threads", "why_not"]
+__all__ = ["DTYPES", "Canonical", "Table", "available", "canonical", "info", "path", "threads", "why_not"]
 
 ISAS = ("baseline", "avx2", "avx512")
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
@@ -285,29 +285,37 @@ def _library() -> _Library:
     return library
 
 
-@cache
-def _load() -> _Library | str:
-    """The loaded library, or the reason why there is none."""
+def path() -> Path | None:
+    """The library file, whether it can be loaded or not; ``None`` where there is none."""
+    return next((place for place in _places() if place.is_file()), None)
+
+
+def _places() -> list[Path]:
     name = {"win32": "libadafactor.dll", "darwin": "libadafactor.dylib"}.get(sys.platform, "libadafactor.so")
     chosen = os.environ.get("ADAFACTOR_LIBRARY")
     import adafactor.kernels
 
     # An editable install keeps the sources in one place and what was built in another: both are on __path__.
-    places = [Path(chosen)] if chosen else [Path(place) / name for place in adafactor.kernels.__path__]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
+    return [Path(chosen)] if chosen else [Path(place) / name for place in adafactor.kernels.__path__]
+
+
+@cache
+def _load() -> _Library | str:
+    """The loaded library, or the reason why there is none."""
+    file = path()
+    if file is None:
         return (
-            f"The native kernels are not built: there is no {' or '.join(map(str, places))}. "
+            f"The native kernels are not built: there is no {' or '.join(map(str, _places()))}. "
             "Install a wheel, or install from source with a C++17 compiler and CMake."
         )
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(file))
         abi = library.adafactor_abi
     except (OSError, AttributeError) as error:
-        return f"The native kernels at {path} cannot be loaded: {error}."
+        return f"The native kernels at {file} cannot be loaded: {error}."
     abi.restype = ctypes.c_int64
     if abi() != _ABI:
-        return f"The native kernels at {path} belong to another version of this package. Reinstall it."
+        return f"The native kernels at {file} belong to another version of this package. Reinstall it."
     verbs = {}
     for verb in ("measure", "apply", "step"):
         verbs[verb] = getattr(library, f"adafactor_{verb}")
@@ -316,4 +324,4 @@ def _load() -> _Library | str:
     library.adafactor_built.argtypes = library.adafactor_supported.argtypes = (ctypes.c_int64,)
     built = tuple(name for code, name in enumerate(ISAS) if library.adafactor_built(code))
     supported = tuple(name for code, name in enumerate(ISAS) if library.adafactor_supported(code))
-    return _Library(str(path), verbs, built, supported)
+    return _Library(str(file), verbs, built, supported)
