@@ -23,8 +23,8 @@ def resident(field: str) -> int:
 def measure(name: str, dtype: str) -> dict[str, Any]:
     import torch
 
-    from shapes import LLAMA_LAYER, parameters
-    from torch_step import OPTIMIZERS
+    from adafactor.cli.bench.pytorch import OPTIMIZERS
+    from adafactor.cli.bench.shapes import LLAMA_LAYER, parameters
 
     torch.set_num_threads(2)
     params = []
@@ -53,7 +53,7 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(measure(*arguments.only)))
         return
-    from torch_step import OPTIMIZERS
+    from adafactor.cli.bench.pytorch import OPTIMIZERS
 
     rows = []
     print(f"{'':<44} {'dtype':>9} {'extra MB':>9} {'of parameters':>14}")

@@ -1,0 +1,147 @@
+"""Time one optimizer step against the peers, on this machine: every installed framework, in under two minutes.
+
+The optimizers of a framework take turns, and "times ours" is the median of the ratios turn by turn, so that a busy
+machine slows all of them alike. A figure of another machine says little about this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from adafactor import __version__
+from adafactor.cli.bench.timing import Case
+from adafactor.cli.bench.worker import SUITES
+from adafactor.cli.command import Refusal, integer, need
+from adafactor.cli.table import table
+from adafactor.cli.terminal import transient
+from adafactor.hyperparameters import message
+from adafactor.kernels import native
+
+SUMMARY = "time a step of every installed framework's optimizers against ours"
+
+#: In all, imports and compilation included; the rest of two minutes is for turns that have begun.
+SECONDS = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--only", action="append", choices=SUITES, help="one framework; may be repeated (default: what is installed)")
+    add("--repeats", type=integer("--repeats", 1, 1000), default=7, help="turns at most (default: %(default)s)")
+    add(
+        "--seconds", type=integer("--seconds", 1, 86400), default=SECONDS, help="in all, roughly (default: %(default)s)"
+    )
+    add("--json", metavar="FILE", help="write every figure to FILE")
+    add("--plot", metavar="FILE", help="draw to FILE.png, .svg or .pdf")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write and draw; 1 where a framework failed."""
+    if arguments.plot:
+        need(("matplotlib",), "adafactor bench --plot", "pip install matplotlib")
+    for option in ("json", "plot"):
+        _writable(f"--{option}", getattr(arguments, option))
+    installed = [suite for suite, (_, modules, _) in SUITES.items() if all(map(importlib.util.find_spec, modules))]
+    chosen = [suite for suite in SUITES if suite in (arguments.only or installed)]
+    missing = [suite for suite in chosen if suite not in installed]
+    if missing or not chosen:
+        rule = f"installed ({', '.join(installed) or 'nothing is'})"
+        raise Refusal(message("--only", rule, ", ".join(missing), 'Install with: pip install "adafactor[torch,jax]"'))
+    kernels = native.why_not()
+    print(f"{_machine()}; native kernels: {native.info().isa if kernels is None else f'none. {kernels}'}", flush=True)
+    began, cases, failed, left_out = time.perf_counter(), list[tuple[str, Case]](), False, 0
+    for number, suite in enumerate(chosen):
+        deadline = time.time() + (arguments.seconds - (time.perf_counter() - began)) / (len(chosen) - number)
+        transient(f"{suite} …")
+        try:
+            for case in _measure(suite, arguments.repeats, deadline):
+                transient("")
+                if isinstance(case, int):
+                    left_out += case
+                    continue
+                print(f"\n{_table(case)}", flush=True)
+                cases.append((suite, case))
+                transient(f"{suite} …")
+        except RuntimeError as error:
+            failed = True
+            print(f"\n{suite} failed: {error}", flush=True)
+    transient("")
+    seconds = time.perf_counter() - began
+    if left_out:
+        print(f"\n{left_out} cases were left out for lack of time: --seconds gives more.")
+    print(f"\nTook {seconds:.0f} s. Times ours: 2.0 is twice our time. make bench takes more turns over larger models.")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(_data(cases, seconds), indent=1) + "\n", encoding="utf-8")
+    if arguments.plot and cases:
+        from adafactor.cli.bench import picture
+
+        title = f"One optimizer step on {os.cpu_count()} processors: less is better"
+        picture.draw([case for _, case in cases], title, Path(arguments.plot))
+    return 1 if failed else 0
+
+
+def _measure(suite: str, repeats: int, deadline: float) -> Iterator[Case | int]:
+    """The cases of a framework, each as soon as it is measured, and at the end how many there was no time for.
+
+    Raises:
+        RuntimeError: its process failed; the text is its last line.
+    """
+    backend = SUITES[suite][2]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    if backend is not None:
+        environment["KERAS_BACKEND"] = backend
+    program = "from adafactor.cli.bench.worker import main; main()"
+    command = [sys.executable, "-c", program, suite, str(repeats), str(deadline)]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    found = json.loads(line)
+                    yield Case(**found) if "title" in found else found["left_out"]
+            if process.wait() != 0:
+                errors.seek(0)
+                said = errors.read().strip().splitlines()
+                raise RuntimeError(said[-1] if said else f"exit code {process.returncode}")
+        finally:
+            process.kill()
+
+
+def _table(case: Case) -> str:
+    ours = [row["name"] for row in case.rows if row["ratio"] == 1.0]
+    rows = [
+        [row["name"], f"{row['ns_per_parameter']:.2f}", "1" if row["name"] in ours else f"{row['ratio']:.2f}"]
+        for row in case.rows
+    ]
+    return f"{case.title}\n{table(['', 'ns per parameter', 'times ours'], rows)}"
+
+
+def _data(cases: list[tuple[str, Case]], seconds: float) -> dict[str, Any]:
+    return {
+        "adafactor": __version__,
+        "machine": _machine(),
+        "seconds": seconds,
+        "cases": [{"suite": suite, "title": case.title, "rows": case.rows} for suite, case in cases],
+    }
+
+
+def _machine() -> str:
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
+
+
+def _writable(option: str, file: str | None) -> None:
+    """Refuse before two minutes of work what could not be written after them."""
+    if file is not None and not (Path(file).parent.is_dir() and os.access(Path(file).parent, os.W_OK)):
+        raise Refusal(message(option, "a file in a folder that can be written", file, "Pass another."))
