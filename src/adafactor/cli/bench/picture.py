@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from adafactor.cli.bench.timing import Case
 
@@ -45,5 +46,8 @@ def _panel(panel: Any, case: Case) -> None:
     panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     panel.set_xscale("log")
     panel.set_xlim(min(values) / 2, max(values) * 2.5)
-    panel.set_title(case.title, fontsize=10, loc="left")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    # Two lines where one would not fit over half of the picture.
+    head, *rest = case.title.split(", ", 2) if len(case.title) > 45 else (case.title,)
+    panel.set_title(",\n".join([", ".join([head, *rest[:-1]]), *rest[-1:]]), fontsize=9, loc="left")
     panel.tick_params(labelsize=8)

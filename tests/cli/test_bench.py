@@ -1,0 +1,138 @@
+"""`adafactor bench`: how it times, that every framework's steps run, what it prints, writes and refuses."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from adafactor.cli import bench, main
+from adafactor.cli.bench import timing
+from adafactor.cli.bench.timing import Budget, Case, interleave
+
+ROW = {"name": "adafactor.torch.Adafactor", "ns_per_parameter": 0.5, "ratio": 1.0, "turns": 3}
+CASE = Case("PyTorch, tiny", [ROW, ROW | {"name": "torch.optim.AdamW", "ns_per_parameter": 1.0, "ratio": 2.0}])
+
+
+def test_ratios_are_medians_of_turns(monkeypatch):
+    """Every step takes twice its turn's length in "slow": its median is of another turn than the ratio's."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    lengths = iter([1, 1, 5, 1, 3])  # warm-up, warm-up, three turns
+    current = [0]
+
+    def fast():
+        current[0] += 1
+        if current[0] % 2:
+            fast.length = next(lengths)
+        now[0] += fast.length
+
+    def slow():
+        now[0] += 2 * fast.length
+
+    first, second = interleave({"fast": fast, "slow": slow}, parameters=10, repeats=3)
+    assert (first.ratio, second.ratio) == (1.0, 2.0)
+    assert first.ns_per_parameter == pytest.approx(3e9 / 10)
+    assert first.turns == second.turns == 3
+
+
+def test_no_turn_begins_after_the_end_but_one_is_always_measured():
+    calls = []
+    rows = interleave({"a": lambda: calls.append(1)}, 1, repeats=100, end=time.time() - 1)
+    assert (rows[0].turns, len(calls)) == (1, 6)
+
+
+def test_a_budget_is_shared_by_the_cases_that_are_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(timing.time, "time", lambda: now[0])
+    budget = Budget(deadline=130.0, cases=3)
+    assert budget.next() == 110.0
+    now[0] = 120.0
+    assert budget.next() == 125.0
+    now[0] = 131.0
+    assert budget.next() is None
+    assert Budget(deadline=0.0, cases=3).next() == 131.0  # the first case is measured in any case
+    assert Budget().next() == math.inf
+
+
+def test_every_optimizer_of_pytorch_steps():
+    torch = pytest.importorskip("torch")
+    from adafactor.cli.bench import pytorch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        (case,) = pytorch.measure([("tiny", [(8, 4), (4,)], dtype)], 2, 1, Budget())
+        expected = [name for name in pytorch.OPTIMIZERS if name != pytorch.ROUNDED or dtype == torch.bfloat16]
+        assert [row["name"] for row in case.rows] == expected
+        assert all(row["ns_per_parameter"] > 0 for row in case.rows)
+        assert (case.rows[0]["turns"], case.rows[-1]["turns"]) == (2, 1)
+        assert {"mix", "dtype", "threads", "name", "ratio"} <= set(case.rows[0])
+
+
+def test_every_optimizer_of_optax_steps(monkeypatch):
+    pytest.importorskip("optax")
+    from adafactor.cli.bench import jax
+
+    monkeypatch.setattr(jax, "MIXES", {"tiny": [(8, 4), (4,)], "other": [(3,)]})
+    cases = list(jax.measure(1, jax.FASTEST, Budget()))
+    assert [[row["name"] for row in case.rows] for case in cases] == [list(jax.STEPS)] * 2
+    assert {"mix", "name", "ratio", "accessed", "temporary"} <= set(cases[0].rows[0])
+
+
+def test_a_framework_in_a_process_of_its_own(tmp_path):
+    pytest.importorskip("keras")
+    file = tmp_path / "bench.json"
+    arguments = ["bench", "--only", "keras-jax", "--repeats", "1", "--seconds", "1", "--json", str(file)]
+    command = [sys.executable, "-m", "adafactor.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ, timeout=300)
+    assert "on jax, 4096x4096, float32, 16.8 M parameters" in done.stdout
+    assert "1 cases were left out for lack of time" in done.stdout
+    (case,) = json.loads(file.read_text())["cases"]
+    assert [row["ratio"] for row in case["rows"] if row["name"] == "adafactor.keras.Adafactor"] == [1.0]
+
+
+def fake(suite, repeats, deadline):
+    if suite == "jax":
+        raise RuntimeError("ImportError: jaxlib is too old")
+    yield CASE
+    yield 0
+
+
+def test_table_json_and_picture_and_a_framework_that_fails(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench, "_measure", fake)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    data, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    code = main(["bench", "--only", "jax", "--only", "torch", "--json", str(data), "--plot", str(picture)])
+    out = capsys.readouterr().out
+    assert code == 1
+    assert "jax failed: ImportError: jaxlib is too old" in out
+    assert [line.split()[-2:] for line in out.splitlines() if line.startswith("torch.optim")] == [["1.00", "2.00"]]
+    assert json.loads(data.read_text())["cases"] == [{"suite": "torch", "title": CASE.title, "rows": CASE.rows}]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_worker_that_crashes_is_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(bench.SUITES, "torch", ("pytorch", ("torch",), "no-such-backend"))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        list(bench._measure("torch", 1, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "mxnet"], "--only"),
+        (["--repeats", "0"], "--repeats"),
+        (["--json", "no/such/folder/b.json"], "a folder that can be written"),
+        (["--only", "jax"], "must be installed"),
+    ],
+)
+def test_refusals_are_one_sentence(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
