@@ -15,6 +15,7 @@ import adafactor.torch
 from adafactor import plan
 from adafactor.planning import optimizers as rules
 from adafactor.planning.files import Unreadable, read
+from adafactor.torch.arguments import MOMENTUM_DTYPES
 
 POLICIES = ["last_two", "largest_two", "smallest"]
 MODELS = [pytest.param(shapes, id=name) for name, (shapes, _) in PUBLIC.items()]
@@ -111,6 +112,13 @@ def test_compensated(dtype):
 def test_int8_momentum_has_a_scale_per_256_elements():
     slots = rules.Adafactor(momentum="int8").slots(plan([(3, 257)]).parameters[0])
     assert slots == {"step": 8, "row": 12, "column": 4 * 257, "momentum": 771, "momentum_scale": 16}
+    if torch.int8 in MOMENTUM_DTYPES:
+        params = [torch.nn.Parameter(torch.ones(shape)) for shape in SMALL["U-Net"].values()]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = adafactor.torch.Adafactor(params, beta1=0.9, momentum_dtype=torch.int8)
+        optimizer.step()
+        assert planned(SMALL["U-Net"], rules.Adafactor(momentum="int8")).state == state_bytes(optimizer)
 
 
 def test_scalars_vectors_empty_and_frozen_tensors():

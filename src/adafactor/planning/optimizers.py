@@ -181,7 +181,8 @@ class Adafactor(Optimizer):
     Args:
         framework: whose front end.
         factoring, min_dim_size_to_factor: as in :func:`adafactor.layout`.
-        momentum: dtype of the momentum, ``None`` for none. int8 has a float32 scale per 256 elements.
+        momentum: dtype of the momentum, ``None`` for none. int8 has a float32 scale per 256 elements, and does not go
+            together with FSDP2's parameters.
         compensated: PyTorch only: a bfloat16 residual for every bfloat16 or float16 weight.
         release: PyTorch only, ``step_in_backward``: gradients are used and freed in the backward pass.
     """
@@ -200,7 +201,7 @@ class Adafactor(Optimizer):
         if self.momentum not in MOMENTUM:
             names = ", ".join(map(str, MOMENTUM[1:]))
             raise ValueError(message("momentum", f"{names} or None", self.momentum, "None keeps no momentum."))
-        object.__setattr__(self, "sharded", self.framework == "torch")
+        object.__setattr__(self, "sharded", self.framework == "torch" and self.momentum != "int8")
         if not self.label:
             policy = self.factoring if isinstance(self.factoring, str) else "callable factoring"
             kept = f", momentum {self.momentum}" if self.momentum else ", compensated" if self.compensated else ""

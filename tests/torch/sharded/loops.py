@@ -162,7 +162,9 @@ def accelerated(rank: int, world: int, place: str) -> dict[str, Any]:
     again[0].load_state(place)
     train(again, 5, STEPS)
     found["resumed"] = models.distance(again[1], single)
-    same = [torch.equal(a.to_local(), b.to_local()) for a, b in zip(again[1].parameters(), model.parameters(), strict=True)]
+    same = [
+        torch.equal(a.to_local(), b.to_local()) for a, b in zip(again[1].parameters(), model.parameters(), strict=True)
+    ]
     found["same bits"] = all(same)
     found["steps"] = sorted({int(s["step"]) for s in again[2].optimizer.state.values()})
     return found
