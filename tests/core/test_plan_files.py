@@ -230,6 +230,7 @@ def test_shapes_in_files(tmp_path, name, text):
         ("s.txt", "4096xx2"),
         ("s.txt", "-4"),
         ("s.txt", "4*9999999"),
+        ("s.txt", "4*0"),
         ("s.txt", f"{10**18}x{10**18}"),
         ("s.txt", "5*100000000000000000000"),
         ("s.txt", "x" * 10**6),

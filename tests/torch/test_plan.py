@@ -213,6 +213,22 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(mesh, policy, momentum):
     assert matrix["column"].placements == (Replicate(),)
 
 
+def test_the_peers_over_fsdp2(mesh):
+    shapes = {"odd": (7, 9), "vector": (10,), "few": (3, 40)}
+
+    def sharded():
+        params = [torch.nn.Parameter(distribute_tensor(torch.ones(s), mesh, [Shard(0)])) for s in shapes.values()]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return params
+
+    optimizer = torch.optim.AdamW(sharded(), fused=True)
+    optimizer.step()
+    assert planned(shapes, rules.TorchAdamW(), shards=4).state == state_bytes(optimizer)
+    with pytest.raises(RuntimeError, match="placement"):  # why the plan leaves it out
+        torch.optim.Adafactor(sharded()).step()
+
+
 # -- gradient release and temporaries ----------------------------------------------------------------------------------
 
 

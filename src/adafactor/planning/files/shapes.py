@@ -12,7 +12,7 @@ from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
 MAX_FILE = 32_000_000
 
-_WORD = re.compile(r"(?:(?P<shape>\d{1,19}(?:x\d{1,19})*)|scalar)(?:\*(?P<count>\d{1,7}))?", re.ASCII)
+_WORD = re.compile(r"(?:(?P<shape>\d{1,19}(?:x\d{1,19})*)|scalar)(?:\*(?P<count>[1-9]\d{0,6}))?", re.ASCII)
 _RULE = "a shape like 4096x4096, 4096 or scalar, *32 after it for 32 of them"
 
 
