@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -129,7 +128,7 @@ def unused(rank: int, world: int) -> dict[str, Any]:
                 optimizer.zero_grad()
         runs += [model, optimizer]
         left = [name for name, p in model.named_parameters() if p.grad is not None]
-    return {"different": different(*runs), "left": left, "state": len(optimizer.state)}
+    return {"different": different(*runs), "left": left, "state": sum(map(bool, optimizer.state.values()))}
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
@@ -161,7 +160,10 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     later = plain()
     attempt("later", later, later, wrap_later=True)
     for original in (False, True):
-        mesh = init_device_mesh("cpu", (world,))
-        flat = FullyShardedDataParallel(plain(), device_mesh=mesh, use_orig_params=original)
+        flat = FullyShardedDataParallel(plain(), device_id=torch.device("cpu"), use_orig_params=original)
         attempt(f"FSDP1 {original}", flat, flat)
     return found
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    return {"train": train(rank, world), "unused": unused(rank, world), "refusals": refusals(rank, world)}

@@ -2,28 +2,32 @@
 
 from pathlib import Path
 
+import pytest
 import ranks
 
-CASES = str(Path(__file__).with_name("released.py"))
+
+@pytest.fixture(scope="module")
+def found():
+    return ranks.run(str(Path(__file__).with_name("released.py")), "everything", 2, limit=150)
 
 
-def test_the_same_bits_as_the_ordinary_sharded_step():
-    for found in ranks.run(CASES, "train", 2, limit=120):
-        assert {case: what for case, what in found.items() if "all-reduces" not in case and what} == {}
+def test_the_same_bits_as_the_ordinary_sharded_step(found):
+    for trained in (rank["train"] for rank in found):
+        assert {case: what for case, what in trained.items() if "all-reduces" not in case and what} == {}
         for kind in ("FSDP2", "bfloat16", "offload"):
-            assert found[f"{kind}: all-reduces False"] == 1
-            assert found[f"{kind}: all-reduces True"] == 3  # two blocks and the root
+            assert trained[f"{kind}: all-reduces False"] == 1
+            assert trained[f"{kind}: all-reduces True"] == 3  # two blocks and the root
 
 
-def test_parameters_without_gradients_are_not_waited_for():
-    for found in ranks.run(CASES, "unused", 2):
-        assert found == {"different": [], "left": [], "state": 6}
+def test_parameters_without_gradients_are_not_waited_for(found):
+    for rank in found:
+        assert rank["unused"] == {"different": [], "left": [], "state": 6}
 
 
-def test_what_needs_its_gradients_later_is_refused_before_the_first_write():
-    for found in ranks.run(CASES, "refusals", 2):
-        assert found.pop("plain") == "no error"
+def test_what_needs_its_gradients_later_is_refused_before_the_first_write(found):
+    for refused in (rank["refusals"] for rank in found):
+        assert refused["plain"] == "no error"
         for case in ("given", "inside", "later"):
-            assert found[case].startswith("model must be without DistributedDataParallel for step_in_backward, got")
+            assert refused[case].startswith("model must be without DistributedDataParallel for step_in_backward, got")
         for original in (False, True):
-            assert found[f"FSDP1 {original}"].startswith("model must be without FSDP1 for Adafactor")
+            assert refused[f"FSDP1 {original}"].startswith("model must be without FSDP1 for Adafactor")
