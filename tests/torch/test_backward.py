@@ -164,6 +164,16 @@ def test_what_is_dropped_is_collected():
     assert reference() is None
 
 
+def test_an_optimizer_that_is_gone_is_in_nobodys_way():
+    model = nn.Linear(3, 3)
+    for _ in range(3):
+        optimizer = Adafactor(model.parameters())
+        step_in_backward(model, optimizer)
+        model(torch.ones(1, 3)).sum().backward()
+        assert int(optimizer.state[model.weight]["step"]) == 1
+        del optimizer
+
+
 def test_an_optimizer_that_is_gone_steps_nothing():
     model = nn.Linear(3, 3)
     optimizer = Adafactor(model.parameters())

@@ -1,14 +1,18 @@
-"""Every Python block of docs/torch.md runs, in order, in one session."""
+"""Every Python block of docs/torch.md and docs/low-precision.md runs, in order, in one session per page."""
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "torch.md"
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "torch.md"
 
 
-def test_every_block_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 7
+@pytest.mark.parametrize(("page", "least"), [("torch.md", 7), ("low-precision.md", 3)])
+def test_every_block_runs(page, least):
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= least
     exec("\n".join(blocks), {"__name__": "docs"})
 
 

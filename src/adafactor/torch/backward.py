@@ -293,7 +293,9 @@ def _check(model: object, optimizer: object) -> None:
                 remedy = "Pass the model that holds it; several as a torch.nn.ModuleList."
                 got = f"one of shape {tuple(param.shape)} outside of it"
                 raise ValueError(message("a parameter of the optimizer", "a parameter of the model", got, remedy))
-            if any(isinstance(hook, _Hook) for hook in (param._post_accumulate_grad_hooks or {}).values()):
+            if _is_hooked(param):
+                gc.collect()  # an optimizer that nobody refers to takes its hooks with it
+            if _is_hooked(param):
                 remedy = "Call remove() on what step_in_backward returned for the other."
                 got = f"one of shape {tuple(param.shape)} that another steps"
                 raise RuntimeError(message("a parameter", "stepped by one optimizer", got, remedy))
@@ -301,6 +303,10 @@ def _check(model: object, optimizer: object) -> None:
                 remedy = "Call optimizer.step() or optimizer.zero_grad() first; accumulate() is for micro-batches."
                 got = f"one of shape {tuple(param.shape)}"
                 raise RuntimeError(message("a gradient before step_in_backward", "None", got, remedy))
+
+
+def _is_hooked(param: Tensor) -> bool:
+    return any(isinstance(hook, _Hook) for hook in (param._post_accumulate_grad_hooks or {}).values())
 
 
 def _refuse_step(optimizer: Any, arguments: Any, keywords: Any) -> None:
