@@ -86,10 +86,10 @@ def draw(curves: dict[str, list[tuple[int, float]]], rate: float, path: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=int, default=400, help="steps of the common float32 start")
-    parser.add_argument("--steps", type=int, default=250, help="steps of each way")
+    parser.add_argument("--start", type=int, default=500, help="steps of the common float32 start")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each way")
     parser.add_argument("--every", type=int, default=25, help="steps between two evaluations")
-    parser.add_argument("--lr", type=float, default=2e-5, help="learning rate of the four ways")
+    parser.add_argument("--lr", type=float, default=1e-5, help="learning rate of the four ways")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--json", type=Path, help="write the curves to this file as well")
     arguments = parser.parse_args()

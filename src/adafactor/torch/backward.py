@@ -237,6 +237,7 @@ class StepInBackward:
         """The end of a graph task."""
         with self._lock:
             self._flush()
+            self._task = -1  # another FSDP2 model may reduce its last gradients after this, with an end of its own
             if task in self._open:
                 self._open.discard(task)
                 if self._holds:  # what has a gradient of an earlier micro-batch only
