@@ -211,6 +211,20 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_freed(fused):
     assert_same(*runs)
 
 
+@KERNELS
+def test_diagnostics_are_those_of_the_ordinary_step(fused):
+    runs = []
+    for release in (False, True):
+        model = Tied()
+        optimizer = Adafactor(model.named_parameters(), diagnostics=True, fused=fused)
+        released = step_in_backward(model, optimizer) if release else None
+        train(model, optimizer, range(2), released)
+        runs.append(optimizer.diagnostics())
+    assert runs[0].keys() == runs[1].keys()
+    for name, values in runs[0].items():
+        assert all(torch.equal(value, runs[1][name][kind]) for kind, value in values.items())
+
+
 def test_accumulated_micro_batches_are_one_step():
     """The last micro-batch is the one that steps; also what only an earlier one has reached."""
     runs = []
