@@ -1,0 +1,192 @@
+"""Statistics over other axes: what follows exactly from those there are, and what must be rebuilt.
+
+A statistic is a mean of the second moment over the axes that it lacks. Means commute with the averaging over time, so
+a statistic that lacks more axes than another follows from it exactly. Anything else comes from the estimate
+row × column / mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from adafactor.convert.report import Change, Report
+from adafactor.factoring import Factored, Layout, Shape, layout
+from adafactor.files import Refused
+from adafactor.hyperparameters import message
+from adafactor.state import Array, Parameter
+
+Axes = Mapping[str, Factored | None]  # by a parameter's name
+Shapes = Mapping[str, Shape]
+Chooser = Callable[[Shape], Layout]
+
+
+def kept(its_layout: Layout) -> dict[str, Shape]:
+    """The axes that every statistic has, in order."""
+    every = range(len(its_layout.shape))
+    gone = {"row": its_layout.columns, "column": its_layout.rows}
+    return {slot: tuple(axis for axis in every if axis not in gone.get(slot, ())) for slot in its_layout.slots}
+
+
+def estimate(parameter: Parameter) -> Array:
+    """The second moment of every element, float64: row × column / mean (0 where the mean is 0), or as it is."""
+    if not parameter.layout.factored:
+        return np.asarray(parameter.slots["second_moment"], np.float64)
+    its_layout = parameter.layout
+    row = np.expand_dims(np.asarray(parameter.slots["row"], np.float64), its_layout.columns)
+    column = np.expand_dims(np.asarray(parameter.slots["column"], np.float64), its_layout.rows)
+    mean = row.mean(axis=its_layout.rows, keepdims=True)
+    column = np.divide(column, mean, out=np.zeros(np.broadcast_shapes(column.shape, mean.shape)), where=mean != 0)
+    product: Array = row * column
+    return product
+
+
+def fitted(parameter: Parameter, wanted: Layout, report: Report) -> Parameter:
+    """The parameter with the statistics that another layout keeps. Needs memory for one parameter in float64.
+
+    Raises:
+        Refused: the shapes differ.
+    """
+    if wanted.shape != parameter.shape:
+        remedy = "Name it after another parameter, or permute its axes, in a names file."
+        raise Refused(message(f"the shape of {parameter.name}", f"{wanted.shape} as in the target", parameter.shape, remedy))
+    have, want = kept(parameter.layout), kept(wanted)
+    if have == want:
+        report.changes.append(Change(parameter.name, "kept"))
+        return replace(parameter, layout=wanted)
+    slots = {name: value for name, value in parameter.slots.items() if name not in have}
+    whole: Array | None = None
+    for slot, axes in want.items():
+        source = next((name for name in sorted(have, key=lambda n: len(have[n])) if set(axes) <= set(have[name])), None)
+        if source is None:
+            whole = estimate(parameter) if whole is None else whole
+            value, origin = whole, tuple(range(len(wanted.shape)))
+        else:
+            value, origin = np.asarray(parameter.slots[source], np.float64), have[source]
+        gone = tuple(place for place, axis in enumerate(origin) if axis not in axes)
+        slots[slot] = (value.mean(axis=gone) if gone else value).astype(_dtype(parameter))
+    new = replace(parameter, layout=wanted, slots=slots)
+    swapped = sorted(have.values()) == sorted(want.values())
+    how = "kept" if swapped else "means" if whole is None else "rebuilt"
+    before = estimate(parameter) if whole is None else whole
+    size = np.linalg.norm(before.ravel())
+    moved = 0.0 if swapped or not size else float(np.linalg.norm((estimate(new) - before).ravel()) / size)
+    report.changes.append(Change(parameter.name, how, moved))
+    return new
+
+
+def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -> Parameter:
+    """The parameter with its axes in another order, as ``numpy.transpose`` has it. Rows stay before columns.
+
+    An extra slot of another shape than the parameter's is left behind, and momentum that depends on one.
+    """
+    rank = len(parameter.shape)
+    if sorted(permutation) != list(range(rank)):
+        remedy = f"The shape of {parameter.name} is {parameter.shape}."
+        raise Refused(message("permute", f"every axis from 0 to {rank - 1} once", list(permutation), remedy))
+    place = {old: new for new, old in enumerate(permutation)}
+    old = parameter.layout
+    rows, columns, batch = (tuple(sorted(place[axis] for axis in axes)) for axes in (old.rows, old.columns, old.batch))
+    swap = bool(rows) and min(columns) < min(rows)
+    new = Layout(
+        tuple(old.shape[axis] for axis in permutation), columns if swap else rows, rows if swap else columns, batch
+    )
+    names = {"row": "column", "column": "row"} if swap else {}
+    axes_of = {**kept(old), "momentum": tuple(range(rank))}
+    lost = [slot for slot, value in parameter.extra.items() if value.shape != parameter.shape]
+    if "momentum_scale" in lost:
+        lost.append("momentum")
+    report.dropped(" and ".join(lost), [parameter.name] if lost else [], "its axes change places, and its blocks do not")
+    slots = {}
+    for slot, value in parameter.slots.items():
+        if slot not in lost:
+            axes = axes_of.get(slot, tuple(range(rank)))
+            order = [axes.index(axis) for axis in permutation if axis in axes]
+            slots[names.get(slot, slot)] = np.ascontiguousarray(value.transpose(order)) if order else value
+    return replace(parameter, layout=new, slots=slots)
+
+
+def roles(
+    name: str,
+    slots: Mapping[str, Shape],
+    choose: Iterable[Chooser],
+    *,
+    shape: Shape | None = None,
+    axes: Axes | None = None,
+) -> Layout:
+    """The layout of a parameter that a file tells the statistics of.
+
+    Args:
+        slots: shapes of ``row`` and ``column``, or of ``second_moment``.
+        choose: what the writer may have used to choose the axes, the likeliest first; empty if nobody knows.
+        shape: the parameter's, where it is known.
+        axes: the axes by name, where the user tells them; a user's word is final.
+
+    Raises:
+        Refused: the statistics do not tell the shape or the axes, or do not fit them.
+    """
+    if "second_moment" in slots:
+        found = Layout(slots["second_moment"], (), ())
+        if shape is not None and shape != found.shape:
+            raise Refused(message(f"second_moment of {name}", f"of its shape {shape}", found.shape, "Check the shapes."))
+        return found
+    row, column = slots["row"], slots["column"]
+
+    def fits(its_layout: Layout) -> bool:
+        return its_layout.factored and its_layout.row_shape == row and its_layout.column_shape == column
+
+    if axes is not None and name in axes:
+        if shape is None:
+            raise Refused(message(f"the shape of {name}", "told where its axes are", None, "Pass shapes as well."))
+        found = layout(shape, lambda *_: axes[name], name=name)
+        if not fits(found):
+            rule = f"those of row {row} and column {column}"
+            raise Refused(message(f"the axes of {name}", rule, axes[name], f"Its shape is {shape}."))
+        return found
+    rules = list(choose)
+    shapes = [shape] if shape is not None else list(dict.fromkeys(_shapes(row, column)))
+    for rule in rules:
+        candidates = [its_layout for its_layout in map(rule, shapes) if fits(its_layout)]
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            break
+    if shape is None:
+        held = f"row {row} and column {column}"
+        raise Refused(message(f"the shape of {name}", "told by its statistics", held, "Pass shapes (--shapes)."))
+    candidates = [its_layout for its_layout in _partitions(shape) if fits(its_layout)]
+    if len(candidates) != 1:
+        rule = f"told by row {row} and column {column} of shape {shape}"
+        got = f"{len(candidates)} possible choices"
+        raise Refused(message(f"the axes of {name}", rule, got, "Pass its axes (--axes), or check its shape."))
+    return candidates[0]
+
+
+def _shapes(row: Shape, column: Shape) -> Iterable[Shape]:
+    """Shapes of parameters that could have these statistics: one axis each, or one cut of the shape in two."""
+    if row and column:
+        yield row + column
+        yield column + row
+    if len(row) == len(column) <= 16:
+        for gone in range(len(row) + 1):
+            for size in set(column):
+                yield (*row[:gone], size, *row[gone:])
+
+
+def _partitions(shape: Shape) -> Iterable[Layout]:
+    """Every way to give each axis the role of row, column or neither, the first of rows and columns being a row."""
+    if len(shape) > 8:
+        return
+    for given in itertools.product("rcb", repeat=len(shape)):
+        rows = tuple(axis for axis, role in enumerate(given) if role == "r")
+        columns = tuple(axis for axis, role in enumerate(given) if role == "c")
+        if rows and columns:
+            yield Layout(shape, rows, columns)
+
+
+def _dtype(parameter: Parameter) -> Any:
+    return next(iter(parameter.statistics.values())).dtype

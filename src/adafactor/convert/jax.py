@@ -1,0 +1,562 @@
+"""State trees of the JAX world: ``optax.adafactor``, ``adafactor.optax`` and T5X.
+
+A tree is a live pytree, or nested dictionaries as ``flax.serialization`` and Orbax give them. Either may hold more than
+the optimizer's state; with parameters beside it (``params``, or ``target`` in T5X) their shapes are known.
+
+    ours (AdafactorState)       optax (FactoredState, EmaState)     T5X (per parameter)
+    row, column                 v_row, v_col                        v_row, v_col
+    second_moment               v                                   v
+    momentum                    ema                                 m
+    count                       count                               step, beside param_states
+
+All are means. optax and T5X name a statistic for the axes it keeps: ``v_row`` lacks the largest axis (T5X: the axes with
+the role COLUMN) and ``v_col`` the second largest (ROW); of two equally large ones the later counts as the larger. What
+does not exist is an array of shape (1,) there, and ``None`` here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adafactor.convert import msgpack, words
+from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, roles
+from adafactor.convert.names import Names, rename
+from adafactor.convert.report import Report
+from adafactor.convert.words import FORMATS, OPTAX, OUR_OPTAX, T5X
+from adafactor.factoring import POLICIES, Factored, Layout, Shape, layout
+from adafactor.files import PathLike, Refused, reading, replacing
+from adafactor.hyperparameters import message
+from adafactor.state import Array, Parameter, State
+
+Tree = Any
+Flat = dict[str, Any]  # leaves by path
+
+_OURS = ("count", "row", "column", "second_moment", "momentum")
+_THEIRS = ("count", "v_row", "v_col", "v")
+_T5X_SLOTS = ("v_row", "v_col", "v", "m")
+
+
+@dataclass
+class _Found:
+    """Where a tree keeps what. ``slots`` has the leaves by our name of the slot and the parameter's path."""
+
+    format: str
+    count: Any
+    slots: dict[str, Flat]
+    params: Flat = field(default_factory=dict)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+
+# -- trees as nested dictionaries --------------------------------------------------------------------------------------
+
+
+def plain(tree: Tree) -> Any:
+    """A pytree as ``flax.serialization.to_state_dict`` has it: dictionaries, lists by their indices as text."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return {name: plain(getattr(tree, name)) for name in tree._fields}
+    if isinstance(tree, list | tuple):
+        return {str(index): plain(value) for index, value in enumerate(tree)}
+    if isinstance(tree, Mapping):
+        return {str(name): plain(value) for name, value in tree.items()}
+    if tree is None or isinstance(tree, bool | int | float | str | np.ndarray | np.generic):
+        return tree
+    if hasattr(tree, "__array__"):
+        return _array(tree)
+    import jax
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)[0]
+    if len(leaves) == 1 and not leaves[0][0]:
+        return tree  # a leaf of a kind that nobody here knows
+    nested: dict[str, Any] = {}
+    for path, leaf in leaves:
+        _put(nested, jax.tree_util.keystr(path, simple=True, separator="/"), plain(leaf))
+    return nested
+
+
+def _put(nested: dict[str, Any], path: str, value: Any) -> None:
+    *folders, last = path.split("/")
+    for folder in folders:
+        nested = nested.setdefault(folder, {})
+    nested[last] = value
+
+
+def _flat(tree: Any, prefix: str = "", stop: Callable[[Any], bool] = lambda value: False) -> Flat:
+    """Leaves by path; ``None`` counts as one."""
+    if not isinstance(tree, Mapping) or stop(tree):
+        return {prefix: tree}
+    found: Flat = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}/{name}" if prefix else str(name), stop)
+    return found
+
+
+def _array(value: Any) -> Array:
+    if not getattr(value, "is_fully_addressable", True):
+        remedy = "Gather it with jax.experimental.multihost_utils.process_allgather(state, tiled=True)."
+        raise Refused(message("an array", "on this process as a whole", str(value.sharding), remedy))
+    return np.asarray(value)
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def _states(tree: Any, params: Flat, hyperparameters: dict[str, Any]) -> Iterator[tuple[_Found, dict[str, Any]]]:
+    """Every Adafactor state in a plain tree, and the dictionary that holds it."""
+    if not isinstance(tree, Mapping):
+        return
+    for word in ("params", "target"):
+        if isinstance(tree.get(word), Mapping):
+            params = _flat(tree[word])
+    if isinstance(tree.get("hyperparams"), Mapping):
+        hyperparameters = {name: value for name, value in tree["hyperparams"].items() if np.ndim(value) == 0}
+    if set(_OURS) <= set(tree):
+        slots = {slot: _flat(tree[slot]) for slot in _OURS[1:] if tree[slot] is not None}
+        yield _Found(OUR_OPTAX, tree["count"], slots, params, hyperparameters), dict(tree)
+        return
+    if "param_states" in tree and "step" in tree:
+        leaves = _flat(tree["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
+        by_slot = {slot: {path: each[word] for path, each in leaves.items()} for slot, word in _t5x_words(leaves)}
+        yield _Found(T5X, tree["step"], by_slot, params), dict(tree)
+        return
+    chain = [value for value in tree.values() if isinstance(value, Mapping)]
+    for value in chain:
+        if set(_THEIRS) <= set(value):
+            slots = {"row": _flat(value["v_row"]), "column": _flat(value["v_col"]), "second_moment": _flat(value["v"])}
+            averages = [each["ema"] for each in chain if set(each) == {"count", "ema"}]
+            if averages:
+                slots["momentum"] = _flat(averages[0])
+            yield _Found(OPTAX, value["count"], slots, params, hyperparameters), dict(tree)
+        else:
+            yield from _states(value, params, hyperparameters)
+
+
+def _t5x_words(leaves: Flat) -> list[tuple[str, str]]:
+    for path, each in leaves.items():
+        if not isinstance(each, Mapping) or not set(_T5X_SLOTS) <= set(each):
+            raise Refused(message(f"the state of {path}", f"with {', '.join(_T5X_SLOTS)}", each, "It is not Adafactor's."))
+        for word in _T5X_SLOTS:
+            if not hasattr(each[word], "shape"):
+                remedy = "T5X keeps large arrays in TensorStore files beside; restore the checkpoint with T5X and pass its tree."
+                raise Refused(message(f"{word} of {path}", "an array", type(each[word]).__name__, remedy))
+    return list(zip(("row", "column", "second_moment", "momentum"), _T5X_SLOTS, strict=True))
+
+
+def _find(tree: Any) -> _Found:
+    found = list(_states({"": tree}, {}, {}))
+    if len(found) != 1:
+        remedy = "Pass the one optimizer state; parts behind optax.partition one by one."
+        raise Refused(message("the tree", "with the state of one Adafactor", f"{len(found)} of them", remedy))
+    return found[0][0]
+
+
+def format_of(tree: Tree) -> str:
+    """Which of the three formats a tree is."""
+    return _find(plain(tree)).format
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load(path: PathLike) -> Any:
+    """The tree in a msgpack file or an Orbax folder.
+
+    Raises:
+        Refused: it is damaged, or something else.
+    """
+    if not Path(path).is_dir():
+        return msgpack.read(path)
+    with reading(path, "an Orbax checkpoint"):
+        import jax
+        import orbax.checkpoint
+
+        folder = Path(path).absolute()
+        with orbax.checkpoint.PyTreeCheckpointer() as reader:
+            metadata = reader.metadata(folder)
+            told = getattr(getattr(metadata, "item_metadata", metadata), "tree", None)
+            claimed = sum(
+                int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+                for leaf in jax.tree.leaves(told)
+                if getattr(leaf, "shape", None) is not None and leaf.dtype is not None
+            )
+            stored = sum(os.path.getsize(Path(base) / name) for base, _, names in os.walk(folder) for name in names)
+            if claimed > max(1 << 30, stored << 10):
+                raise ValueError(f"its {stored} bytes claim to be {claimed}")
+            return reader.restore(folder, args=orbax.checkpoint.args.PyTreeRestore(restore_args=_as_numpy(told)))
+
+
+def _as_numpy(told: Any) -> Any:
+    import jax
+    import orbax.checkpoint
+
+    return jax.tree.map(lambda _: orbax.checkpoint.RestoreArgs(restore_type=np.ndarray), told)
+
+
+def read(
+    source: Any, *, report: Report | None = None, shapes: Shapes | None = None, axes: Axes | None = None
+) -> State:
+    """The state in a tree of optax, ours or T5X.
+
+    Args:
+        source: a pytree that holds the optimizer's state (and the parameters, as a ``TrainState`` does), or a path of a
+            msgpack file or an Orbax folder.
+        shapes: shapes by name where the tree has no parameters; parameters themselves will do.
+        axes: ``Factored`` by name, where the statistics leave them open.
+
+    Raises:
+        Refused: it is none of them, or leaves shapes and axes open.
+    """
+    report = Report() if report is None else report
+    if isinstance(source, str | os.PathLike):
+        source = load(source)
+    with reading("the tree", "a state of Adafactor"):
+        found = _find(plain(source))
+        count = int(_array(found.count))
+        parameters = []
+        for name in found.slots["second_moment"]:
+            leaves = {slot: found.slots[slot].get(name) for slot in found.slots}
+            if any(leaf is not None for leaf in leaves.values()):
+                parameters.append(_read_one(found, name, leaves, count, shapes, axes))
+    own = {name: np.asarray(value).item() for name, value in found.hyperparameters.items()}
+    return State(tuple(parameters), (words.read(found.format, own),), "jax", found.format)
+
+
+def _read_one(
+    found: _Found, name: str, leaves: Mapping[str, Any], count: int, shapes: Shapes | None, axes: Axes | None
+) -> Parameter:
+    slots = {slot: _array(leaf) for slot, leaf in leaves.items() if leaf is not None}
+    dtype, rms = None, None
+    shape = tuple(shapes[name]) if shapes is not None and name in shapes else None
+    param = found.params.get(name)
+    if param is not None and hasattr(param, "shape"):
+        values = _array(param)
+        shape, dtype = values.shape, str(values.dtype)
+        rms = float(np.sqrt(np.mean(np.square(values.astype(np.float64))))) if values.size else None
+    momentum = slots.pop("momentum", None)
+    if found.format == T5X and momentum is not None and _placeholder(momentum):
+        single = shape == (1,) or (shape is None and all(map(_placeholder, slots.values())))
+        momentum = momentum if single and _has_momentum(found) else None
+    if momentum is not None:
+        shape = momentum.shape if shape is None else shape
+    if found.format != OUR_OPTAX:
+        whole = _placeholder(slots["row"]) and _placeholder(slots["column"])
+        whole = whole and (shape is None or slots["second_moment"].shape == shape)
+        slots = {s: v for s, v in slots.items() if (s == "second_moment") == whole}
+    for slot, value in slots.items():
+        if value.dtype != np.float64:
+            slots[slot] = value.astype(np.float32)
+    statistics = {slot: value.shape for slot, value in slots.items()}
+    its_layout = roles(name, statistics, _choosers(found.format), shape=shape, axes=axes)
+    if momentum is not None:
+        slots["momentum"] = momentum
+    if its_layout.factored and min(its_layout.columns) < min(its_layout.rows):
+        its_layout = replace(its_layout, rows=its_layout.columns, columns=its_layout.rows)
+        slots["row"], slots["column"] = slots["column"], slots["row"]
+    return Parameter(name, its_layout, slots, count, dtype, 0, rms or None)
+
+
+def _has_momentum(found: _Found) -> bool:
+    """Whether any momentum of a T5X tree is more than a placeholder."""
+    return any(leaf.shape != (1,) for leaf in found.slots["momentum"].values())
+
+
+def _placeholder(value: Array) -> bool:
+    return value.shape == (1,)
+
+
+def largest_two(shape: Shape) -> Layout:
+    """The axes that optax and T5X factor over: v_row keeps the second largest, v_col the largest."""
+    if len(shape) < 2:
+        return Layout(shape, (), ())
+    order = np.argsort(shape)
+    return Layout(shape, (int(order[-2]),), (int(order[-1]),))
+
+
+def _choosers(format: str) -> Sequence[Chooser]:
+    if format == OUR_OPTAX:
+        return [partial(layout, factoring=policy) for policy in ("largest_two", "last_two", "smallest")]
+    return [largest_two]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    state: State,
+    format: str = OUR_OPTAX,
+    *,
+    template: Any = None,
+    names: Names | None = None,
+    report: Report | None = None,
+) -> Any:
+    """A tree that the optimizer's ``update`` takes, or T5X restores.
+
+    Args:
+        format: ``"adafactor.optax"``, ``"optax"`` or ``"t5x"``.
+        template: what ``optimizer.init(params)`` gives, a tree that holds it, or a path: the result has its structure, and
+            nothing else of it changes. Without one the parameters are nested dictionaries by the ``/`` in their names,
+            and the optimizer is the one that the hyperparameters describe.
+        names: see :mod:`adafactor.convert.names`.
+        report: receives what changed.
+
+    Raises:
+        Refused: the template does not fit, or there is none and the hyperparameters do not say enough.
+    """
+    report = Report() if report is None else report
+    if isinstance(template, str | os.PathLike):
+        template = load(template)
+    target = None
+    if template is not None:
+        found = _find(plain(template))
+        if found.format != format:
+            raise Refused(message("the template", f"of {format}", found.format, "Make it with that optimizer."))
+        target = {name: _target_shape(found, name) for name in found.slots["second_moment"] if _exists(found, name)}
+    state = words.momentum_as(rename(state, names, target, "jax", report), format, report)
+    group = words.one_group(state, format, report)
+    count = words.one_count(state, format, report)
+    own = words.told(format, group, report)
+    if count >= 1 << 31:
+        raise Refused(message("the count", "below 2**31 in JAX", count, "Start the state afresh."))
+    for parameter in state.parameters:
+        report.dropped(" and ".join(parameter.extra), [parameter.name] if parameter.extra else [], f"{format} has no such state")
+    state = replace(state, parameters=tuple(_only_known(parameter, report) for parameter in state.parameters))
+    if template is None:
+        template = _make(state, format, own)
+        found = _find(plain(template))
+    known = state.named()
+    filled: dict[str, Flat] = {slot: {} for slot in found.slots}
+    for name in known:
+        new = _write_one(known[name], found, group, report)
+        for slot, leaves in found.slots.items():
+            if leaves.get(name) is None:
+                continue
+            old = np.asarray(leaves[name])
+            value = np.zeros(old.shape, old.dtype) if new.get(slot) is None else np.asarray(new[slot])
+            if value.shape != old.shape:
+                rule = f"of shape {old.shape} as in the template"
+                raise Refused(message(f"{slot} of {name}", rule, value.shape, "Make the template for these parameters."))
+            if value.dtype.itemsize > old.dtype.itemsize:
+                report.note(f"{format} keeps statistics or momentum in {old.dtype.name}: they are rounded")
+            filled[slot][name] = value.astype(old.dtype)
+        if "momentum" in new and "momentum" not in found.slots:
+            report.dropped("Momentum", [name], "the template has none")
+    new = _members({"": template}, found.format, filled, count)[""]
+    if int(_array(_find(plain(new)).count)) != count:
+        raise Refused(message("the template", "of tuples and dictionaries", type(template).__name__, "Pass the optimizer's state."))
+    return new
+
+
+def _exists(found: _Found, name: str) -> bool:
+    return any(leaves.get(name) is not None for leaves in found.slots.values())
+
+
+def _target_shape(found: _Found, name: str) -> Shape | None:
+    param = found.params.get(name)
+    return tuple(param.shape) if hasattr(param, "shape") else None
+
+
+def _only_known(parameter: Parameter, report: Report) -> Parameter:
+    slots = {name: value for name, value in parameter.slots.items() if name not in parameter.extra}
+    if "momentum_scale" in parameter.extra and "momentum" in slots:
+        del slots["momentum"]
+        report.dropped("Momentum of 8 bits", [parameter.name], "train one step with a wider momentum_dtype first")
+    return replace(parameter, slots=slots)
+
+
+def _write_one(parameter: Parameter, found: _Found, group: Mapping[str, Any], report: Report) -> dict[str, Array]:
+    """The slots of one parameter as the template's shapes ask for them."""
+    shape, name = parameter.shape, parameter.name
+    leaves = {slot: np.asarray(found.slots[slot][name]).shape for slot in ("row", "column", "second_moment")
+              if found.slots[slot].get(name) is not None}  # fmt: skip
+    if found.format != OUR_OPTAX:
+        whole = leaves["second_moment"] == shape and (len(shape) < 2 or leaves["row"] == leaves["column"] == (1,))
+        leaves = {slot: size for slot, size in leaves.items() if (slot == "second_moment") == whole}
+    if "second_moment" in leaves:
+        wanted = Layout(shape, (), (), parameter.layout.batch)
+    else:
+        own = parameter.layout
+        turned = replace(own, rows=own.columns, columns=own.rows)
+        choose: list[Chooser] = list(_choosers(found.format))
+        if own.factored:
+            choose = [lambda _: own, lambda _: turned, *choose] if found.format == OUR_OPTAX else [*choose, lambda _: own, lambda _: turned]
+        if group.get("factoring") in POLICIES and found.format == OUR_OPTAX:
+            choose.insert(0, partial(layout, factoring=group["factoring"]))
+        wanted = roles(name, leaves, choose, shape=shape)
+    new = fitted(parameter, wanted, report)
+    return dict(new.slots)
+
+
+def _make(state: State, format: str, own: Mapping[str, Any]) -> Any:
+    """The state of a fresh optimizer for the state's parameters."""
+    momentum = any("momentum" in parameter.slots for parameter in state.parameters)
+    if format == T5X:
+        states: dict[str, Any] = {}
+        for parameter in state.parameters:
+            _put(states, parameter.name, _t5x_zeros(parameter, int(own.get("min_dim_size_to_factor", 128))))
+        return {"state": {"step": np.zeros((), np.int32), "param_states": states}}
+    import jax
+    import optax
+
+    from adafactor.optax import adafactor
+
+    params: dict[str, Any] = {}
+    for parameter in state.parameters:
+        wide = any(value.dtype == np.float64 for value in parameter.statistics.values())
+        dtype = np.float64 if wide else np.float32
+        _put(params, parameter.name, jax.ShapeDtypeStruct(parameter.shape, dtype))
+    arguments = {name: value for name, value in own.items() if name != "factoring" and value is not None}
+    for word in ("clipping_threshold", "learning_rate"):  # whose None means something
+        if word in own:
+            arguments[word] = own[word]
+    if format == OPTAX:
+        tx: Any = optax.adafactor(**arguments)
+        if momentum and "momentum" not in arguments:
+            remedy = "Tell it with --set beta_1=0.9, or pass a template."
+            raise Refused(message("beta_1", "known where there is momentum", None, remedy))
+    else:
+        by_name = {parameter.name: parameter.layout for parameter in state.parameters}
+
+        def as_they_are(path: str, shape: Shape) -> Factored:
+            return Factored(by_name[path].rows, by_name[path].columns, by_name[path].batch)
+
+        arguments.setdefault("momentum", 0.9 if momentum else None)
+        tx = adafactor(**{**arguments, "factoring": as_they_are})
+    with jax.enable_x64(True):  # or float64 statistics would be made float32
+        shapes = jax.eval_shape(tx.init, params)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, _narrow(leaf.dtype)), shapes)
+
+
+def _narrow(dtype: Any) -> Any:
+    return np.dtype(np.int32) if dtype == np.int64 else dtype
+
+
+def _t5x_zeros(parameter: Parameter, least: int) -> dict[str, Array]:
+    """T5X's own shapes: the largest two axes of a matrix that is large enough; of more axes what the state has."""
+    none, own = np.zeros((1,), np.float32), parameter.layout
+    momentum = parameter.momentum
+    zeros = {"v_row": none, "v_col": none, "v": none, "m": none}
+    if momentum is not None:
+        zeros["m"] = np.zeros(parameter.shape, momentum.dtype)
+    if len(parameter.shape) == 2:
+        own = largest_two(parameter.shape) if min(parameter.shape) >= least else Layout(parameter.shape, (), ())
+    if own.factored:
+        return {**zeros, "v_row": np.zeros(own.row_shape, np.float32), "v_col": np.zeros(own.column_shape, np.float32)}
+    return {**zeros, "v": np.zeros(parameter.shape, np.float32)}
+
+
+def _replaced(tree: Any, format: str, filled: Mapping[str, Flat], count: int) -> Any:
+    """The tree with its one Adafactor state replaced; its structure, and everything else in it, stays."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        names: Sequence[Any] = tree._fields
+        values = {name: getattr(tree, name) for name in names}
+        return type(tree)(**_members(values, format, filled, count))
+    if isinstance(tree, list | tuple):
+        members = _members({str(index): value for index, value in enumerate(tree)}, format, filled, count)
+        return type(tree)(members.values())
+    if isinstance(tree, Mapping):
+        return _same_kind(tree, _members(dict(tree), format, filled, count))
+    if hasattr(tree, "replace") and hasattr(tree, "opt_state"):  # a flax TrainState
+        return tree.replace(opt_state=_replaced(tree.opt_state, format, filled, count))
+    return tree
+
+
+def _same_kind(tree: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
+    return members if isinstance(tree, dict) else type(tree)(members)
+
+
+def _members(values: dict[Any, Any], format: str, filled: Mapping[str, Flat], count: int) -> dict[Any, Any]:
+    keys = set(values)
+    if format == OUR_OPTAX and set(_OURS) <= keys:
+        slots = {slot: _graft(values[slot], filled[slot]) for slot in _OURS[1:] if slot in filled}
+        return {**values, **slots, "count": _counter(values["count"], count)}
+    if format == T5X and {"param_states", "step"} <= keys:
+        leaves = _flat(values["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
+        states: dict[str, Any] = {}
+        for path, each in leaves.items():
+            new = {word: filled[slot].get(path, each[word]) for slot, word in _t5x_words({path: each})}
+            _put(states, path, _rebuilt(each, new))
+        return {**values, "param_states": states, "step": _counter(values["step"], count)}
+    if format == OPTAX and _is_chain(values):
+        return {name: _link(value, filled, count) for name, value in values.items()}
+    return {name: _replaced(value, format, filled, count) for name, value in values.items()}
+
+
+def _rebuilt(each: Any, new: dict[str, Any]) -> Any:
+    return new if isinstance(each, Mapping) else type(each)(**new)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {name: getattr(value, name) for name in value._fields}
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _is_chain(values: Mapping[Any, Any]) -> bool:
+    return any(set(_THEIRS) <= set(_fields(value)) for value in values.values())
+
+
+def _link(value: Any, filled: Mapping[str, Flat], count: int) -> Any:
+    """One member of optax's chain: every one that counts, counts alike."""
+    fields = _fields(value)
+    new = dict(fields)
+    if set(_THEIRS) <= set(fields):
+        for word, slot in zip(_THEIRS[1:], ("row", "column", "second_moment"), strict=True):
+            new[word] = _graft(fields[word], filled[slot])
+    elif set(fields) == {"count", "ema"}:
+        new["ema"] = _graft(fields["ema"], filled["momentum"])
+    elif set(fields) != {"count"}:
+        return value
+    new["count"] = _counter(fields["count"], count)
+    return type(value)(**new) if isinstance(value, tuple) else new
+
+
+def _counter(old: Any, count: int) -> Any:
+    return _like(old, np.asarray(count, np.asarray(old).dtype))
+
+
+def _like(old: Any, value: Array) -> Any:
+    """An array of the kind of the old one: JAX's, where it was, or NumPy's."""
+    if hasattr(old, "sharding"):
+        import jax
+
+        return jax.device_put(value, old.sharding)
+    return value
+
+
+def _graft(tree: Any, leaves: Flat) -> Any:
+    """The tree with new leaves by path."""
+    if isinstance(tree, Mapping) and type(tree) is dict:
+        return _graft_dict(tree, leaves, "")
+    import jax
+
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+    return structure.unflatten([_like(leaf, leaves[name]) if name in leaves else leaf for name, leaf in named])
+
+
+def _graft_dict(tree: dict[Any, Any], leaves: Flat, prefix: str) -> dict[Any, Any]:
+    new = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        new[name] = _graft_dict(value, leaves, path) if type(value) is dict else _like(value, leaves[path]) if path in leaves else value
+    return new
+
+
+def save(tree: Tree, path: PathLike) -> None:
+    """A msgpack file (``*.msgpack``), or else an Orbax folder; there whole or not at all."""
+    if Path(path).suffix == ".msgpack":
+        msgpack.write(plain(tree), path)
+        return
+    import orbax.checkpoint
+
+    with replacing(path) as new, orbax.checkpoint.PyTreeCheckpointer() as writer:
+        writer.save(new.absolute(), tree)
+
+
+__all__ = ["FORMATS", "format_of", "largest_two", "load", "plain", "read", "save", "write"]

@@ -1,0 +1,489 @@
+"""Optimizer state in Keras: live optimizers, ``.keras`` and ``.weights.h5`` files, of Keras's Adafactor and of ours.
+
+Keras keys a saved optimizer by position: ``iteration``; ``learning_rate``, if it is a constant; the moving averages
+of ``use_ema``; the accumulators of ``gradient_accumulation_steps``; then per trainable variable
+
+    ours            row and column, or second_moment; momentum with beta_1
+    Keras's         r, c, velocity. Row and column are r and c; velocity is their product, or the second moment of a
+                    vector, whose r and c are int32 zeros of rank 0
+
+A file has no names. A live optimizer and a ``.keras`` file (read by Keras itself) tell them; for a ``.weights.h5``
+file pass the shapes, in order. Keras's own files tell their shapes: its parameters are then called "0", "1", ...
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adafactor.convert import words
+from adafactor.convert.archives import check_zip
+from adafactor.convert.axes import Axes, Shapes, fitted
+from adafactor.convert.names import Names, rename
+from adafactor.convert.report import Report
+from adafactor.convert.words import KERAS, OUR_KERAS
+from adafactor.factoring import Factored, Layout, Shape, layout
+from adafactor.files import PathLike, Refused, reading, replacing
+from adafactor.hyperparameters import message
+from adafactor.state import Array, Parameter, State
+
+VERSION_KEY = "state_version"
+_VARS, _WEIGHTS, _CONFIG = "optimizer/vars", "model.weights.h5", "config.json"
+#: Slots for what Keras's base class keeps of every variable.
+AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
+
+
+@dataclass
+class Saved:
+    """The optimizer part of a live optimizer or a file: arrays by position, and what is known of them."""
+
+    ours: bool
+    values: list[Array]
+    config: dict[str, Any]
+    variables: list[tuple[str, Shape]] | None = None
+    dtypes: list[str] = field(default_factory=list)
+    rms: list[float | None] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        return OUR_KERAS if self.ours else KERAS
+
+
+@dataclass
+class _Member:
+    """A trainable variable, and the positions of its state."""
+
+    name: str
+    layout: Layout
+    slots: dict[str, int]
+
+
+@dataclass
+class _Order:
+    """Which position is what."""
+
+    members: list[_Member]
+    learning_rate: int | None
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def load(source: Any, shapes: Shapes | None = None) -> Saved:
+    """The optimizer part of a live optimizer, a ``.keras`` or a ``.weights.h5`` file.
+
+    Raises:
+        Refused: it is damaged, something else, or has no Adafactor in it.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return _live(source)
+    given = None if shapes is None else [(name, tuple(shape)) for name, shape in shapes.items()]
+    with reading(source, "a file of Keras with the state of Adafactor"):
+        if zipfile.is_zipfile(source):
+            names = check_zip(source)
+            if _CONFIG not in names or _WEIGHTS not in names:
+                raise ValueError(f"it has no {_CONFIG} and {_WEIGHTS}")
+            with zipfile.ZipFile(source) as archive:
+                config, weights = json.loads(archive.read(_CONFIG)), io.BytesIO(archive.read(_WEIGHTS))
+            optimizer = (config.get("compile_config") or {}).get("optimizer") or {}
+            if optimizer.get("class_name") != "Adafactor":
+                raise ValueError(f"its optimizer is {optimizer.get('class_name')}")
+            saved = _h5(weights)
+            saved.config = dict(optimizer.get("config") or {})
+            saved.variables = _variables(Path(source)) if given is None else given
+        else:
+            saved = _h5(source)
+            saved.variables = given
+    return saved
+
+
+def _h5(file: Any) -> Saved:
+    import h5py
+
+    with h5py.File(file, "r") as opened:
+        _check_h5(opened)
+        if _VARS not in opened:
+            raise ValueError(f"it has no {_VARS}: the model was saved without its optimizer, or inside another one")
+        group = opened[_VARS]
+        keys = [key for key in group if key != VERSION_KEY]
+        if sorted(keys, key=int) != [str(number) for number in range(len(keys))]:
+            raise ValueError(f"{_VARS} must be numbered from 0")
+        values = [np.asarray(group[str(number)]) for number in range(len(keys))]
+        version = int(np.asarray(group[VERSION_KEY])) if VERSION_KEY in group else None
+    if version not in (None, 1):
+        raise ValueError(f"it has version {version} of the state, from a later release of adafactor")
+    return Saved(version is not None, values, {})
+
+
+def _check_h5(opened: Any) -> None:
+    """Refuse what leads out of the file, and what claims to be larger than it is stored."""
+    import h5py
+
+    def visit(group: Any, depth: int) -> None:
+        if depth > 64:
+            raise ValueError("its groups are nested too deeply")
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise ValueError(f"{name} is a link")
+            member = group[name]
+            if isinstance(member, h5py.Group):
+                visit(member, depth + 1)
+            elif isinstance(member, h5py.Dataset):
+                if member.external or member.is_virtual or member.dtype.kind not in "fiubVSO":
+                    raise ValueError(f"{name} is not stored in the file")
+                if member.dtype.kind != "O" and member.id.get_storage_size() < member.size * member.dtype.itemsize:
+                    raise ValueError(f"{name} of shape {member.shape} has no bytes of its own for that")
+
+    visit(opened, 0)
+
+
+def _variables(path: Path) -> list[tuple[str, Shape]]:
+    """Names and shapes of a model's trainable variables, from Keras, without anything that runs code of the file."""
+    import keras
+
+    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    return [(variable.path, tuple(variable.shape)) for variable in model.trainable_variables]
+
+
+def _live(optimizer: Any) -> Saved:
+    import keras
+
+    if not isinstance(optimizer, keras.optimizers.Optimizer) or type(optimizer).__name__ != "Adafactor":
+        raise Refused(message("the source", "an Adafactor of Keras, or a path", type(optimizer).__name__, "Pass one."))
+    if not optimizer.built:
+        remedy = "Call optimizer.build(model.trainable_variables)."
+        raise Refused(message("the optimizer", "built", "one without state", remedy))
+    ours = hasattr(optimizer, "_layouts")
+    variables = optimizer._trainable_variables
+    values = [_numpy(variable) for variable in optimizer.variables]
+    saved = Saved(ours, values, optimizer.get_config())
+    saved.variables = [(_path(variable), tuple(variable.shape)) for variable in variables]
+    saved.dtypes = [keras.backend.standardize_dtype(variable.dtype) for variable in variables]
+    numbers = (np.asarray(_numpy(variable), np.float64) for variable in variables)
+    saved.rms = [float(np.sqrt(np.mean(np.square(value)))) or None if value.size else None for value in numbers]
+    if callable(getattr(optimizer, "factoring", None)):
+        saved.config["factoring"] = optimizer.factoring
+    return saved
+
+
+def _path(variable: Any) -> str:
+    return str(getattr(variable, "path", None) or variable.name).split(":")[0]
+
+
+def _numpy(variable: Any) -> Array:
+    import keras
+
+    if "bfloat16" in str(variable.dtype):
+        variable = keras.ops.cast(variable, "float32")
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+def _order(saved: Saved, axes: Axes | None) -> _Order:
+    """Which position is what: the one reading that fits every shape.
+
+    Raises:
+        Refused: no reading fits, or several do.
+    """
+    found = list(_orders(saved, axes))
+    if not found and saved.ours and saved.variables is None:
+        remedy = "Pass the shapes of the model's trainable variables, in order (--shapes)."
+        raise Refused(message("a file of adafactor.keras without a model", "read with shapes", None, remedy))
+    if len(found) != 1:
+        remedy = "Check the shapes, their order, and the factoring (--set factoring=..., --axes)."
+        got = f"{len(found)} of them"
+        raise Refused(message(f"the {len(saved.values)} variables of the optimizer", "readable in one way", got, remedy))
+    return found[0]
+
+
+def _orders(saved: Saved, axes: Axes | None) -> Iterator[_Order]:
+    config = saved.config
+    # Options that the configuration does not tell are tried.
+    rates = [0, 1] if "learning_rate" not in config else [int(isinstance(config["learning_rate"], int | float))]
+    averages = [0, 1] if "use_ema" not in config else [int(bool(config["use_ema"]))]
+    accumulators = [0, 1] if not config else [int(bool(config.get("gradient_accumulation_steps")))]
+    momenta = [0, 1] if "beta_1" not in config else [int(bool(config["beta_1"]))]
+    variables = saved.variables
+    if not saved.ours:
+        momenta = [0]
+        variables = variables if variables is not None else _shapes_of_theirs(saved.values)
+    if variables is None:
+        return
+    for rate, average, accumulator, momentum in itertools.product(rates, averages, accumulators, momenta):
+        order = _Order([], 1 if rate else None)
+        position = 1 + rate
+        extra: list[dict[str, int]] = [{} for _ in variables]
+        for slot, there in ((AVERAGE, average), (ACCUMULATOR, accumulator)):
+            for index in range(len(variables) if there else 0):
+                extra[index][slot] = position
+                position += 1
+        for (name, shape), slots in zip(variables, extra, strict=True):
+            if saved.ours:
+                its_layout = _layout(config, name, shape, axes)
+                words_here = [*its_layout.slots, *(["momentum"] if momentum else [])]
+            else:
+                its_layout = _last_two(shape)
+                words_here = ["row", "column", ""] if its_layout.factored else ["", "", "second_moment"]
+            own = {slot: position + offset for offset, slot in enumerate(words_here) if slot}
+            position += len(words_here)
+            order.members.append(_Member(name, its_layout, {**own, **slots}))
+        if position == len(saved.values) and _fits(order, saved.values):
+            yield order
+
+
+def _fits(order: _Order, values: Sequence[Array]) -> bool:
+    if values[0].shape != () or (order.learning_rate is not None and values[1].shape != ()):
+        return False
+    for member in order.members:
+        shapes = {**member.layout.slots}
+        if any(values[at].shape != shapes.get(slot, member.layout.shape) for slot, at in member.slots.items()):
+            return False
+    return True
+
+
+def _shapes_of_theirs(values: Sequence[Array]) -> list[tuple[str, Shape]] | None:
+    """From the end backwards: r, c and velocity tell the shape of their variable."""
+    shapes: list[Shape] = []
+    end = len(values)
+    while end >= 3:
+        row, column, velocity = values[end - 3 : end]
+        shape = velocity.shape
+        if len(shape) >= 2:
+            fits = row.shape == shape[:-1] and column.shape == (*shape[:-2], shape[-1])
+        else:
+            fits = row.shape == column.shape == () and row.dtype.kind == column.dtype.kind == "i"
+        if not fits or (end == 3 and not shape):
+            break
+        shapes.insert(0, shape)
+        end -= 3
+    return [(str(number), shape) for number, shape in enumerate(shapes)] or None
+
+
+def _last_two(shape: Shape) -> Layout:
+    rank = len(shape)
+    return Layout(shape, (rank - 2,), (rank - 1,)) if rank >= 2 else Layout(shape, (), ())
+
+
+def _layout(config: Mapping[str, Any], name: str, shape: Shape, axes: Axes | None) -> Layout:
+    if axes is not None and name in axes:
+        return layout(shape, lambda *_: axes[name] or Factored(), name=name)
+    policy = config.get("factoring", "last_two")
+    if isinstance(policy, Mapping):
+        remedy = "Pass its axes (--axes), or a live optimizer."
+        raise Refused(message(f"the axes of {name}", "told by a policy's name", "a function", remedy))
+    return layout(shape, policy, config.get("min_dim_size_to_factor", 1), name=name)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read(
+    source: Any,
+    *,
+    report: Report | None = None,
+    shapes: Shapes | None = None,
+    axes: Axes | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+) -> State:
+    """The state of a live optimizer, or in a ``.keras`` or ``.weights.h5`` file.
+
+    Args:
+        source: a built ``keras.optimizers.Adafactor`` or ``adafactor.keras.Adafactor``, or a path.
+        shapes: names and shapes of the model's trainable variables in their order, for a file that does not tell.
+        axes: ``Factored`` by name, where a function chose them.
+        hyperparameters: what a ``.weights.h5`` file does not tell, in the project's names: ``factoring``,
+            ``min_dim_size_to_factor``, ``gradient_accumulation_steps``.
+
+    Raises:
+        Refused: it is none of them, or does not tell enough.
+    """
+    report = Report() if report is None else report
+    saved = load(source, shapes)
+    saved.config = {**saved.config, **(hyperparameters or {})}
+    with reading("the optimizer", "an Adafactor of Keras"):
+        order = _order(saved, axes)
+        group = _group(saved, order, report)
+        steps = int(saved.values[0])
+        accumulated = saved.config.get("gradient_accumulation_steps") or 1
+        if steps % accumulated:
+            report.note(f"{steps % accumulated} gradients were accumulated towards the next update: stop after a whole one")
+        parameters = []
+        for index, member in enumerate(order.members):
+            slots = {slot: saved.values[at] for slot, at in member.slots.items()}
+            for slot in member.layout.slots:
+                if slots[slot].dtype != np.float64:
+                    slots[slot] = slots[slot].astype(np.float32)
+            parameters.append(
+                Parameter(
+                    member.name,
+                    member.layout,
+                    slots,
+                    steps // accumulated,
+                    saved.dtypes[index] if saved.dtypes else None,
+                    0,
+                    saved.rms[index] if saved.rms else None,
+                )
+            )
+    return State(tuple(parameters), (group,), "keras", saved.format)
+
+
+def _group(saved: Saved, order: _Order, report: Report) -> dict[str, Any]:
+    own = {name: value for name, value in saved.config.items() if isinstance(value, str | int | float | type(None))}
+    if not isinstance(saved.config.get("learning_rate"), int | float):
+        own.pop("learning_rate", None)
+        if "learning_rate" in saved.config:
+            report.note("the learning rate is a schedule, which does not carry over: set one in the target")
+    if order.learning_rate is not None:
+        own["learning_rate"] = float(saved.values[order.learning_rate])
+    return words.read(saved.format, own)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    state: State,
+    template: Any,
+    target: PathLike | None = None,
+    *,
+    names: Names | None = None,
+    report: Report | None = None,
+    shapes: Shapes | None = None,
+    axes: Axes | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    format: str | None = None,
+) -> None:
+    """Put a state into an optimizer of Keras.
+
+    Args:
+        template: a built optimizer, whose variables are assigned; or the path of a ``.keras`` or ``.weights.h5`` file
+            with such an optimizer in it, of which ``target`` becomes a copy with the state in place of its own.
+        target: the file to write, with a template that is a file.
+        names: see :mod:`adafactor.convert.names`.
+        report: receives what changed.
+        shapes, axes, hyperparameters: of the template, as for :func:`read`.
+        format: ``"keras"`` or ``"adafactor.keras"``, to insist on the template's class.
+
+    Raises:
+        Refused: the template does not fit. Nothing has been written.
+    """
+    report = Report() if report is None else report
+    saved = load(template, shapes)
+    if format is not None and saved.format != format:
+        raise Refused(message("the template", f"of {format}", saved.format, "Compile the model with that class."))
+    saved.config = {**saved.config, **(hyperparameters or {})}
+    order = _order(saved, axes)
+    wanted = {member.name: member.layout.shape for member in order.members}
+    group = words.one_group(state, saved.format, report)
+    state = words.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
+    told = words.write(saved.format, {k: v for k, v in group.items() if k not in ("factoring", "min_dim_size_to_factor")}, report)
+    values = _values(state, saved, order, report)
+    if order.learning_rate is not None and isinstance(told.get("learning_rate"), int | float):
+        values[order.learning_rate] = np.asarray(told["learning_rate"], saved.values[order.learning_rate].dtype)
+    if not isinstance(template, str | os.PathLike):
+        _note_config(saved, told, report)
+        for variable, value in zip(template.variables, values, strict=True):
+            variable.assign(value)
+        return
+    if target is None:
+        raise Refused(message("target", "a path, with a template that is a file", None, "Pass one."))
+    with replacing(target) as new:
+        if zipfile.is_zipfile(template):
+            _write_archive(Path(template), new, values, told)
+        else:
+            new.write_bytes(Path(template).read_bytes())
+            _write_h5(new, values)
+            _note_config(saved, told, report)
+
+
+def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[Array]:
+    """What every position of the target will hold."""
+    count = words.one_count(state, saved.format, report)
+    values = [np.zeros_like(value) for value in saved.values]
+    values[0] = np.asarray(count * (saved.config.get("gradient_accumulation_steps") or 1), saved.values[0].dtype)
+    if order.learning_rate is not None:
+        values[order.learning_rate] = saved.values[order.learning_rate]
+    known = state.named()
+    extra: dict[str, list[str]] = {}
+    for member in order.members:
+        parameter = fitted(known[member.name], member.layout, report)
+        for slot, value in parameter.slots.items():
+            if slot not in member.slots:
+                extra.setdefault(slot, []).append(member.name)
+            else:
+                at = member.slots[slot]
+                values[at] = _cast(value, saved.values[at], saved.format, report)
+        for slot in [slot for slot in (AVERAGE, "momentum") if slot in member.slots and slot not in parameter.slots]:
+            if slot == AVERAGE:  # of the weights, which the template has and the state has not
+                values[member.slots[slot]] = saved.values[member.slots[slot]]
+            report.dropped(slot.capitalize(), [member.name], "the source has none, and the target keeps one")
+        if not saved.ours and member.layout.factored:
+            at = member.slots["column"] + 1
+            values[at] = _velocity(parameter, saved.values[at])
+    for slot, names in extra.items():
+        report.dropped(slot, names, f"this {saved.format} has no such state")
+    return values
+
+
+def _velocity(parameter: Parameter, like: Array) -> Array:
+    """What Keras's class writes beside row and column at every step and never reads: their product over the mean."""
+    row, column = parameter.slots["row"], parameter.slots["column"]
+    mean = row.mean(axis=-1, keepdims=True)
+    scaled = np.divide(row, mean, out=np.zeros_like(row), where=mean != 0)
+    return (scaled[..., None] * column[..., None, :]).astype(like.dtype)
+
+
+def _cast(value: Array, like: Array, format: str, report: Report) -> Array:
+    if value.dtype.itemsize > like.dtype.itemsize:
+        report.note(f"{format} keeps this state in {like.dtype}: it is rounded")
+    return value.astype(like.dtype)
+
+
+def _note_config(saved: Saved, told: Mapping[str, Any], report: Report) -> None:
+    """Hyperparameters that a file without a configuration, or a live optimizer, does not take from the state."""
+    other = {name: value for name, value in told.items() if name != "learning_rate" and saved.config.get(name) != value}
+    if other:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        report.advise(f"The optimizer's configuration is not written here: construct it with {arguments}")
+
+
+def _write_h5(path: Path, values: Sequence[Array]) -> None:
+    import h5py
+
+    with h5py.File(path, "r+") as opened:
+        group = opened[_VARS]
+        for number, value in enumerate(values):
+            group[str(number)][...] = value
+
+
+def _write_archive(template: Path, new: Path, values: Sequence[Array], told: Mapping[str, Any]) -> None:
+    weights = new.with_suffix(".h5")
+    with zipfile.ZipFile(template) as old, zipfile.ZipFile(new, "w") as archive:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename == _WEIGHTS:
+                weights.write_bytes(data)
+                _write_h5(weights, values)
+                data = weights.read_bytes()
+            elif entry.filename == _CONFIG:
+                content = json.loads(data)
+                config = content["compile_config"]["optimizer"]["config"]
+                fixed = isinstance(config.get("learning_rate"), int | float)
+                config |= {
+                    name: value
+                    for name, value in told.items()
+                    if name in config and (name != "learning_rate" or (fixed and isinstance(value, int | float)))
+                }
+                data = json.dumps(content).encode()
+            archive.writestr(entry.filename, data)

@@ -1,0 +1,77 @@
+"""What a conversion did to every parameter, and what did not carry over: said, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of one parameter's second moment.
+
+    Attributes:
+        name: of the parameter, in the target.
+        how: ``"kept"``, the same numbers; ``"means"``, means of the source's numbers, exactly what the target would
+            have kept itself; ``"rebuilt"``, taken from row × column / mean, because the source had not kept it.
+        estimate_change: how far the estimate of the second moment moved, ‖new - old‖ / ‖old‖ over the parameter.
+    """
+
+    name: str
+    how: str
+    estimate_change: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return self.how != "rebuilt"
+
+
+@dataclass(slots=True)
+class Report:
+    """One ``Change`` per parameter; ``notes`` on what was lost or differs, and ``advice`` on what to do. Each once."""
+
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every statistic is what the target would have kept, and nothing else was left behind."""
+        return not self.notes and all(change.exact for change in self.changes)
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def advise(self, sentence: str) -> None:
+        if sentence not in self.advice:
+            self.advice.append(sentence)
+
+    def dropped(self, what: str, names: Iterable[str], why: str) -> None:
+        """One sentence for what several parameters lost."""
+        names = list(names)
+        if names:
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            self.note(f"{what} of {some} did not carry over: {why}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for ``--report``."""
+        return {"exact": self.exact, "notes": self.notes, "advice": self.advice, "parameters": [asdict(change) for change in self.changes]}
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        lines = []
+        for how, words in (
+            ("kept", "as they were"),
+            ("means", "by means, exactly what the target would have kept"),
+            ("rebuilt", "rebuilt from row × column / mean, NOT what the target would have kept"),
+        ):
+            changes = [change for change in self.changes if change.how == how]
+            if changes:
+                lines.append(f"  {len(changes)} parameters: {words}")
+            for change in changes:
+                if change.how != "kept" and len(lines) < 30:
+                    moved = change.estimate_change
+                    lines.append(f"    {change.name}: the estimate of the second moment moved by {moved:.2g}")
+        return "\n".join([*lines, *(f"  note: {note}." for note in self.notes), *(f"  {advice}." for advice in self.advice)])

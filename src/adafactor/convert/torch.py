@@ -1,0 +1,420 @@
+"""State dicts of ``torch.optim.Adafactor``, transformers' ``Adafactor`` and ``adafactor.torch.Adafactor``.
+
+All keep means; what each calls them is in :mod:`adafactor.convert.pytorch`, which loads them into a live optimizer of
+ours without a detour. Here they become a :class:`~adafactor.state.State`, and a State becomes one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import adafactor
+from adafactor.convert import words
+from adafactor.convert.archives import check_zip
+from adafactor.convert.axes import Axes, Shapes, fitted, roles
+from adafactor.convert.names import Names, rename
+from adafactor.convert.pytorch import NAMES
+from adafactor.convert.report import Report
+from adafactor.convert.words import FORMATS, OUR_TORCH, TORCH, TRANSFORMERS
+from adafactor.factoring import POLICIES, Layout, Shape, layout
+from adafactor.files import PathLike, Refused, reading, replacing
+from adafactor.hyperparameters import message
+from adafactor.state import Array, Parameter, State
+
+# Our names, to those of each peer.
+_THEIRS = {
+    TORCH: {"row": "row_var", "column": "col_var", "second_moment": "variance"},
+    TRANSFORMERS: {
+        **{"row": "exp_avg_sq_row", "column": "exp_avg_sq_col"},
+        **{"second_moment": "exp_avg_sq", "momentum": "exp_avg"},
+    },
+    OUR_TORCH: {},
+}
+_TRANSFORMERS_GROUP = {
+    **{"lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None},
+    **{"weight_decay": 0.0, "scale_parameter": True, "relative_step": True, "warmup_init": False},
+}
+#: A floor below this is below every square of a float32 gradient, and so is no floor.
+_NO_FLOOR = 1e-19
+
+
+def load(path: PathLike) -> Any:
+    """The content of a ``.pt`` file, by PyTorch's own reader of plain data: nothing in the file is executed.
+
+    Raises:
+        Refused: the file is damaged, or not plain tensors, numbers and containers.
+    """
+    with reading(path, "a .pt file of plain data"):
+        check_zip(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def find(content: Any) -> Mapping[str, Any]:
+    """The optimizer's state dict in a file that may hold more: a model's, a trainer's.
+
+    Raises:
+        Refused: there is none, or more than one.
+    """
+    found = list(_find(content, 4))
+    if len(found) != 1:
+        remedy = "Save optimizer.state_dict() by itself."
+        raise Refused(message("the file", "with the state dict of one Adafactor", f"{len(found)} of them", remedy))
+    return found[0]
+
+
+def _find(content: Any, depth: int) -> Iterator[Mapping[str, Any]]:
+    if isinstance(content, Mapping) and isinstance(content.get("param_groups"), list) and "state" in content:
+        if content["param_groups"] and _format(content["param_groups"][0]) is not None:
+            yield content
+    elif isinstance(content, Mapping | list | tuple) and depth:
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _find(value, depth - 1)
+
+
+def _format(group: Any) -> str | None:
+    if not isinstance(group, Mapping) or "eps" not in group:
+        return None
+    if "decay_rate" in group and "clip_threshold" in group:
+        return TRANSFORMERS
+    if "beta2_decay" not in group:
+        return None
+    return OUR_TORCH if "relative_step" in group else TORCH
+
+
+def format_of(content: Any) -> str:
+    """Which of the three formats a file's content is."""
+    return str(_format(find(content)["param_groups"][0]))
+
+
+def read(
+    source: Any, *, report: Report | None = None, shapes: Shapes | None = None, axes: Axes | None = None
+) -> State:
+    """The state of a live optimizer, or of a state dict, of any of the three classes.
+
+    Args:
+        source: an optimizer (sharded parameters are gathered, so every process must call), a state dict, or a path.
+        shapes: shapes by name, for a state dict whose statistics leave them open.
+        axes: ``Factored`` by name, for one whose axes a callable chose.
+
+    Raises:
+        Refused: it is none of them, or does not tell its shapes and axes.
+    """
+    report = Report() if report is None else report
+    live: list[Tensor] | None = None
+    if isinstance(source, torch.optim.Optimizer):
+        live = [param for group in source.param_groups for param in group["params"]]
+        groups = {index: group for index, group in enumerate(source.param_groups)}
+        source = {**source.state_dict(), "live": groups}
+    elif not isinstance(source, Mapping):
+        source = load(source)
+    source = find(source)
+    groups, parameters, position = source["param_groups"], [], 0
+    format = _format(groups[0])
+    assert format is not None
+    hyperparameters = []
+    with reading("the state dict", f"one of {format}"):
+        for number, group in enumerate(groups):
+            hyperparameters.append(_read_group(format, group, report))
+            names = group.get("param_names") or [str(key) for key in group["params"]]
+            for key, name in zip(group["params"], names, strict=True):
+                values = source["state"].get(key)
+                param = None if live is None else live[position]
+                position += 1
+                if values:
+                    known = source["live"][number] if live is not None else group
+                    parameters.append(_read_one(format, name, values, known, number, param, shapes, axes))
+    module = adafactor if format == OUR_TORCH else torch
+    version = module.__version__ if live is not None else ""
+    return State(tuple(parameters), tuple(hyperparameters), "torch", format, str(version))
+
+
+def _read_group(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    found = words.read(format, {name: _plain(value) for name, value in group.items()})
+    first, second = group["eps"]
+    found["epsilon_1"], found["epsilon_2"] = 1e-30 if first is None else float(first), float(second)
+    if format == TORCH and first is not None and first > _NO_FLOOR:
+        report.note(
+            f"torch.optim's eps[0]={first} was a floor under the second moment; elsewhere it is added to g², which "
+            "differs wherever g² is not much larger"
+        )
+    if found["relative_step"] is True:
+        found["relative_step"] = "always"  # a scheduler writes where the user does, so PyTorch's cap is on everything
+    if format == TRANSFORMERS and group["relative_step"]:
+        found["learning_rate"] = 1e-2
+        if group.get("warmup_init"):
+            report.note("transformers' warmup_init does not carry over: add a scheduler, or the learning rate is 1e-2")
+    if isinstance(found.get("clip_threshold"), float) and math.isinf(found["clip_threshold"]):
+        found["clip_threshold"] = None
+    if callable(found.get("factoring")):
+        del found["factoring"]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _read_one(
+    format: str,
+    name: str,
+    values: Mapping[str, Any],
+    group: Mapping[str, Any],
+    number: int,
+    param: Tensor | None,
+    shapes: Shapes | None,
+    axes: Axes | None,
+) -> Parameter:
+    slots = {
+        NAMES.get(key, key) if format != OUR_TORCH else key: _array(value)
+        for key, value in values.items()
+        if isinstance(value, Tensor) and key not in ("step", "RMS")
+    }
+    if format == TORCH and "row" in slots:
+        slots["row"], slots["column"] = slots["row"].squeeze(-1), slots["column"].squeeze(-2)
+    for slot in ("row", "column", "second_moment"):
+        if slot in slots and slots[slot].dtype != np.float64:
+            slots[slot] = slots[slot].astype(np.float32)
+    shape = shapes.get(name) if shapes is not None else None
+    shape = slots["momentum"].shape if shape is None and "momentum" in slots else shape
+    shape = tuple(param.shape) if param is not None else shape
+    policy = group.get("factoring", "last_two" if format != OUR_TORCH else None)
+    if format != OUR_TORCH:
+        choose = [last_two]
+    elif callable(policy):
+        choose = [partial(layout, factoring=policy, name=name)]
+    elif policy in POLICIES:
+        choose = [partial(layout, factoring=policy)]  # that it is factored is known
+    else:
+        choose = []
+    statistics = {slot: slots[slot].shape for slot in ("row", "column", "second_moment") if slot in slots}
+    if not statistics:
+        raise ValueError(f"{name} has no statistics")
+    its_layout = roles(name, statistics, choose, shape=shape, axes=axes)
+    rms = float(values["RMS"]) if "RMS" in values else None
+    dtype = None
+    if param is not None:
+        dtype = str(param.dtype).removeprefix("torch.")
+        whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+        rms = float(whole.detach().double().square().mean().sqrt()) if whole.numel() else None
+    return Parameter(name, its_layout, slots, _count(values["step"], name), dtype, number, rms or None)
+
+
+def _count(step: Any, name: str) -> int:
+    value = step.item() if isinstance(step, Tensor) else step
+    if not float(value).is_integer():
+        raise Refused(message(f"the step of {name}", "a whole number", value, "Save the file again."))
+    return int(value)
+
+
+def _array(value: Tensor) -> Array:
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+    value = value.detach().cpu()
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise Refused(message("a tensor", "as large as its storage", tuple(value.shape), "It repeats its elements."))
+    value = value.contiguous()
+    if value.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return np.array(value.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+    return np.array(value.numpy())
+
+
+def _tensor(value: Array) -> Tensor:
+    if value.dtype.name == "bfloat16":
+        return torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(value))
+
+
+def last_two(shape: Shape) -> Layout:
+    """What ``torch.optim``, transformers and Keras do, with empty tensors too."""
+    rank = len(shape)
+    return Layout(shape, (rank - 2,), (rank - 1,)) if rank >= 2 else Layout(shape, (), ())
+
+
+def write(
+    state: State,
+    format: str = OUR_TORCH,
+    *,
+    template: Any = None,
+    names: Names | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """A state dict for ``load_state_dict`` of one of the three classes.
+
+    Args:
+        format: ``"adafactor.torch"``, ``"torch.optim"`` or ``"transformers"``.
+        template: an optimizer of that class, its state dict, or a path: the order, the names and the groups of the
+            parameters. Without one they are the state's.
+        names: see :mod:`adafactor.convert.names`.
+        report: receives what changed.
+
+    Raises:
+        Refused: the template does not fit.
+    """
+    report = Report() if report is None else report
+    groups = None if template is None else _template(template, format)
+    target: dict[str, Shape | None] | None = None
+    if groups is not None:
+        listed = [name for group in groups for name in group.get("param_names") or map(str, group["params"])]
+        target = dict.fromkeys(listed)
+    state = rename(state, names, target, "torch", report, partial=True)
+    state = words.momentum_as(state, format, report)
+    if groups is None:
+        groups = _own_groups(state, format)
+    saved: dict[int, dict[str, Any]] = {}
+    known = state.named()
+    for group in groups:
+        listed = group.get("param_names") or [str(key) for key in group["params"]]
+        members = [known[name] for name in listed if name in known]
+        sources = {parameter.group for parameter in members}
+        if len(sources) > 1:
+            report.note(f"one group of the target has parameters of {len(sources)} groups of the source: it follows the first")
+        if members:
+            told = state.groups[members[0].group]
+            wanted = _choose(format, group, told, members)
+            _write_group(format, group, told, report)
+            if format == OUR_TORCH and isinstance(wanted, tuple):
+                group["factoring"], group["min_dim_size_to_factor"] = wanted
+                if callable(wanted[0]):
+                    del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
+        for key, name in zip(group["params"], listed, strict=True):
+            if name in known:
+                its_layout = last_two(known[name].shape) if format != OUR_TORCH else layout(known[name].shape, *wanted, name=name)
+                saved[key] = _write_one(fitted(known[name], its_layout, report), format, report)
+    return {"state": saved, "param_groups": groups}
+
+
+def _template(template: Any, format: str) -> list[dict[str, Any]]:
+    callables = []
+    if isinstance(template, torch.optim.Optimizer):
+        callables = [group.get("factoring") for group in template.param_groups]
+        template = template.state_dict()
+    elif not isinstance(template, Mapping):
+        template = load(template)
+    template = find(template)
+    found = _format(template["param_groups"][0])
+    if found != format:
+        raise Refused(message("the template", f"of {format}", found, "Make it with an optimizer of that class."))
+    groups = [{**_defaults(format), **group} for group in template["param_groups"]]
+    for group, rule in zip(groups, callables, strict=False):
+        if callable(rule):
+            group["factoring"] = rule
+    return groups
+
+
+def _own_groups(state: State, format: str) -> list[dict[str, Any]]:
+    """Groups as the state has them, with the class's defaults for what the state does not know."""
+    groups, position = [], 0
+    for number in range(len(state.groups)):
+        members = [parameter.name for parameter in state.parameters if parameter.group == number]
+        defaults = _defaults(format)
+        keys = list(range(position, position + len(members)))
+        position += len(members)
+        if not all(name.isdecimal() for name in members):
+            defaults["param_names"] = members
+        groups.append({**defaults, "params": keys})
+        if "param_names" not in defaults and members != [str(key) for key in keys]:
+            groups[-1]["param_names"] = members
+    return groups
+
+
+def _defaults(format: str) -> dict[str, Any]:
+    if format == TRANSFORMERS:
+        return dict(_TRANSFORMERS_GROUP)
+    from adafactor.torch import Adafactor
+
+    make: Any = Adafactor if format == OUR_TORCH else torch.optim.Adafactor
+    group = dict(make([torch.zeros(1)]).param_groups[0])
+    del group["params"]
+    return group
+
+
+def _choose(format: str, group: Mapping[str, Any], told: Mapping[str, Any], members: list[Parameter]) -> Any:
+    """``factoring`` and least side for a group of ours: what keeps the statistics as they are, if anything does."""
+    if format != OUR_TORCH:
+        return None
+    if callable(group["factoring"]):
+        return group["factoring"], group["min_dim_size_to_factor"]
+    first = (told.get("factoring", group["factoring"]), told.get("min_dim_size_to_factor", group["min_dim_size_to_factor"]))
+    least = {first[1], group["min_dim_size_to_factor"], 1, 2, 128}
+    tried = [first, *((policy, side) for policy in POLICIES for side in sorted(least))]
+    if "factoring" in told and told.get("factoring") not in POLICIES:
+        tried = tried[1:]
+    for policy, side in tried:
+        if all(layout(parameter.shape, policy, side) == parameter.layout for parameter in members):
+            return policy, side
+    return tried[0]
+
+
+def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], report: Report) -> None:
+    """Set a group's hyperparameters as far as the state knows them; what it does not know stays."""
+    own = words.write(format, told, report)
+    if own.get("relative_step") == "always":
+        own["relative_step"] = True
+    if "momentum_dtype" in own:
+        own["momentum_dtype"] = getattr(torch, own["momentum_dtype"]) if isinstance(own["momentum_dtype"], str) else None
+    for word in ("factoring", "min_dim_size_to_factor"):
+        own.pop(word, None)  # as the statistics are
+    if not isinstance(own.get("lr", 0.0), int | float):
+        report.note(f"the learning rate {own.pop('lr')!r} is no number: set one")
+    if own.get("weight_decay", 0) is None:
+        own["weight_decay"] = 0.0
+    if format == TORCH and own.get("d", 1.0) is None:
+        own["d"] = math.inf
+    if format == TRANSFORMERS:
+        if own.get("clip_threshold", 1.0) is None:
+            own["clip_threshold"] = math.inf
+        if own.get("relative_step"):
+            if own.get("lr") == 1e-2:
+                own["lr"] = None
+            else:
+                report.note(f"transformers caps a learning rate of 0.01 only, not {own.get('lr')}: it is not capped")
+                own["relative_step"] = False
+    first, second = told.get("epsilon_1", group["eps"][0]), told.get("epsilon_2", group["eps"][1])
+    if format == TORCH and first is not None and first > _NO_FLOOR:
+        report.note(f"torch.optim takes epsilon_1={first} for a floor under the second moment instead of adding it to g²")
+    group.update(own)
+    group["eps"] = (first, second)
+
+
+def _write_one(parameter: Parameter, format: str, report: Report) -> dict[str, Any]:
+    values = dict(parameter.slots)
+    if format == TORCH and "row" in values:
+        values["row"], values["column"] = values["row"][..., None], values["column"][..., None, :]
+    extra = parameter.extra
+    if format != OUR_TORCH and extra:
+        report.dropped(" and ".join(extra), [parameter.name], f"{format} has no such state")
+        if "momentum_scale" in extra and "momentum" in values:
+            del values["momentum"]
+            report.dropped("Momentum of 8 bits", [parameter.name], "train one step with a wider momentum_dtype first")
+        values = {name: value for name, value in values.items() if name not in extra}
+    if format == TRANSFORMERS and "momentum" in values:
+        values["momentum"] = values["momentum"].astype(np.float32)
+    if format == TORCH:
+        if parameter.count > 1 << 24:
+            report.note(f"torch.optim counts in float32: {parameter.count} updates become {int(np.float32(parameter.count))}")
+        step: Any = torch.tensor(float(parameter.count), dtype=torch.float32)
+    else:
+        step = parameter.count if format == TRANSFORMERS else torch.tensor(parameter.count, dtype=torch.int64)
+    named = {_THEIRS[format].get(name, name): _tensor(value) for name, value in values.items()}
+    # transformers takes RMS anew before it uses it.
+    return {"step": step, **named, **({"RMS": parameter.rms or 0} if format == TRANSFORMERS else {})}
+
+
+def save(content: Mapping[str, Any], path: PathLike) -> None:
+    """A ``.pt`` file, there whole or not at all."""
+    with replacing(path) as new:
+        torch.save(content, new)
+
+
+__all__ = ["FORMATS", "find", "format_of", "last_two", "load", "read", "save", "write"]
