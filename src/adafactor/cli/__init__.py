@@ -23,7 +23,7 @@ from adafactor.cli.command import Parser, Refusal
 from adafactor.cli.terminal import write_anything
 
 #: In the order of ``adafactor --help``.
-COMMANDS = ("demo", "plan", "bench", "doctor")
+COMMANDS = ("demo", "plan", "convert", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,1 +1,203 @@
-"""Checkpoints of other implementations, read into this project's own state."""
+"""Optimizer state from one framework to another: ``docs/state.md``.
+
+``read`` makes an :class:`adafactor.state.State` of a checkpoint, ``write`` makes a checkpoint of a State, ``convert`` does
+both. The converters beside this file do the work and take live objects too:
+
+    adafactor.convert.torch    torch.optim.Adafactor, transformers' Adafactor, adafactor.torch
+    adafactor.convert.jax      optax.adafactor, adafactor.optax, T5X
+    adafactor.convert.keras    keras.optimizers.Adafactor, adafactor.keras
+
+No framework is imported before a file of its own is read or written.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adafactor import state as states
+from adafactor.convert.axes import Axes, Shapes
+from adafactor.convert.names import Names, rename
+from adafactor.convert.report import Change, Report
+from adafactor.convert.words import FORMATS
+from adafactor.files import PathLike, Refused, reading
+from adafactor.hyperparameters import message
+from adafactor.state import State
+
+STATE = "state"
+#: Everything that ``format`` and ``--to`` can be.
+NAMES = (STATE, *FORMATS)
+_H5 = b"\x89HDF\r\n\x1a\n"
+
+
+def family_of(path: PathLike) -> str:
+    """``state``, ``torch``, ``keras`` or ``jax``: which converter reads a file or folder, by its content.
+
+    Raises:
+        Refused: none of them.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(message("the file", "there", str(path), "Check the name."))
+    if path.is_dir():
+        return "jax"  # Orbax
+    with reading(path, "a checkpoint"):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            if "config.json" in names:
+                return "keras"
+            if any(name.endswith("/data.pkl") for name in names):
+                return "torch"
+            raise ValueError("it is a zip archive of another kind")
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start.startswith(_H5):
+            return "keras"
+        if states.is_state(path):
+            return STATE
+        if path.suffix == ".safetensors" or start[8:9] == b"{":
+            raise ValueError("it is a safetensors file without the metadata of a state, or a damaged one")
+        if start and (start[0] >> 4 == 8 or start[0] in (0xDE, 0xDF)):
+            return "jax"  # msgpack of a mapping
+        raise ValueError("it is neither safetensors, .pt, .keras, .h5, msgpack nor an Orbax folder")
+
+
+def read(
+    source: PathLike,
+    format: str | None = None,
+    *,
+    report: Report | None = None,
+    shapes: Shapes | None = None,
+    axes: Axes | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+) -> State:
+    """The state in a file or folder of any format.
+
+    Args:
+        format: one of ``NAMES`` to insist on it; ``None`` takes what it is.
+        report: receives what does not carry over.
+        shapes: parameters' shapes by name, in order, where the file leaves them open.
+        axes: ``adafactor.Factored`` by name, where the file leaves them open.
+        hyperparameters: what the file does not tell, or tells otherwise, in the project's names.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        Refused: it cannot be read; the text is one sentence with the remedy.
+    """
+    report = Report() if report is None else report
+    _known(format)
+    family = family_of(source)
+    if family == STATE:
+        state, found = states.read(source), STATE
+    elif family == "keras":
+        from adafactor.convert import keras
+
+        state = keras.read(source, report=report, shapes=shapes, axes=axes, hyperparameters=hyperparameters)
+        found = state.optimizer
+    else:
+        state = _converter(family).read(os.fspath(source), report=report, shapes=shapes, axes=axes)
+        found = state.optimizer
+    if format not in (None, found):
+        raise Refused(message(f"{source}", f"of {format}", found, f"Leave --from out, or pass {found}."))
+    return state.with_hyperparameters(hyperparameters) if hyperparameters else state
+
+
+def write(
+    state: State,
+    target: PathLike,
+    format: str,
+    *,
+    template: PathLike | None = None,
+    names: Names | None = None,
+    report: Report | None = None,
+    shapes: Shapes | None = None,
+    axes: Axes | None = None,
+    template_hyperparameters: Mapping[str, Any] | None = None,
+) -> Report:
+    """Write a state as a file or folder of a format, which is there whole or not at all.
+
+    Args:
+        target: ``*.safetensors``, ``*.pt``, ``*.keras``, ``*.weights.h5``, ``*.msgpack``, or a folder for Orbax.
+        format: one of ``NAMES``.
+        template: a file of the target's format whose optimizer state is replaced: needed for Keras, and for the others
+            where names, order or groups matter.
+        names: parameters by the target's names; see :mod:`adafactor.convert.names`.
+        shapes, axes, template_hyperparameters: of the template, where it does not tell.
+
+    Returns:
+        What changed, and what did not carry over.
+
+    Raises:
+        FileNotFoundError: the target's folder does not exist.
+        Refused: something does not fit. Nothing has been written.
+    """
+    report = Report() if report is None else report
+    _known(format)
+    if format == STATE:
+        states.write(rename(state, names, None, state.framework, report), target)
+        report.changes.extend(Change(parameter.name, "kept") for parameter in state.parameters)
+        return report
+    framework = FORMATS[format].framework
+    if framework == "keras":
+        from adafactor.convert import keras
+
+        if template is None:
+            raise Refused(message("template", "a .keras or .weights.h5 file", None, "Save the target's model once."))
+        keras.write(
+            state,
+            template,
+            target,
+            names=names,
+            report=report,
+            shapes=shapes,
+            axes=axes,
+            hyperparameters=template_hyperparameters,
+            format=format,
+        )
+        return report
+    converter = _converter(framework)
+    path = None if template is None else os.fspath(template)
+    content = converter.write(state, format, template=path, names=names, report=report)
+    converter.save(content, target)
+    return report
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    to: str,
+    *,
+    format: str | None = None,
+    template: PathLike | None = None,
+    names: Names | None = None,
+    shapes: Shapes | None = None,
+    axes: Axes | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+) -> Report:
+    """``read`` and ``write``. ``shapes`` and ``axes`` are of the source, or of a template that does not tell its own.
+
+    Returns:
+        What changed, and what did not carry over.
+    """
+    report = Report()
+    state = read(source, format, report=report, shapes=shapes, axes=axes, hyperparameters=hyperparameters)
+    return write(state, target, to, template=template, names=names, report=report, shapes=shapes, axes=axes)
+
+
+def _converter(framework: str) -> Any:
+    if framework == "torch":
+        from adafactor.convert import torch
+
+        return torch
+    from adafactor.convert import jax
+
+    return jax
+
+
+def _known(format: str | None) -> None:
+    if format is not None and format not in NAMES:
+        raise Refused(message("the format", f"one of {', '.join(NAMES)}", format, "Leave --from out to find out."))

@@ -342,7 +342,7 @@ def write(
                 rule = f"of shape {old.shape} as in the template"
                 raise Refused(message(f"{slot} of {name}", rule, value.shape, "Make the template for these parameters."))
             if value.dtype.itemsize > old.dtype.itemsize:
-                report.note(f"{format} keeps statistics or momentum in {old.dtype.name}: they are rounded")
+                report.note(f"{format} keeps statistics or momentum in {old.dtype.name}: they are rounded", lossy=True)
             filled[slot][name] = value.astype(old.dtype)
         if "momentum" in new and "momentum" not in found.slots:
             report.dropped("Momentum", [name], "the template has none")

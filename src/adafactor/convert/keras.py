@@ -317,7 +317,7 @@ def read(
         steps = int(saved.values[0])
         accumulated = saved.config.get("gradient_accumulation_steps") or 1
         if steps % accumulated:
-            report.note(f"{steps % accumulated} gradients were accumulated towards the next update: stop after a whole one")
+            report.note(f"{steps % accumulated} gradients were accumulated towards the next update: stop after a whole one", lossy=True)
         parameters = []
         for index, member in enumerate(order.members):
             slots = {slot: saved.values[at] for slot, at in member.slots.items()}
@@ -345,7 +345,8 @@ def _group(saved: Saved, order: _Order, report: Report) -> dict[str, Any]:
         if "learning_rate" in saved.config:
             report.note("the learning rate is a schedule, which does not carry over: set one in the target")
     if order.learning_rate is not None:
-        own["learning_rate"] = float(saved.values[order.learning_rate])
+        rate = saved.values[order.learning_rate][()]
+        own["learning_rate"] = float(str(rate))  # 0.01 for the float32 next to it
     return words.read(saved.format, own)
 
 
@@ -446,7 +447,7 @@ def _velocity(parameter: Parameter, like: Array) -> Array:
 
 def _cast(value: Array, like: Array, format: str, report: Report) -> Array:
     if value.dtype.itemsize > like.dtype.itemsize:
-        report.note(f"{format} keeps this state in {like.dtype}: it is rounded")
+        report.note(f"{format} keeps this state in {like.dtype}: it is rounded", lossy=True)
     return value.astype(like.dtype)
 
 

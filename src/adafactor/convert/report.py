@@ -34,13 +34,16 @@ class Report:
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
+    complete: bool = True  # nothing of the state was lost, rounded or approximated
 
     @property
     def exact(self) -> bool:
-        """Whether every statistic is what the target would have kept, and nothing else was left behind."""
-        return not self.notes and all(change.exact for change in self.changes)
+        """Whether the target has the state that it would have reached itself. Hyperparameters are another matter."""
+        return self.complete and all(change.exact for change in self.changes)
 
-    def note(self, sentence: str) -> None:
+    def note(self, sentence: str, *, lossy: bool = False) -> None:
+        """Add a sentence; ``lossy`` where the state itself is not carried over exactly."""
+        self.complete = self.complete and not lossy
         if sentence not in self.notes:
             self.notes.append(sentence)
 
@@ -53,7 +56,7 @@ class Report:
         names = list(names)
         if names:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            self.note(f"{what} of {some} did not carry over: {why}")
+            self.note(f"{what} of {some} did not carry over: {why}", lossy=True)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for ``--report``."""

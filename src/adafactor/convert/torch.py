@@ -402,7 +402,7 @@ def _write_one(parameter: Parameter, format: str, report: Report) -> dict[str, A
         values["momentum"] = values["momentum"].astype(np.float32)
     if format == TORCH:
         if parameter.count > 1 << 24:
-            report.note(f"torch.optim counts in float32: {parameter.count} updates become {int(np.float32(parameter.count))}")
+            report.note(f"torch.optim counts in float32: {parameter.count} updates become {int(np.float32(parameter.count))}", lossy=True)
         step: Any = torch.tensor(float(parameter.count), dtype=torch.float32)
     else:
         step = parameter.count if format == TRANSFORMERS else torch.tensor(parameter.count, dtype=torch.int64)

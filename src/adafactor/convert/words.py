@@ -132,20 +132,21 @@ def write(format: str, group: Mapping[str, Any], report: Report) -> dict[str, An
     own = {word: group[project] for word, project in known.words.items() if project in group}
     if known.framework == "jax" and "decay_rate" in own:
         own["decay_rate"] = -own["decay_rate"]
-    words = set(known.words.values())
+    words = {*known.words.values(), *(("epsilon_1", "epsilon_2") if known.framework == "torch" else ())}  # eps
     for name, value in group.items():
         if name in _HARMLESS or name in words or (name == "weight_decay_of" and not group.get("weight_decay")):
             continue
         always = known.always.get(name, _USUAL.get(name))
-        if not _same(name, value, always, group):
+        if not _same(name, value, always):
             report.note(f"{format} has no word for {name}={value!r}: it does as with {name}={always!r}")
     return own
 
 
-def _same(name: str, value: Any, always: Any, group: Mapping[str, Any]) -> bool:
+def _same(name: str, value: Any, always: Any) -> bool:
     if value == always or (name == "relative_step" and value is True and always == "always"):
         return True
-    return name in ("epsilon_1", "epsilon_2") and isinstance(value, float) and math.isclose(value, always, rel_tol=1e-6)
+    numbers = isinstance(value, float) and isinstance(always, float)
+    return numbers and math.isclose(value, always, rel_tol=1e-6)
 
 
 def told(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any]:
@@ -170,7 +171,8 @@ def one_count(state: State, format: str, report: Report) -> int:
     if len(counts) > 1:
         report.note(
             f"{format} counts updates once for all parameters, the source had counts from {min(counts)} to "
-            f"{max(counts)}: the largest is used"
+            f"{max(counts)}: the largest is used",
+            lossy=True,
         )
     return state.count
 
@@ -210,7 +212,8 @@ def momentum_as(state: State, format: str, report: Report) -> State:
     if approximate:
         report.note(
             f"momentum of {len(approximate)} parameters is rescaled by the last step size, which was not constant: it "
-            "carries over approximately"
+            "carries over approximately",
+            lossy=True,
         )
     return replace(state, parameters=tuple(parameters))
 
