@@ -1,0 +1,17 @@
+"""Conversions need all frameworks in one process; Keras runs on PyTorch here."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "torch"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
