@@ -68,6 +68,8 @@ def fitted(parameter: Parameter, wanted: Layout, report: Report) -> Parameter:
         else:
             value, origin = np.asarray(parameter.slots[source], np.float64), have[source]
         gone = tuple(place for place, axis in enumerate(origin) if axis not in axes)
+        if not value.size:  # nothing has a mean
+            value, gone = np.zeros([wanted.shape[axis] for axis in axes]), ()
         slots[slot] = (value.mean(axis=gone) if gone else value).astype(_dtype(parameter))
     new = replace(parameter, layout=wanted, slots=slots)
     swapped = sorted(have.values()) == sorted(want.values())
