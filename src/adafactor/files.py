@@ -60,11 +60,11 @@ def reading(path: object, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(message("the file", "there", str(path), "Check the name.")) from None
+    except Refused:
+        raise
     except Exception as error:
-        if isinstance(error, Refused):
-            raise
+        if isinstance(error, FileNotFoundError) and not os.path.exists(str(path)):
+            raise FileNotFoundError(message("the file", "there", str(path), "Check the name.")) from None
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise Refused(f"{path} is not {what} that can be read: {cause.rstrip('.')}. Save it again.") from error
 

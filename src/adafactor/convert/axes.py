@@ -190,5 +190,14 @@ def _partitions(shape: Shape) -> Iterable[Layout]:
             yield Layout(shape, rows, columns)
 
 
+def rms_of(value: Array) -> float | None:
+    """Root mean square of a parameter, ``None`` where it has none."""
+    with np.errstate(invalid="ignore"):
+        value = np.asarray(value, np.float64)
+    if not value.size or not np.isfinite(value).all():
+        return None
+    return float(np.sqrt(np.mean(np.square(value))))
+
+
 def _dtype(parameter: Parameter) -> Any:
     return next(iter(parameter.statistics.values())).dtype

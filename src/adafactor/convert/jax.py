@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from adafactor.convert import msgpack, words
-from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, roles
+from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.words import FORMATS, OPTAX, OUR_OPTAX, T5X
@@ -237,7 +237,7 @@ def _read_one(
     if param is not None and hasattr(param, "shape"):
         values = _array(param)
         shape, dtype = values.shape, str(values.dtype)
-        rms = float(np.sqrt(np.mean(np.square(values.astype(np.float64))))) if values.size else None
+        rms = rms_of(values)
     momentum = slots.pop("momentum", None)
     if found.format == T5X and momentum is not None and _placeholder(momentum):
         single = shape == (1,) or (shape is None and all(map(_placeholder, slots.values())))
@@ -258,7 +258,7 @@ def _read_one(
     if its_layout.factored and min(its_layout.columns) < min(its_layout.rows):
         its_layout = replace(its_layout, rows=its_layout.columns, columns=its_layout.rows)
         slots["row"], slots["column"] = slots["column"], slots["row"]
-    return Parameter(name, its_layout, slots, count, dtype, 0, rms or None)
+    return Parameter(name, its_layout, slots, count, dtype, 0, rms)
 
 
 def _has_momentum(found: _Found) -> bool:

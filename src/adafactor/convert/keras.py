@@ -27,7 +27,7 @@ import numpy as np
 
 from adafactor.convert import words
 from adafactor.convert.archives import check_zip
-from adafactor.convert.axes import Axes, Shapes, fitted
+from adafactor.convert.axes import Axes, Shapes, fitted, rms_of
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.words import KERAS, OUR_KERAS
@@ -168,8 +168,7 @@ def _live(optimizer: Any) -> Saved:
     saved = Saved(ours, values, optimizer.get_config())
     saved.variables = [(_path(variable), tuple(variable.shape)) for variable in variables]
     saved.dtypes = [keras.backend.standardize_dtype(variable.dtype) for variable in variables]
-    numbers = (np.asarray(_numpy(variable), np.float64) for variable in variables)
-    saved.rms = [float(np.sqrt(np.mean(np.square(value)))) or None if value.size else None for value in numbers]
+    saved.rms = [rms_of(_numpy(variable)) for variable in variables]
     if callable(getattr(optimizer, "factoring", None)):
         saved.config["factoring"] = optimizer.factoring
     return saved

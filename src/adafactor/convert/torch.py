@@ -7,6 +7,7 @@ ours without a detour. Here they become a :class:`~adafactor.state.State`, and a
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 import adafactor
 from adafactor.convert import words
 from adafactor.convert.archives import check_zip
-from adafactor.convert.axes import Axes, Shapes, fitted, roles
+from adafactor.convert.axes import Axes, Shapes, fitted, rms_of, roles
 from adafactor.convert.names import Names, rename
 from adafactor.convert.pytorch import NAMES
 from adafactor.convert.report import Report
@@ -53,7 +54,11 @@ def load(path: PathLike) -> Any:
     """
     with reading(path, "a .pt file of plain data"):
         check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # PyTorch's sentences say how to execute the file
+            remedy = "Save optimizer.state_dict() alone, sharded tensors gathered; nothing in the file was executed."
+            raise Refused(message(f"{path}", "of tensors, numbers and containers", "other objects", remedy)) from None
 
 
 def find(content: Any) -> Mapping[str, Any]:
@@ -204,8 +209,8 @@ def _read_one(
     if param is not None:
         dtype = str(param.dtype).removeprefix("torch.")
         whole = param.full_tensor() if hasattr(param, "full_tensor") else param
-        rms = float(whole.detach().double().square().mean().sqrt()) if whole.numel() else None
-    return Parameter(name, its_layout, slots, _count(values["step"], name), dtype, number, rms or None)
+        rms = rms_of(whole.detach().cpu().double().numpy())
+    return Parameter(name, its_layout, slots, _count(values["step"], name), dtype, number, rms)
 
 
 def _count(step: Any, name: str) -> int:
