@@ -1,6 +1,6 @@
 """One state for every framework: what Adafactor remembers of a model, as plain data, and the file that holds it.
 
-``docs/state.md`` describes the file. Nothing here knows a framework; ``adafactor.convert`` reads theirs and writes them.
+``docs/state.md`` describes the file. Nothing here knows a framework; ``adafactor.convert`` reads and writes theirs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ STATISTICS = ("row", "column", "second_moment")
 
 _DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
-    **{f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{
+        f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+    },
 }
 
 
@@ -169,10 +171,10 @@ def write(state: State, path: PathLike) -> None:
     for key, value in tensors.items():
         if value.dtype.name not in _DTYPES.values():
             raise Refused(message(f"the dtype of {key}", "one of safetensors'", str(value.dtype), "Convert the array."))
-    described = json.dumps(_describe(state), allow_nan=False, sort_keys=True)
-    metadata = {METADATA: described, DIGEST: _digest(described, tensors)}
+    told = _describe(state)
+    told[DIGEST] = _digest(told, tensors)
     with replacing(path) as new:
-        save_file(tensors, new, metadata)
+        save_file(tensors, new, {METADATA: json.dumps(told, sort_keys=True)})
 
 
 def read(path: PathLike) -> State:
@@ -187,8 +189,7 @@ def read(path: PathLike) -> State:
     """
     with reading(path, "a state file of adafactor"):
         header = _header(path)
-        described = header["__metadata__"][METADATA]
-        told = json.loads(described)
+        told = json.loads(header["__metadata__"][METADATA])
         if told["schema"] != SCHEMA:
             remedy = "Read it with the release of adafactor that wrote it."
             raise Refused(message(f"the schema of {path}", str(SCHEMA), told["schema"], remedy))
@@ -197,7 +198,7 @@ def read(path: PathLike) -> State:
         if any(entry["dtype"] == "BF16" for key, entry in header.items() if key != "__metadata__"):
             import ml_dtypes  # noqa: F401 - NumPy learns the dtype from it
         tensors = load_file(path)
-        if _digest(described, tensors) != header["__metadata__"][DIGEST]:
+        if told.pop(DIGEST) != _digest(told, tensors):
             raise Refused(message(f"the checksum of {path}", "that of its content", "another", "Copy the file again."))
         return _restore(told, tensors)
 
@@ -237,7 +238,9 @@ def _header(path: PathLike) -> dict[str, Any]:
             raise ValueError(f"{name} must have a shape and offsets of integers >= 0, got {shape}")
         width = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
         if first != end or last - first != math.prod(shape) * width or last > data:
-            raise ValueError(f"{name} of shape {shape} must lie in its {data} bytes without gap or overlap, got {first}:{last}")
+            raise ValueError(
+                f"{name} of shape {shape} must lie in its {data} bytes without gap or overlap, got {first}:{last}"
+            )
         end = last
     if end != data:
         raise ValueError(f"its tensors must fill the {data} bytes after the header, got {end}")
@@ -282,11 +285,11 @@ def _restore(told: dict[str, Any], tensors: dict[str, Array]) -> State:
     return State(tuple(parameters), tuple(dict(group) for group in told["groups"]), **told["writer"])
 
 
-def _digest(described: str, tensors: Mapping[str, Array]) -> str:
+def _digest(told: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
     """Of the description and of every tensor's name, dtype, shape and bytes."""
-    found = hashlib.sha256(described.encode())
+    found = hashlib.sha256(json.dumps(told, allow_nan=False, sort_keys=True).encode())
     for key in sorted(tensors):
         value = tensors[key]
         found.update(f"\0{key}\0{value.dtype.name}\0{value.shape}\0".encode())
-        found.update(memoryview(np.asarray(value, order="C").reshape(-1).view(np.uint8)))
+        found.update(np.asarray(value, order="C").reshape(-1).view(np.uint8).data)
     return found.hexdigest()

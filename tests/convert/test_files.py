@@ -65,7 +65,10 @@ def keras_net(optimizer):
 
 def weights_of(model):
     """Keras's kernels are PyTorch's weights turned; the order is the same."""
-    return [torch.from_numpy(np.array(keras.ops.convert_to_numpy(w.value.detach())).T.copy()) for w in model.trainable_variables]
+    return [
+        torch.from_numpy(np.array(keras.ops.convert_to_numpy(w.value.detach())).T.copy())
+        for w in model.trainable_variables
+    ]
 
 
 def torch_steps(model, optimizer, steps=10):
@@ -216,7 +219,12 @@ def test_every_format_through_our_state_file_and_without_templates(tmp_path):
     assert convert.convert(tmp_path / "a.pt", tmp_path / "a.safetensors", "state").exact
     original = torch_files.read(torch.load(tmp_path / "a.pt"))
     known = {"min_dim_size_to_factor": 2}
-    for format, ending in (("transformers", "pt"), ("optax", "msgpack"), ("adafactor.optax", "orbax"), ("t5x", "msgpack")):
+    for format, ending in (
+        ("transformers", "pt"),
+        ("optax", "msgpack"),
+        ("adafactor.optax", "orbax"),
+        ("t5x", "msgpack"),
+    ):
         there, back = tmp_path / f"{format}.{ending}", tmp_path / f"{format}-back.safetensors"
         renamed = {"rules": [{"from": r"(.*)\.(.*)", "to": r"\1/\2"}]} if ending != "pt" else None
         options = {"hyperparameters": known if ending != "pt" else None, "names": renamed}
@@ -228,7 +236,9 @@ def test_every_format_through_our_state_file_and_without_templates(tmp_path):
         assert convert.family_of(there) == ("torch" if ending == "pt" else "jax")
         found, momentum = state.read(back), 1 / RATE
         assert found.count == 10
-        for old, new in zip(original.parameters, sorted(found.parameters, key=lambda p: list(shapes).index(p.name)), strict=True):
+        for old, new in zip(
+            original.parameters, sorted(found.parameters, key=lambda p: list(shapes).index(p.name)), strict=True
+        ):
             assert new.layout == old.layout
             for slot, value in old.slots.items():
                 factor = momentum if slot == "momentum" else 1

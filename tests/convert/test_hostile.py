@@ -126,7 +126,9 @@ def test_paths_in_archives(good, kind, name, tmp_path):
 @pytest.mark.parametrize("kind", [".pt", ".keras"])
 def test_bombs_links_and_doubles_in_archives(good, kind, tmp_path):
     entries = entries_of(good[kind])
-    refused(archive(tmp_path / f"bomb{kind}", [*entries.items(), ("b", b"0" * 10**7)], zipfile.ZIP_DEFLATED), "compressed")
+    refused(
+        archive(tmp_path / f"bomb{kind}", [*entries.items(), ("b", b"0" * 10**7)], zipfile.ZIP_DEFLATED), "compressed"
+    )
     link = zipfile.ZipInfo("link")
     link.external_attr = 0o120777 << 16
     refused(archive(tmp_path / f"link{kind}", [*entries.items(), (link, b"/etc/passwd")]), "is a link")
@@ -143,7 +145,10 @@ class Evil:
 def test_a_pickle_runs_nothing(good, tmp_path):
     entries = entries_of(good[".pt"])
     name = next(name for name in entries if name.endswith("data.pkl"))
-    refused(archive(tmp_path / "a.pt", (entries | {name: pickle.dumps(Evil(), 2)}).items()), "nothing in the file was executed")
+    refused(
+        archive(tmp_path / "a.pt", (entries | {name: pickle.dumps(Evil(), 2)}).items()),
+        "nothing in the file was executed",
+    )
     (tmp_path / "b.pt").write_bytes(pickle.dumps({"state": {}, "param_groups": []}))
     refused(tmp_path / "b.pt")
 

@@ -60,7 +60,9 @@ def test_other_axes_are_said(least, how):
     start, gradients = runs.problem(40, shapes)
     makers = runs.runs(runs.SETTINGS)
     tx = runs.optax.adafactor(1e-2, min_dim_size_to_factor=least)
-    stayed = runs.trained(lambda values: runs.Jax(tx, runs.jax.jit(runs._updater(tx)), "optax", values), start, gradients)
+    stayed = runs.trained(
+        lambda values: runs.Jax(tx, runs.jax.jit(runs._updater(tx)), "optax", values), start, gradients
+    )
     report = runs.Report()
     template = runs.torch_files.write(stayed.state(), "torch.optim", report=report)
     changes = {change.name: change for change in report.changes}

@@ -121,7 +121,11 @@ def main():
     parser.add_argument("--inputs", type=int, default=300, help="damaged files of every kind")
     arguments = parser.parse_args()
     print(f"h5py {h5py.__version__}, msgpack {msgpack.version}, torch {torch.__version__}")
-    print("| file | bytes | damaged | refused | read | longest, ms | largest allocation, MB |\n|---|---|---|---|---|---|---|")
+    print(
+        "| file | bytes | damaged | refused | read | longest, ms | largest allocation, MB |",
+        "|---|---|---|---|---|---|---|",
+        sep="\n",
+    )
     with tempfile.TemporaryDirectory() as folder:
         for kind, good in examples(folder).items():
             read(good)  # what is imported on first use

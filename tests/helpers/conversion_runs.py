@@ -104,7 +104,7 @@ class T5X:
         none = np.zeros((1,), np.float32)
         states = {}
         for name, value in values.items():
-            each = {word: none for word in ("v_row", "v_col", "v", "m")}
+            each = dict.fromkeys(("v_row", "v_col", "v", "m"), none)
             if value.ndim >= 2:
                 d1, d0 = self.dims(value)
                 each |= {"v_row": np.zeros(np.delete(value.shape, d0), np.float32)}

@@ -31,13 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a checkpoint with the state of Adafactor")
     parser.add_argument("--to", required=True, metavar="FORMAT", choices=("state", *FORMATS), help="format of TARGET")
-    parser.add_argument("-o", "--output", required=True, metavar="TARGET", type=Path, help="the file or folder to write")
-    parser.add_argument("--from", dest="format", metavar="FORMAT", choices=("state", *FORMATS), help="insist on SOURCE's format")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="TARGET", type=Path, help="the file or folder to write"
+    )
+    parser.add_argument(
+        "--from", dest="format", metavar="FORMAT", choices=("state", *FORMATS), help="insist on SOURCE's format"
+    )
     parser.add_argument("--template", type=Path, help="a file of the target's format whose optimizer state is replaced")
     parser.add_argument("--names", metavar="FILE", help="a names file, or one of the words layers, position")
-    parser.add_argument("--shapes", type=Path, metavar="FILE", help="parameters' shapes: JSON {name: shape}, or their safetensors")
-    parser.add_argument("--axes", type=Path, metavar="FILE", help='JSON {name: {"rows": [0], "columns": [1, 2]}} or null')
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter SOURCE does not tell")
+    parser.add_argument(
+        "--shapes", type=Path, metavar="FILE", help="parameters' shapes: JSON {name: shape}, or their safetensors"
+    )
+    parser.add_argument(
+        "--axes", type=Path, metavar="FILE", help='JSON {name: {"rows": [0], "columns": [1, 2]}} or null'
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter SOURCE does not tell"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write what changed as JSON")
     parser.add_argument("--force", action="store_true", help="replace TARGET if it exists, even if it is SOURCE")
 
@@ -100,7 +110,10 @@ def _axes(path: Path | None) -> Any:
         return None
     with reading(path, "JSON of names and axes"):
         told = json.loads(path.read_text())
-        return {name: None if each is None else Factored(**{k: tuple(v) for k, v in each.items()}) for name, each in told.items()}
+        return {
+            name: None if each is None else Factored(**{k: tuple(v) for k, v in each.items()})
+            for name, each in told.items()
+        }
 
 
 def _setting(text: str) -> tuple[str, Any]:

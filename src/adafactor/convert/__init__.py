@@ -1,6 +1,6 @@
 """Optimizer state from one framework to another: ``docs/state.md``.
 
-``read`` makes an :class:`adafactor.state.State` of a checkpoint, ``write`` makes a checkpoint of a State, ``convert`` does
+``read`` makes an :class:`adafactor.state.State` of a checkpoint, ``write`` a checkpoint of a State, ``convert`` does
 both. The converters beside this file do the work and take live objects too:
 
     adafactor.convert.torch    torch.optim.Adafactor, transformers' Adafactor, adafactor.torch

@@ -53,7 +53,9 @@ def fitted(parameter: Parameter, wanted: Layout, report: Report) -> Parameter:
     """
     if wanted.shape != parameter.shape:
         remedy = "Name it after another parameter, or permute its axes, in a names file."
-        raise Refused(message(f"the shape of {parameter.name}", f"{wanted.shape} as in the target", parameter.shape, remedy))
+        raise Refused(
+            message(f"the shape of {parameter.name}", f"{wanted.shape} as in the target", parameter.shape, remedy)
+        )
     have, want = kept(parameter.layout), kept(wanted)
     if have == want:
         report.changes.append(Change(parameter.name, "kept"))
@@ -102,7 +104,9 @@ def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -
     lost = [slot for slot, value in parameter.extra.items() if value.shape != parameter.shape]
     if "momentum_scale" in lost:
         lost.append("momentum")
-    report.dropped(" and ".join(lost), [parameter.name] if lost else [], "its axes change places, and its blocks do not")
+    report.dropped(
+        " and ".join(lost), [parameter.name] if lost else [], "its axes change places, and its blocks do not"
+    )
     slots = {}
     for slot, value in parameter.slots.items():
         if slot not in lost:
@@ -124,7 +128,7 @@ def roles(
 
     Args:
         slots: shapes of ``row`` and ``column``, or of ``second_moment``.
-        choose: what the writer may have used to choose the axes, the likeliest first; empty if nobody knows.
+        choose: what the writer may have used to choose the axes; empty if nobody knows.
         shape: the parameter's, where it is known.
         axes: the axes by name, where the user tells them; a user's word is final.
 
@@ -134,7 +138,9 @@ def roles(
     if "second_moment" in slots:
         found = Layout(slots["second_moment"], (), ())
         if shape is not None and shape != found.shape:
-            raise Refused(message(f"second_moment of {name}", f"of its shape {shape}", found.shape, "Check the shapes."))
+            raise Refused(
+                message(f"second_moment of {name}", f"of its shape {shape}", found.shape, "Check the shapes.")
+            )
         return found
     row, column = slots["row"], slots["column"]
 
@@ -144,23 +150,20 @@ def roles(
     if axes is not None and name in axes:
         if shape is None:
             raise Refused(message(f"the shape of {name}", "told where its axes are", None, "Pass shapes as well."))
-        found = layout(shape, lambda *_: axes[name], name=name)
+        spec = axes[name]
+        found = layout(shape, lambda *_: spec, name=name)
         if not fits(found):
             rule = f"those of row {row} and column {column}"
-            raise Refused(message(f"the axes of {name}", rule, axes[name], f"Its shape is {shape}."))
+            raise Refused(message(f"the axes of {name}", rule, spec, f"Its shape is {shape}."))
         return found
-    rules = list(choose)
     shapes = [shape] if shape is not None else list(dict.fromkeys(_shapes(row, column)))
-    for rule in rules:
-        candidates = [its_layout for its_layout in map(rule, shapes) if fits(its_layout)]
-        if len(candidates) == 1:
-            return candidates[0]
-        if candidates:
-            break
+    chosen = {its_layout for chooser in choose for its_layout in map(chooser, shapes) if fits(its_layout)}
+    if len(chosen) == 1:
+        return chosen.pop()
     if shape is None:
         held = f"row {row} and column {column}"
         raise Refused(message(f"the shape of {name}", "told by its statistics", held, "Pass shapes (--shapes)."))
-    candidates = [its_layout for its_layout in _partitions(shape) if fits(its_layout)]
+    candidates = list(chosen) or [its_layout for its_layout in _partitions(shape) if fits(its_layout)]
     if len(candidates) != 1:
         rule = f"told by row {row} and column {column} of shape {shape}"
         got = f"{len(candidates)} possible choices"

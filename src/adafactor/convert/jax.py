@@ -9,9 +9,9 @@ the optimizer's state; with parameters beside it (``params``, or ``target`` in T
     momentum                    ema                                 m
     count                       count                               step, beside param_states
 
-All are means. optax and T5X name a statistic for the axes it keeps: ``v_row`` lacks the largest axis (T5X: the axes with
-the role COLUMN) and ``v_col`` the second largest (ROW); of two equally large ones the later counts as the larger. What
-does not exist is an array of shape (1,) there, and ``None`` here.
+All are means. optax and T5X name a statistic for the axes it keeps: ``v_row`` lacks the largest axis (T5X: the axes
+with the role COLUMN) and ``v_col`` the second largest (ROW); of two equal ones the later counts as larger. What does not
+exist is an array of shape (1,) there, and ``None`` here.
 """
 
 from __future__ import annotations
@@ -140,10 +140,12 @@ def _states(tree: Any, params: Flat, hyperparameters: dict[str, Any]) -> Iterato
 def _t5x_words(leaves: Flat) -> list[tuple[str, str]]:
     for path, each in leaves.items():
         if not isinstance(each, Mapping) or not set(_T5X_SLOTS) <= set(each):
-            raise Refused(message(f"the state of {path}", f"with {', '.join(_T5X_SLOTS)}", each, "It is not Adafactor's."))
+            raise Refused(
+                message(f"the state of {path}", f"with {', '.join(_T5X_SLOTS)}", each, "It is not Adafactor's.")
+            )
         for word in _T5X_SLOTS:
             if not hasattr(each[word], "shape"):
-                remedy = "T5X keeps large arrays in TensorStore files beside; restore the checkpoint with T5X and pass its tree."
+                remedy = "T5X keeps large arrays in files beside; restore the checkpoint with T5X and pass its tree."
                 raise Refused(message(f"{word} of {path}", "an array", type(each[word]).__name__, remedy))
     return list(zip(("row", "column", "second_moment", "momentum"), _T5X_SLOTS, strict=True))
 
@@ -198,9 +200,7 @@ def _as_numpy(told: Any) -> Any:
     return jax.tree.map(lambda _: orbax.checkpoint.RestoreArgs(restore_type=np.ndarray), told)
 
 
-def read(
-    source: Any, *, report: Report | None = None, shapes: Shapes | None = None, axes: Axes | None = None
-) -> State:
+def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = None, axes: Axes | None = None) -> State:
     """The state in a tree of optax, ours or T5X.
 
     Args:
@@ -299,8 +299,8 @@ def write(
 
     Args:
         format: ``"adafactor.optax"``, ``"optax"`` or ``"t5x"``.
-        template: what ``optimizer.init(params)`` gives, a tree that holds it, or a path: the result has its structure, and
-            nothing else of it changes. Without one the parameters are nested dictionaries by the ``/`` in their names,
+        template: what ``optimizer.init(params)`` gives, a tree that holds it, or a path: the result has its structure,
+            and nothing else of it changes. Without one the parameters are nested dictionaries by the ``/`` in their names,
             and the optimizer is the one that the hyperparameters describe.
         names: see :mod:`adafactor.convert.names`.
         report: receives what changed.
@@ -324,7 +324,9 @@ def write(
     if count >= 1 << 31:
         raise Refused(message("the count", "below 2**31 in JAX", count, "Start the state afresh."))
     for parameter in state.parameters:
-        report.dropped(" and ".join(parameter.extra), [parameter.name] if parameter.extra else [], f"{format} has no such state")
+        report.dropped(
+            " and ".join(parameter.extra), [parameter.name] if parameter.extra else [], f"{format} has no such state"
+        )
     state = replace(state, parameters=tuple(_only_known(parameter, report) for parameter in state.parameters))
     if template is None:
         template = _make(state, format, own)
@@ -340,7 +342,9 @@ def write(
             value = np.zeros(old.shape, old.dtype) if new.get(slot) is None else np.asarray(new[slot])
             if value.shape != old.shape:
                 rule = f"of shape {old.shape} as in the template"
-                raise Refused(message(f"{slot} of {name}", rule, value.shape, "Make the template for these parameters."))
+                raise Refused(
+                    message(f"{slot} of {name}", rule, value.shape, "Make the template for these parameters.")
+                )
             if value.dtype.itemsize > old.dtype.itemsize:
                 report.note(f"{format} keeps statistics or momentum in {old.dtype.name}: they are rounded", lossy=True)
             filled[slot][name] = value.astype(old.dtype)
@@ -348,7 +352,11 @@ def write(
             report.dropped("Momentum", [name], "the template has none")
     new = _members({"": template}, found.format, filled, count)[""]
     if int(_array(_find(plain(new)).count)) != count:
-        raise Refused(message("the template", "of tuples and dictionaries", type(template).__name__, "Pass the optimizer's state."))
+        raise Refused(
+            message(
+                "the template", "of tuples and dictionaries", type(template).__name__, "Pass the optimizer's state."
+            )
+        )
     return new
 
 
@@ -357,7 +365,7 @@ def _exists(found: _Found, name: str) -> bool:
 
 
 def _target_shape(found: _Found, name: str) -> Shape | None:
-    param = found.params.get(name)
+    param: Any = found.params.get(name)
     return tuple(param.shape) if hasattr(param, "shape") else None
 
 
@@ -381,13 +389,14 @@ def _write_one(parameter: Parameter, found: _Found, group: Mapping[str, Any], re
         wanted = Layout(shape, (), (), parameter.layout.batch)
     else:
         own = parameter.layout
-        turned = replace(own, rows=own.columns, columns=own.rows)
-        choose: list[Chooser] = list(_choosers(found.format))
-        if own.factored:
-            choose = [lambda _: own, lambda _: turned, *choose] if found.format == OUR_OPTAX else [*choose, lambda _: own, lambda _: turned]
-        if group.get("factoring") in POLICIES and found.format == OUR_OPTAX:
-            choose.insert(0, partial(layout, factoring=group["factoring"]))
-        wanted = roles(name, leaves, choose, shape=shape)
+        liked: list[Layout] = [own, replace(own, rows=own.columns, columns=own.rows)]
+        if found.format != OUR_OPTAX:
+            liked.insert(0, largest_two(shape))
+        elif group.get("factoring") in POLICIES:
+            liked.insert(0, layout(shape, group["factoring"]))
+        told = (each for each in liked if each.factored)
+        at_once = next((i for i in told if (i.row_shape, i.column_shape) == (leaves["row"], leaves["column"])), None)
+        wanted = roles(name, leaves, _choosers(found.format), shape=shape) if at_once is None else at_once
     new = fitted(parameter, wanted, report)
     return dict(new.slots)
 
@@ -462,12 +471,13 @@ def _replaced(tree: Any, format: str, filled: Mapping[str, Flat], count: int) ->
     if isinstance(tree, Mapping):
         return _same_kind(tree, _members(dict(tree), format, filled, count))
     if hasattr(tree, "replace") and hasattr(tree, "opt_state"):  # a flax TrainState
-        return tree.replace(opt_state=_replaced(tree.opt_state, format, filled, count))
+        return type(tree).replace(tree, opt_state=_replaced(tree.opt_state, format, filled, count))
     return tree
 
 
 def _same_kind(tree: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
-    return members if isinstance(tree, dict) else type(tree)(members)
+    kind: Any = type(tree)
+    return members if kind is dict else kind(members)
 
 
 def _members(values: dict[Any, Any], format: str, filled: Mapping[str, Flat], count: int) -> dict[Any, Any]:
@@ -535,6 +545,7 @@ def _graft(tree: Any, leaves: Flat) -> Any:
         return _graft_dict(tree, leaves, "")
     import jax
 
+    structure: Any
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
     named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
     return structure.unflatten([_like(leaf, leaves[name]) if name in leaves else leaf for name, leaf in named])
@@ -544,7 +555,13 @@ def _graft_dict(tree: dict[Any, Any], leaves: Flat, prefix: str) -> dict[Any, An
     new = {}
     for name, value in tree.items():
         path = f"{prefix}/{name}" if prefix else str(name)
-        new[name] = _graft_dict(value, leaves, path) if type(value) is dict else _like(value, leaves[path]) if path in leaves else value
+        new[name] = (
+            _graft_dict(value, leaves, path)
+            if type(value) is dict
+            else _like(value, leaves[path])
+            if path in leaves
+            else value
+        )
     return new
 
 

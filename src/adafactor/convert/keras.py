@@ -202,7 +202,9 @@ def _order(saved: Saved, axes: Axes | None) -> _Order:
     if len(found) != 1:
         remedy = "Check the shapes, their order, and the factoring (--set factoring=..., --axes)."
         got = f"{len(found)} of them"
-        raise Refused(message(f"the {len(saved.values)} variables of the optimizer", "readable in one way", got, remedy))
+        raise Refused(
+            message(f"the {len(saved.values)} variables of the optimizer", "readable in one way", got, remedy)
+        )
     return found[0]
 
 
@@ -316,7 +318,10 @@ def read(
         steps = int(saved.values[0])
         accumulated = saved.config.get("gradient_accumulation_steps") or 1
         if steps % accumulated:
-            report.note(f"{steps % accumulated} gradients were accumulated towards the next update: stop after a whole one", lossy=True)
+            report.note(
+                f"{steps % accumulated} gradients were accumulated towards the next update: stop after a whole one",
+                lossy=True,
+            )
         parameters = []
         for index, member in enumerate(order.members):
             slots = {slot: saved.values[at] for slot, at in member.slots.items()}
@@ -387,7 +392,9 @@ def write(
     wanted = {member.name: member.layout.shape for member in order.members}
     group = words.one_group(state, saved.format, report)
     state = words.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
-    told = words.write(saved.format, {k: v for k, v in group.items() if k not in ("factoring", "min_dim_size_to_factor")}, report)
+    told = words.write(
+        saved.format, {k: v for k, v in group.items() if k not in ("factoring", "min_dim_size_to_factor")}, report
+    )
     values = _values(state, saved, order, report)
     if order.learning_rate is not None and isinstance(told.get("learning_rate"), int | float):
         values[order.learning_rate] = np.asarray(told["learning_rate"], saved.values[order.learning_rate].dtype)
@@ -441,7 +448,8 @@ def _velocity(parameter: Parameter, like: Array) -> Array:
     row, column = parameter.slots["row"], parameter.slots["column"]
     mean = row.mean(axis=-1, keepdims=True)
     scaled = np.divide(row, mean, out=np.zeros_like(row), where=mean != 0)
-    return (scaled[..., None] * column[..., None, :]).astype(like.dtype)
+    product: Array = (scaled[..., None] * column[..., None, :]).astype(like.dtype)
+    return product
 
 
 def _cast(value: Array, like: Array, format: str, report: Report) -> Array:

@@ -156,7 +156,9 @@ def _by_layer(state: State, target: Mapping[str, Shape | None] | None, framework
     name tells which.
     """
     if target is None:
-        raise Refused(message("names", "a names file here", "layers", "Pass a template, which tells the target's names."))
+        raise Refused(
+            message("names", "a names file here", "layers", "Pass a template, which tells the target's names.")
+        )
     source = {_split(parameter.name, state.framework): parameter for parameter in state.parameters}
     here, there = _family(state.framework), _family(framework)
     found = []
@@ -166,7 +168,11 @@ def _by_layer(state: State, target: Mapping[str, Shape | None] | None, framework
         if not kinds:
             continue  # `rename` says what is missing
         parameter = source.pop((path, _KINDS[kinds[0]][here]))
-        turn = _TO_TORCH.get(len(parameter.shape)) if kinds[0] == "kernel" and "torch" in (here, there) and here != there else None
+        turn = (
+            _TO_TORCH.get(len(parameter.shape))
+            if kinds[0] == "kernel" and "torch" in (here, there) and here != there
+            else None
+        )
         if turn is not None:
             back = tuple(turn.index(axis) for axis in range(len(turn)))
             parameter = permuted(parameter, turn if there == "torch" else back, report)

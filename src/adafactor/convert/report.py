@@ -60,7 +60,12 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for ``--report``."""
-        return {"exact": self.exact, "notes": self.notes, "advice": self.advice, "parameters": [asdict(change) for change in self.changes]}
+        return {
+            "exact": self.exact,
+            "notes": self.notes,
+            "advice": self.advice,
+            "parameters": [asdict(change) for change in self.changes],
+        }
 
     def text(self) -> str:
         """A few lines for a terminal."""
@@ -68,7 +73,7 @@ class Report:
         for how, words in (
             ("kept", "as they were"),
             ("means", "by means, exactly what the target would have kept"),
-            ("rebuilt", "rebuilt from row × column / mean, NOT what the target would have kept"),
+            ("rebuilt", "rebuilt from the estimate row * column / mean, NOT what the target would have kept"),
         ):
             changes = [change for change in self.changes if change.how == how]
             if changes:
@@ -77,4 +82,6 @@ class Report:
                 if change.how != "kept" and len(lines) < 30:
                     moved = change.estimate_change
                     lines.append(f"    {change.name}: the estimate of the second moment moved by {moved:.2g}")
-        return "\n".join([*lines, *(f"  note: {note}." for note in self.notes), *(f"  {advice}." for advice in self.advice)])
+        return "\n".join(
+            [*lines, *(f"  note: {note}." for note in self.notes), *(f"  {advice}." for advice in self.advice)]
+        )

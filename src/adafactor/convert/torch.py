@@ -27,7 +27,7 @@ from adafactor.convert.words import FORMATS, OUR_TORCH, TORCH, TRANSFORMERS
 from adafactor.factoring import POLICIES, Layout, Shape, layout
 from adafactor.files import PathLike, Refused, reading, replacing
 from adafactor.hyperparameters import message
-from adafactor.state import Array, Parameter, State
+from adafactor.state import STATISTICS, Array, Parameter, State
 
 # Our names, to those of each peer.
 _THEIRS = {
@@ -98,9 +98,7 @@ def format_of(content: Any) -> str:
     return str(_format(find(content)["param_groups"][0]))
 
 
-def read(
-    source: Any, *, report: Report | None = None, shapes: Shapes | None = None, axes: Axes | None = None
-) -> State:
+def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = None, axes: Axes | None = None) -> State:
     """The state of a live optimizer, or of a state dict, of any of the three classes.
 
     Args:
@@ -115,8 +113,7 @@ def read(
     live: list[Tensor] | None = None
     if isinstance(source, torch.optim.Optimizer):
         live = [param for group in source.param_groups for param in group["params"]]
-        groups = {index: group for index, group in enumerate(source.param_groups)}
-        source = {**source.state_dict(), "live": groups}
+        source = {**source.state_dict(), "live": source.param_groups}
     elif not isinstance(source, Mapping):
         source = load(source)
     source = find(source)
@@ -185,7 +182,7 @@ def _read_one(
     }
     if format == TORCH and "row" in slots:
         slots["row"], slots["column"] = slots["row"].squeeze(-1), slots["column"].squeeze(-2)
-    for slot in ("row", "column", "second_moment"):
+    for slot in STATISTICS:
         if slot in slots and slots[slot].dtype != np.float64:
             slots[slot] = slots[slot].astype(np.float32)
     shape = shapes.get(name) if shapes is not None else None
@@ -200,7 +197,7 @@ def _read_one(
         choose = [partial(layout, factoring=policy)]  # that it is factored is known
     else:
         choose = []
-    statistics = {slot: slots[slot].shape for slot in ("row", "column", "second_moment") if slot in slots}
+    statistics: dict[str, Shape] = {slot: slots[slot].shape for slot in STATISTICS if slot in slots}
     if not statistics:
         raise ValueError(f"{name} has no statistics")
     its_layout = roles(name, statistics, choose, shape=shape, axes=axes)
@@ -283,7 +280,9 @@ def write(
         members = [known[name] for name in listed if name in known]
         sources = {parameter.group for parameter in members}
         if len(sources) > 1:
-            report.note(f"one group of the target has parameters of {len(sources)} groups of the source: it follows the first")
+            report.note(
+                f"one group of the target has parameters of {len(sources)} groups of the source: it follows the first"
+            )
         if members:
             told = state.groups[members[0].group]
             wanted = _choose(format, group, told, members)
@@ -294,7 +293,11 @@ def write(
                     del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
         for key, name in zip(group["params"], listed, strict=True):
             if name in known:
-                its_layout = last_two(known[name].shape) if format != OUR_TORCH else layout(known[name].shape, *wanted, name=name)
+                its_layout = (
+                    last_two(known[name].shape)
+                    if format != OUR_TORCH
+                    else layout(known[name].shape, *wanted, name=name)
+                )
                 saved[key] = _write_one(fitted(known[name], its_layout, report), format, report)
     return {"state": saved, "param_groups": groups}
 
@@ -350,7 +353,10 @@ def _choose(format: str, group: Mapping[str, Any], told: Mapping[str, Any], memb
         return None
     if callable(group["factoring"]):
         return group["factoring"], group["min_dim_size_to_factor"]
-    first = (told.get("factoring", group["factoring"]), told.get("min_dim_size_to_factor", group["min_dim_size_to_factor"]))
+    first = (
+        told.get("factoring", group["factoring"]),
+        told.get("min_dim_size_to_factor", group["min_dim_size_to_factor"]),
+    )
     least = {first[1], group["min_dim_size_to_factor"], 1, 2, 128}
     tried = [first, *((policy, side) for policy in POLICIES for side in sorted(least))]
     if "factoring" in told and told.get("factoring") not in POLICIES:
@@ -367,7 +373,9 @@ def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], re
     if own.get("relative_step") == "always":
         own["relative_step"] = True
     if "momentum_dtype" in own:
-        own["momentum_dtype"] = getattr(torch, own["momentum_dtype"]) if isinstance(own["momentum_dtype"], str) else None
+        own["momentum_dtype"] = (
+            getattr(torch, own["momentum_dtype"]) if isinstance(own["momentum_dtype"], str) else None
+        )
     for word in ("factoring", "min_dim_size_to_factor"):
         own.pop(word, None)  # as the statistics are
     if not isinstance(own.get("lr", 0.0), int | float):
@@ -387,7 +395,9 @@ def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], re
                 own["relative_step"] = False
     first, second = told.get("epsilon_1", group["eps"][0]), told.get("epsilon_2", group["eps"][1])
     if format == TORCH and first is not None and first > _NO_FLOOR:
-        report.note(f"torch.optim takes epsilon_1={first} for a floor under the second moment instead of adding it to g²")
+        report.note(
+            f"torch.optim takes epsilon_1={first} for a floor under the second moment instead of adding it to g²"
+        )
     group.update(own)
     group["eps"] = (first, second)
 
@@ -407,7 +417,10 @@ def _write_one(parameter: Parameter, format: str, report: Report) -> dict[str, A
         values["momentum"] = values["momentum"].astype(np.float32)
     if format == TORCH:
         if parameter.count > 1 << 24:
-            report.note(f"torch.optim counts in float32: {parameter.count} updates become {int(np.float32(parameter.count))}", lossy=True)
+            report.note(
+                f"torch.optim counts in float32: {parameter.count} updates become {int(np.float32(parameter.count))}",
+                lossy=True,
+            )
         step: Any = torch.tensor(float(parameter.count), dtype=torch.float32)
     else:
         step = parameter.count if format == TRANSFORMERS else torch.tensor(parameter.count, dtype=torch.int64)

@@ -88,7 +88,13 @@ FORMATS: dict[str, Format] = {
     OPTAX: Format(
         "jax",
         _OPTAX,
-        {"beta_2_max": None, "epsilon_2": 1e-3, "relative_step": False, "maximize": False, "weight_decay_of": "nothing"},
+        {
+            "beta_2_max": None,
+            "epsilon_2": 1e-3,
+            "relative_step": False,
+            "maximize": False,
+            "weight_decay_of": "nothing",
+        },
         "step",
         held=False,
     ),
@@ -161,7 +167,9 @@ def told(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any
 def one_group(state: State, format: str, report: Report) -> Mapping[str, Any]:
     """The hyperparameters for a format without groups."""
     if any(dict(group) != dict(state.groups[0]) for group in state.groups[1:]):
-        report.note(f"{format} has one set of hyperparameters; those of the first of {len(state.groups)} groups are used")
+        report.note(
+            f"{format} has one set of hyperparameters; those of the first of {len(state.groups)} groups are used"
+        )
     return state.groups[0]
 
 
