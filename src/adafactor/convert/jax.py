@@ -10,8 +10,8 @@ the optimizer's state; with parameters beside it (``params``, or ``target`` in T
     count                       count                               step, beside param_states
 
 All are means. optax and T5X name a statistic for the axes it keeps: ``v_row`` lacks the largest axis (T5X: the axes
-with the role COLUMN) and ``v_col`` the second largest (ROW); of two equal ones the later counts as larger. What does not
-exist is an array of shape (1,) there, and ``None`` here.
+with the role COLUMN) and ``v_col`` the second largest (ROW); of two equal ones the later counts as larger. What does
+not exist is an array of shape (1,) there, and ``None`` here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from adafactor.state import Array, Parameter, State
 Tree = Any
 Flat = dict[str, Any]  # leaves by path
 
-_OURS = ("count", "row", "column", "second_moment", "momentum")
+_OURS = ("count", "row", "column", "second_moment")  # and momentum, where there is one
 _THEIRS = ("count", "v_row", "v_col", "v")
 _T5X_SLOTS = ("v_row", "v_col", "v", "m")
 
@@ -117,7 +117,9 @@ def _states(tree: Any, params: Flat, hyperparameters: dict[str, Any]) -> Iterato
     if isinstance(tree.get("hyperparams"), Mapping):
         hyperparameters = {name: value for name, value in tree["hyperparams"].items() if np.ndim(value) == 0}
     if set(_OURS) <= set(tree):
-        slots = {slot: _flat(tree[slot]) for slot in _OURS[1:] if tree[slot] is not None}
+        slots = {slot: _flat(tree[slot]) for slot in _OURS[1:]}
+        if tree.get("momentum") is not None:
+            slots["momentum"] = _flat(tree["momentum"])
         yield _Found(OUR_OPTAX, tree["count"], slots, params, hyperparameters), dict(tree)
         return
     if "param_states" in tree and "step" in tree:
@@ -299,9 +301,9 @@ def write(
 
     Args:
         format: ``"adafactor.optax"``, ``"optax"`` or ``"t5x"``.
-        template: what ``optimizer.init(params)`` gives, a tree that holds it, or a path: the result has its structure,
-            and nothing else of it changes. Without one the parameters are nested dictionaries by the ``/`` in their names,
-            and the optimizer is the one that the hyperparameters describe.
+        template: what ``optimizer.init(params)`` gives, a tree that holds it, or a path: the result has its
+            structure, and nothing else of it changes. Without one the parameters are nested dictionaries by the ``/``
+            in their names, and the optimizer is the one that the hyperparameters describe.
         names: see :mod:`adafactor.convert.names`.
         report: receives what changed.
 
@@ -350,7 +352,7 @@ def write(
             filled[slot][name] = value.astype(old.dtype)
         if "momentum" in new and "momentum" not in found.slots:
             report.dropped("Momentum", [name], "the template has none")
-    new = _members({"": template}, found.format, filled, count)[""]
+    new = _members({"": template}, _New(found.format, filled, count, own))[""]
     if int(_array(_find(plain(new)).count)) != count:
         raise Refused(
             message(
@@ -459,19 +461,29 @@ def _t5x_zeros(parameter: Parameter, least: int) -> dict[str, Array]:
     return {**zeros, "v": np.zeros(parameter.shape, np.float32)}
 
 
-def _replaced(tree: Any, format: str, filled: Mapping[str, Flat], count: int) -> Any:
+@dataclass(frozen=True)
+class _New:
+    """What goes into a template: the format, leaves by slot and path, the count, hyperparameters in its words."""
+
+    format: str
+    filled: Mapping[str, Flat]
+    count: int
+    own: Mapping[str, Any]
+
+
+def _replaced(tree: Any, new: _New) -> Any:
     """The tree with its one Adafactor state replaced; its structure, and everything else in it, stays."""
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         names: Sequence[Any] = tree._fields
         values = {name: getattr(tree, name) for name in names}
-        return type(tree)(**_members(values, format, filled, count))
+        return type(tree)(**_members(values, new))
     if isinstance(tree, list | tuple):
-        members = _members({str(index): value for index, value in enumerate(tree)}, format, filled, count)
+        members = _members({str(index): value for index, value in enumerate(tree)}, new)
         return type(tree)(members.values())
     if isinstance(tree, Mapping):
-        return _same_kind(tree, _members(dict(tree), format, filled, count))
+        return _same_kind(tree, _members(dict(tree), new))
     if hasattr(tree, "replace") and hasattr(tree, "opt_state"):  # a flax TrainState
-        return type(tree).replace(tree, opt_state=_replaced(tree.opt_state, format, filled, count))
+        return type(tree).replace(tree, opt_state=_replaced(tree.opt_state, new))
     return tree
 
 
@@ -480,25 +492,30 @@ def _same_kind(tree: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
     return members if kind is dict else kind(members)
 
 
-def _members(values: dict[Any, Any], format: str, filled: Mapping[str, Flat], count: int) -> dict[Any, Any]:
+def _members(values: dict[Any, Any], new: _New) -> dict[Any, Any]:
     keys = set(values)
-    if format == OUR_OPTAX and set(_OURS) <= keys:
-        slots = {slot: _graft(values[slot], filled[slot]) for slot in _OURS[1:] if slot in filled}
-        return {**values, **slots, "count": _counter(values["count"], count)}
-    if format == T5X and {"param_states", "step"} <= keys:
+    if new.format == OUR_OPTAX and set(_OURS) <= keys:
+        slots = {
+            slot: _graft(values[slot], new.filled[slot]) for slot in (*_OURS[1:], "momentum") if slot in new.filled
+        }
+        return {**values, **slots, "count": _counter(values["count"], new.count)}
+    if new.format == T5X and {"param_states", "step"} <= keys:
         leaves = _flat(values["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
         states: dict[str, Any] = {}
         for path, each in leaves.items():
-            new = {word: filled[slot].get(path, each[word]) for slot, word in _t5x_words({path: each})}
-            _put(states, path, _rebuilt(each, new))
-        return {**values, "param_states": states, "step": _counter(values["step"], count)}
-    if format == OPTAX and _is_chain(values):
-        return {name: _link(value, filled, count) for name, value in values.items()}
-    return {name: _replaced(value, format, filled, count) for name, value in values.items()}
-
-
-def _rebuilt(each: Any, new: dict[str, Any]) -> Any:
-    return new if isinstance(each, Mapping) else type(each)(**new)
+            _put(
+                states, path, {word: new.filled[slot].get(path, each[word]) for slot, word in _t5x_words({path: each})}
+            )
+        return {**values, "param_states": states, "step": _counter(values["step"], new.count)}
+    if new.format == OPTAX and any(set(_THEIRS) <= set(_fields(value)) for value in values.values()):
+        return {name: _link(value, new) for name, value in values.items()}
+    members = {name: _replaced(value, new) for name, value in values.items()}
+    if {"count", "hyperparams", "inner_state"} <= keys:  # optax.inject_hyperparams
+        told = {name: value for name, value in new.own.items() if isinstance(value, int | float)}
+        known = {name: _like(old, np.asarray(told[name], np.asarray(old).dtype)) if name in told else old
+                 for name, old in values["hyperparams"].items()}  # fmt: skip
+        return {**members, "hyperparams": known, "count": _counter(values["count"], new.count)}
+    return members
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -507,23 +524,19 @@ def _fields(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _is_chain(values: Mapping[Any, Any]) -> bool:
-    return any(set(_THEIRS) <= set(_fields(value)) for value in values.values())
-
-
-def _link(value: Any, filled: Mapping[str, Flat], count: int) -> Any:
+def _link(value: Any, new: _New) -> Any:
     """One member of optax's chain: every one that counts, counts alike."""
     fields = _fields(value)
-    new = dict(fields)
+    changed = dict(fields)
     if set(_THEIRS) <= set(fields):
         for word, slot in zip(_THEIRS[1:], ("row", "column", "second_moment"), strict=True):
-            new[word] = _graft(fields[word], filled[slot])
+            changed[word] = _graft(fields[word], new.filled[slot])
     elif set(fields) == {"count", "ema"}:
-        new["ema"] = _graft(fields["ema"], filled["momentum"])
+        changed["ema"] = _graft(fields["ema"], new.filled["momentum"])
     elif set(fields) != {"count"}:
         return value
-    new["count"] = _counter(fields["count"], count)
-    return type(value)(**new) if isinstance(value, tuple) else new
+    changed["count"] = _counter(fields["count"], new.count)
+    return type(value)(**changed) if isinstance(value, tuple) else changed
 
 
 def _counter(old: Any, count: int) -> Any:
