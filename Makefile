@@ -20,8 +20,8 @@ PYTEST := $(BIN)/python -m pytest --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch lint format \
-        bench sanitize clean
+.PHONY: help demo doctor test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
+        lint format bench sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,7 +32,7 @@ demo: $(VENV)/demo.$(MODULES)
 doctor: $(VENV)/test.$(MODULES)
 	$(BIN)/adafactor doctor
 
-test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch
+test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert
 
 test-core: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/core tests/test_native.py tests/cli
@@ -42,6 +42,9 @@ test-torch: $(VENV)/test.$(MODULES)
 
 test-optax: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/optax
+
+test-convert: $(VENV)/test.$(MODULES)
+	TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/convert
 
 # Once per backend: Keras reads it when it is imported.
 test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test.$(MODULES)
@@ -86,7 +89,7 @@ $(VENV)/demo.$(MODULES): $(SOURCES) | $(BIN)/python
 
 $(VENV)/test.$(MODULES): $(SOURCES) | $(BIN)/python
 	$(PIP) jaxlib
-	$(PIP) -e '.[demo,tensorflow,jax,torch]' --group test --group stacks
+	$(PIP) -e '.[demo,tensorflow,jax,torch,convert]' --group test --group stacks
 	@touch $@
 
 $(VENV)/lint.$(MODULES): $(VENV)/test.$(MODULES)

@@ -32,7 +32,7 @@ _OUR_TORCH = {
     **{"relative_step": "relative_step", "scale_parameter": "scale_parameter", "beta1": "beta_1"},
     **{"beta2_max": "beta_2_max", "momentum_dtype": "momentum_dtype", "factoring": "factoring"},
     **{"min_dim_size_to_factor": "min_dim_size_to_factor", "stochastic_rounding": "stochastic_rounding"},
-    **{"skip_nonfinite": "skip_nonfinite", "seed": "seed"},
+    **{"compensated": "compensated", "skip_nonfinite": "skip_nonfinite", "seed": "seed"},
 }
 _OPTAX = {
     **{"learning_rate": "learning_rate", "min_dim_size_to_factor": "min_dim_size_to_factor"},
@@ -118,7 +118,10 @@ FORMATS: dict[str, Format] = {
     ),
 }
 # What a source that is silent about it does, so that nobody is told of a difference that there is not.
-_USUAL = {"decay_offset": 0, "maximize": False, "beta_2_max": None, "beta_1": None, "stochastic_rounding": False}
+_USUAL = {
+    **{"decay_offset": 0, "maximize": False, "beta_2_max": None, "beta_1": None},
+    **{"stochastic_rounding": False, "compensated": False},
+}
 # Where the answer decides only memory and speed, or is told by the statistics themselves.
 _HARMLESS = {"factoring", "min_dim_size_to_factor", "momentum_dtype", "skip_nonfinite", "seed", "momentum_of"}
 
