@@ -98,7 +98,7 @@ def test_names_and_rules_of_a_file(tmp_path):
         (
             None,
             {"m/a/kernel": None, "x": None},
-            r"'1 without \(x\) and 5 left over \(m/a/bias, m/e/embeddings, m/n/gamma",
+            r"1 without \(x\) and 5 left over \(m/a/bias, m/e/embeddings, m/n/gamma and 2 more\)",
         ),
         ("layers", {"a.weight": None}, "0 without"),
     ],

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from adafactor.convert.axes import permuted
-from adafactor.convert.report import Report
+from adafactor.convert.report import Report, some
 from adafactor.factoring import Shape
 from adafactor.files import PathLike, Refused, reading
 from adafactor.hyperparameters import message
@@ -108,14 +108,10 @@ def rename(
         report.dropped("The state", missing, "the source has none, so they start afresh")
         missing = []
     if missing or left:
-        got = f"{len(missing)} without ({_some(missing)}) and {len(left)} left over ({_some(left)})"
+        got = f"{len(missing)} without ({some(missing)}) and {len(left)} left over ({some(left)})"
         remedy = "Give names (--names): a file, layers or position."
         raise Refused(message("every parameter of the target", "one of the source by name", got, remedy))
     return replace(state, parameters=tuple(known[name] for name in target if name in known))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
 
 
 def _renamed(state: State, rule: Callable[[Parameter], Renamed], report: Report) -> State:
