@@ -30,13 +30,18 @@ def replacing(path: PathLike) -> Iterator[Path]:
     try:
         new = scratch / path.name
         yield new
-        if new.is_dir():
-            if path.exists():  # os.replace has no word for a folder that is not empty
-                os.replace(path, scratch / f"{path.name}.old")
-        else:
+        if new.is_file():
             with open(new, "rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(new, path)
+        old = scratch / f"{path.name}.old"
+        if new.is_dir() and path.exists():  # os.replace has no word for a folder that is not empty
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(scratch)

@@ -46,8 +46,8 @@ class Parameter:
         name: as its framework calls it.
         layout: its shape, and the role of every axis.
         slots: arrays by name. ``row`` and ``column``, or ``second_moment``: float32 or float64, means (not sums) over
-            the axes they lack, of the shapes ``layout.slots`` gives. ``momentum``, of the parameter's shape, where
-            there is one. Any other name is an extra slot: its array is carried along as it is.
+            the axes they lack, of the shapes ``layout.slots`` gives. ``momentum``, of the parameter's shape unless it
+            is of integers, where there is one. Any other name is an extra slot: its array is carried along as it is.
         count: updates made, at least 0. The next one is number count + 1.
         dtype: of the parameter itself, ``None`` where the source does not tell.
         group: index into ``State.groups``.
@@ -95,7 +95,7 @@ class State:
     """
 
     parameters: tuple[Parameter, ...]
-    groups: tuple[Group, ...] = field(default=({},))
+    groups: tuple[Group, ...] = field(default_factory=lambda: ({},))
     framework: str = ""
     optimizer: str = ""
     version: str = ""
@@ -132,7 +132,9 @@ def _check(parameter: Parameter, groups: int) -> None:
     if missing or any(slot in slots for slot in STATISTICS if slot not in parameter.layout.slots):
         rule, held = " and ".join(parameter.layout.slots), sorted(set(slots) & set(STATISTICS))
         raise Refused(message(f"the statistics of {name}", rule, held, "Read it with the axes it was factored over."))
-    wanted: dict[str, Shape] = {**parameter.layout.slots, "momentum": parameter.shape}
+    wanted: dict[str, Shape] = dict(parameter.layout.slots)
+    if parameter.momentum is not None and parameter.momentum.dtype.kind not in "iu":  # integers may lie in blocks
+        wanted["momentum"] = parameter.shape
     for slot, shape in wanted.items():
         if slot in slots and slots[slot].shape != shape:
             remedy = f"The parameter's shape is {parameter.shape}."

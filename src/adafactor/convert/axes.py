@@ -102,7 +102,7 @@ def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -
     names = {"row": "column", "column": "row"} if swap else {}
     axes_of = {**kept(old), "momentum": tuple(range(rank))}
     lost = [slot for slot, value in parameter.extra.items() if value.shape != parameter.shape]
-    if "momentum_scale" in lost:
+    if parameter.momentum is not None and (parameter.momentum.shape != old.shape or "momentum_scale" in lost):
         lost.append("momentum")
     report.dropped(
         " and ".join(lost), [parameter.name] if lost else [], "its axes change places, and its blocks do not"

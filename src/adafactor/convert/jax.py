@@ -325,11 +325,6 @@ def write(
     own = words.told(format, group, report)
     if count >= 1 << 31:
         raise Refused(message("the count", "below 2**31 in JAX", count, "Start the state afresh."))
-    for parameter in state.parameters:
-        report.dropped(
-            " and ".join(parameter.extra), [parameter.name] if parameter.extra else [], f"{format} has no such state"
-        )
-    state = replace(state, parameters=tuple(_only_known(parameter, report) for parameter in state.parameters))
     if template is None:
         template = _make(state, format, own)
         found = _find(plain(template))
@@ -352,6 +347,9 @@ def write(
             filled[slot][name] = value.astype(old.dtype)
         if "momentum" in new and "momentum" not in found.slots:
             report.dropped("Momentum", [name], "the template has none")
+        kept = found.slots.get("momentum", {}).get(name)
+        if "momentum" not in new and kept is not None and not (found.format == T5X and _placeholder(np.asarray(kept))):
+            report.dropped("Momentum", [name], words.STARTS)
     new = _members({"": template}, _New(found.format, filled, count, own))[""]
     if int(_array(_find(plain(new)).count)) != count:
         raise Refused(
@@ -369,14 +367,6 @@ def _exists(found: _Found, name: str) -> bool:
 def _target_shape(found: _Found, name: str) -> Shape | None:
     param: Any = found.params.get(name)
     return tuple(param.shape) if hasattr(param, "shape") else None
-
-
-def _only_known(parameter: Parameter, report: Report) -> Parameter:
-    slots = {name: value for name, value in parameter.slots.items() if name not in parameter.extra}
-    if "momentum_scale" in parameter.extra and "momentum" in slots:
-        del slots["momentum"]
-        report.dropped("Momentum of 8 bits", [parameter.name], "train one step with a wider momentum_dtype first")
-    return replace(parameter, slots=slots)
 
 
 def _write_one(parameter: Parameter, found: _Found, group: Mapping[str, Any], report: Report) -> dict[str, Array]:

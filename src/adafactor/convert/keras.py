@@ -40,6 +40,7 @@ VERSION_KEY = "state_version"
 _VARS, _WEIGHTS, _CONFIG = "optimizer/vars", "model.weights.h5", "config.json"
 #: Slots for what Keras's base class keeps of every variable.
 AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
+_STEPS = "gradient_accumulation_steps"
 
 
 @dataclass
@@ -200,7 +201,7 @@ def _order(saved: Saved, axes: Axes | None) -> _Order:
         remedy = "Pass the shapes of the model's trainable variables, in order (--shapes)."
         raise Refused(message("a file of adafactor.keras without a model", "read with shapes", None, remedy))
     if len(found) != 1:
-        remedy = "Check the shapes, their order, and the factoring (--set factoring=..., --axes)."
+        remedy = f"Check the shapes and their order; tell use_ema, {_STEPS} and factoring (--set), or --axes."
         got = f"{len(found)} of them"
         raise Refused(
             message(f"the {len(saved.values)} variables of the optimizer", "readable in one way", got, remedy)
@@ -213,7 +214,7 @@ def _orders(saved: Saved, axes: Axes | None) -> Iterator[_Order]:
     # Options that the configuration does not tell are tried.
     rates = [0, 1] if "learning_rate" not in config else [int(isinstance(config["learning_rate"], int | float))]
     averages = [0, 1] if "use_ema" not in config else [int(bool(config["use_ema"]))]
-    accumulators = [0, 1] if not config else [int(bool(config.get("gradient_accumulation_steps")))]
+    accumulators = [int(bool(config[_STEPS]))] if _STEPS in config else [0, 1]
     momenta = [0, 1] if "beta_1" not in config else [int(bool(config["beta_1"]))]
     variables = saved.variables
     if not saved.ours:
@@ -315,8 +316,7 @@ def read(
     with reading("the optimizer", "an Adafactor of Keras"):
         order = _order(saved, axes)
         group = _group(saved, order, report)
-        steps = int(saved.values[0])
-        accumulated = saved.config.get("gradient_accumulation_steps") or 1
+        steps, accumulated = int(saved.values[0]), _accumulated(saved, order)
         if steps % accumulated:
             report.note(
                 f"{steps % accumulated} gradients were accumulated towards the next update: stop after a whole one",
@@ -340,6 +340,16 @@ def read(
                 )
             )
     return State(tuple(parameters), (group,), "keras", saved.format)
+
+
+def _accumulated(saved: Saved, order: _Order) -> int:
+    """Gradients per update."""
+    if saved.config.get(_STEPS):
+        return int(saved.config[_STEPS])
+    if any(ACCUMULATOR in member.slots for member in order.members):
+        remedy = f"Pass it (--set {_STEPS}=4); the file has accumulators."
+        raise Refused(message(_STEPS, "known", None, remedy))
+    return 1
 
 
 def _group(saved: Saved, order: _Order, report: Report) -> dict[str, Any]:
@@ -377,14 +387,15 @@ def write(
         target: the file to write, with a template that is a file.
         names: see :mod:`adafactor.convert.names`.
         report: receives what changed.
-        shapes, axes, hyperparameters: of the template, as for :func:`read`.
+        shapes, axes, hyperparameters: of the template, as for :func:`read`; a ``.keras`` file tells its shapes.
         format: ``"keras"`` or ``"adafactor.keras"``, to insist on the template's class.
 
     Raises:
         Refused: the template does not fit. Nothing has been written.
     """
     report = Report() if report is None else report
-    saved = load(template, shapes)
+    tells = not isinstance(template, str | os.PathLike) or zipfile.is_zipfile(template)
+    saved = load(template, None if tells else shapes)
     if format is not None and saved.format != format:
         raise Refused(message("the template", f"of {format}", saved.format, "Compile the model with that class."))
     saved.config = {**saved.config, **(hyperparameters or {})}
@@ -418,7 +429,7 @@ def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[A
     """What every position of the target will hold."""
     count = words.one_count(state, saved.format, report)
     values = [np.zeros_like(value) for value in saved.values]
-    values[0] = np.asarray(count * (saved.config.get("gradient_accumulation_steps") or 1), saved.values[0].dtype)
+    values[0] = np.asarray(count * _accumulated(saved, order), saved.values[0].dtype)
     if order.learning_rate is not None:
         values[order.learning_rate] = saved.values[order.learning_rate]
     known = state.named()
@@ -434,7 +445,9 @@ def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[A
         for slot in [slot for slot in (AVERAGE, "momentum") if slot in member.slots and slot not in parameter.slots]:
             if slot == AVERAGE:  # of the weights, which the template has and the state has not
                 values[member.slots[slot]] = saved.values[member.slots[slot]]
-            report.dropped(slot.capitalize(), [member.name], "the source has none, and the target keeps one")
+                report.dropped("The moving average", [member.name], "the source has none: the template's stays")
+            else:
+                report.dropped("Momentum", [member.name], words.STARTS)
         if not saved.ours and member.layout.factored:
             at = member.slots["column"] + 1
             values[at] = _velocity(parameter, saved.values[at])

@@ -131,7 +131,7 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
                 position += 1
                 if values:
                     known = source["live"][number] if live is not None else group
-                    parameters.append(_read_one(format, name, values, known, number, param, shapes, axes))
+                    parameters.append(_read_one(format, name, values, known, number, param, shapes, axes, report))
     module = adafactor if format == OUR_TORCH else torch
     version = module.__version__ if live is not None else ""
     return State(tuple(parameters), tuple(hyperparameters), "torch", format, str(version))
@@ -174,7 +174,11 @@ def _read_one(
     param: Tensor | None,
     shapes: Shapes | None,
     axes: Axes | None,
+    report: Report,
 ) -> Parameter:
+    for key, value in values.items():
+        if not isinstance(value, Tensor) and key not in ("step", "RMS"):
+            report.dropped(key, [name], "it is no tensor")
     slots = {
         NAMES.get(key, key) if format != OUR_TORCH else key: _array(value)
         for key, value in values.items()
@@ -291,6 +295,8 @@ def write(
                 group["factoring"], group["min_dim_size_to_factor"] = wanted
                 if callable(wanted[0]):
                     del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
+        if group.get("beta1"):
+            report.dropped("Momentum", [p.name for p in members if p.momentum is None], words.STARTS)
         for key, name in zip(group["params"], listed, strict=True):
             if name in known:
                 its_layout = (
@@ -373,9 +379,7 @@ def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], re
     if own.get("relative_step") == "always":
         own["relative_step"] = True
     if "momentum_dtype" in own:
-        own["momentum_dtype"] = (
-            getattr(torch, own["momentum_dtype"]) if isinstance(own["momentum_dtype"], str) else None
-        )
+        own["momentum_dtype"] = _dtype(own["momentum_dtype"])
     for word in ("factoring", "min_dim_size_to_factor"):
         own.pop(word, None)  # as the statistics are
     if not isinstance(own.get("lr", 0.0), int | float):
@@ -402,17 +406,15 @@ def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], re
     group["eps"] = (first, second)
 
 
+def _dtype(name: Any) -> Any:
+    """A dtype by its name; what is no dtype's name stays."""
+    return getattr(torch, name, name) if isinstance(name, str) else name
+
+
 def _write_one(parameter: Parameter, format: str, report: Report) -> dict[str, Any]:
     values = dict(parameter.slots)
     if format == TORCH and "row" in values:
         values["row"], values["column"] = values["row"][..., None], values["column"][..., None, :]
-    extra = parameter.extra
-    if format != OUR_TORCH and extra:
-        report.dropped(" and ".join(extra), [parameter.name], f"{format} has no such state")
-        if "momentum_scale" in extra and "momentum" in values:
-            del values["momentum"]
-            report.dropped("Momentum of 8 bits", [parameter.name], "train one step with a wider momentum_dtype first")
-        values = {name: value for name, value in values.items() if name not in extra}
     if format == TRANSFORMERS and "momentum" in values:
         values["momentum"] = values["momentum"].astype(np.float32)
     if format == TORCH:

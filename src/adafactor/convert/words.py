@@ -123,7 +123,13 @@ _USUAL = {
     **{"stochastic_rounding": False, "compensated": False},
 }
 # Where the answer decides only memory and speed, or is told by the statistics themselves.
-_HARMLESS = {"factoring", "min_dim_size_to_factor", "momentum_dtype", "skip_nonfinite", "seed", "momentum_of"}
+_HARMLESS = {
+    *("factoring", "min_dim_size_to_factor", "momentum_dtype", "skip_nonfinite", "seed", "momentum_of"),
+    *("gradient_accumulation_steps", "use_ema"),
+}
+
+
+STARTS = "the source has none, and the target keeps it: it starts at zero"
 
 
 def read(format: str, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +194,32 @@ def one_count(state: State, format: str, report: Report) -> int:
     return state.count
 
 
+def known_to(state: State, format: str, report: Report) -> State:
+    """The state without the slots that only its own writer knows, where that is another optimizer.
+
+    Keras's two classes know each other's. Momentum of integers means nothing without the scales beside it.
+    """
+    here, there = FORMATS.get(state.optimizer), FORMATS[format]
+    if state.optimizer == format or (here is not None and here.framework == there.framework == "keras"):
+        return state
+    parameters = []
+    for parameter in state.parameters:
+        gone = list(parameter.extra)
+        if parameter.momentum is not None and parameter.momentum.dtype.kind in "iub":
+            gone.append("momentum")
+        for slot in gone:
+            report.dropped(slot, [parameter.name], f"{format} has no such state")
+        slots = {slot: value for slot, value in parameter.slots.items() if slot not in gone}
+        parameters.append(replace(parameter, slots=slots))
+    return replace(state, parameters=tuple(parameters))
+
+
 def momentum_as(state: State, format: str, report: Report) -> State:
     """The state with momentum as a format averages it: before the learning rate, or after it.
 
     Divided or multiplied by the last step size, which is exact while the step size was constant.
     """
+    state = known_to(state, format, report)
     wanted = FORMATS[format].momentum_of
     parameters, lost, unknown, approximate = [], [], [], []
     for parameter in state.parameters:
