@@ -67,6 +67,9 @@ def reading(path: object, what: str) -> Iterator[None]:
         yield
     except Refused:
         raise
+    except ImportError as error:
+        remedy = "Install what the format needs with: pip install 'adafactor[convert]'"
+        raise ImportError(f"{path} cannot be read without {error.name}. {remedy}.", name=error.name) from error
     except Exception as error:
         if isinstance(error, FileNotFoundError) and not os.path.exists(str(path)):
             raise FileNotFoundError(message("the file", "there", str(path), "Check the name.")) from None

@@ -1,6 +1,7 @@
 """Checkpoints in files, through the command: every kind of file, models of real layers, names and templates."""
 
 import json
+import sys
 import zipfile
 
 import flax.linen as nn
@@ -314,3 +315,17 @@ def test_the_report_is_written(tmp_path):
     found = json.loads(report.read_text())
     assert found["exact"]
     assert {each["how"] for each in found["parameters"]} == {"means", "kept"}
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    model = Net()
+    optimizer = OurTorch(model.named_parameters())
+    torch_steps(model, optimizer, 1)
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    convert.convert(tmp_path / "a.pt", tmp_path / "a.safetensors", "state")
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match=r"cannot be read without safetensors.* pip install 'adafactor\[convert\]'"):
+        state.read(tmp_path / "a.safetensors")
+    assert main(["convert", str(tmp_path / "a.pt"), "--to", "state", "-o", str(tmp_path / "b")]) == 2
+    assert "safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

@@ -1,5 +1,7 @@
 """What a target has no place for, or the source nothing of, is said."""
 
+import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from adafactor.convert import torch as torch_files
 from adafactor.convert.report import Report
 from adafactor.files import Refused
 from adafactor.keras import Adafactor as OurKeras
+from adafactor.optax import adafactor as our_optax
 from adafactor.state import Parameter, State
 from adafactor.torch import Adafactor as OurTorch
 
@@ -112,6 +115,19 @@ def test_accumulators_do_not_tell_how_many_gradients_make_an_update():
     order = keras_files._order(saved, None)
     with pytest.raises(Refused, match="gradient_accumulation_steps must be known, got None"):
         keras_files._accumulated(saved, order)
+
+
+def test_diagnostics_are_no_state():
+    for options in ({}, {"diagnostics": True}):
+        optimizer, report = built(OurKeras, **options), Report()
+        keras_files.write(made(), optimizer, report=report)
+        assert keras_files.read(optimizer).count == 5
+        assert report.exact
+    params = {"w": jnp.ones((2, 3))}
+    fresh = our_optax(0.1, min_dim_size_to_factor=2, diagnostics=True).init(params)
+    filled = jax_files.write(made(), "adafactor.optax", template=fresh)
+    assert jax.tree.structure(filled) == jax.tree.structure(fresh)
+    assert jax_files.read({"params": params, "s": filled}).parameters[0].slots.keys() == {"row", "column"}
 
 
 def test_moving_averages_that_the_source_has_not():

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.report is not None:
             with replacing(arguments.report) as new:
                 new.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise Refusal(str(error)) from error
     print(f"{source} -> {target}, {arguments.to}: {'exact' if report.exact else 'NOT exact'}")
     print(report.text())

@@ -165,7 +165,7 @@ def _live(optimizer: Any) -> Saved:
         raise Refused(message("the optimizer", "built", "one without state", remedy))
     ours = hasattr(optimizer, "_layouts")
     variables = optimizer._trainable_variables
-    values = [_numpy(variable) for variable in optimizer.variables]
+    values = [_numpy(variable) for variable in _saved_variables(optimizer)]
     saved = Saved(ours, values, optimizer.get_config())
     saved.variables = [(_path(variable), tuple(variable.shape)) for variable in variables]
     saved.dtypes = [keras.backend.standardize_dtype(variable.dtype) for variable in variables]
@@ -173,6 +173,11 @@ def _live(optimizer: Any) -> Saved:
     if callable(getattr(optimizer, "factoring", None)):
         saved.config["factoring"] = optimizer.factoring
     return saved
+
+
+def _saved_variables(optimizer: Any) -> list[Any]:
+    """What a file would hold, in order."""
+    return list(getattr(optimizer, "saved_variables", optimizer.variables))
 
 
 def _path(variable: Any) -> str:
@@ -411,7 +416,7 @@ def write(
         values[order.learning_rate] = np.asarray(told["learning_rate"], saved.values[order.learning_rate].dtype)
     if not isinstance(template, str | os.PathLike):
         _note_config(saved, told, report)
-        for variable, value in zip(template.variables, values, strict=True):
+        for variable, value in zip(_saved_variables(template), values, strict=True):
             variable.assign(value)
         return
     if target is None:
