@@ -21,6 +21,7 @@ from adafactor.cli import main
 from adafactor.convert import jax as jax_files
 from adafactor.convert import keras as keras_files
 from adafactor.convert import torch as torch_files
+from adafactor.files import Refused
 from adafactor.keras import Adafactor as OurKeras
 from adafactor.optax import adafactor as our_optax
 from adafactor.torch import Adafactor as OurTorch
@@ -298,6 +299,11 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_over(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "no.pt"), "--to", "state", "-o", str(tmp_path / "b")]) == 2
     assert main(["convert", str(file), "--to", "state", "-o", str(tmp_path / "no" / "b")]) == 2
     assert main(["convert", str(file), "--to", "state", "-o", str(tmp_path / "b"), "--set", "x"]) == 2
+    assert main(["convert", str(file), "--to", "state", "-o", str(tmp_path / "b"), "--set", "learning_rte=1"]) == 2
+    assert "a hyperparameter must be one of" in capsys.readouterr().err
+    with pytest.raises(Refused, match="target must be another file"):
+        convert.convert(file, file, "torch.optim")
+    assert main(["convert", str(file), "--to", "state", "-o", str(tmp_path / "b"), "--report", str(file)]) == 2
     assert file.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["a.pt"]
     assert main(["convert", str(file), "--to", "torch.optim", "-o", str(file), "--force"]) == 0

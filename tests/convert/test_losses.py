@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adafactor import layout, state
+from adafactor import Factored, layout, state
 from adafactor.convert import jax as jax_files
 from adafactor.convert import keras as keras_files
 from adafactor.convert import torch as torch_files
@@ -169,6 +169,21 @@ def test_no_floor_of_torch_optim_is_silent():
         found = torch_files.read(content, report=report)
         assert found.hyperparameters["epsilon_1"] == (eps[0] or 1e-30)
         assert any("floor" in note for note in report.notes) == said
+
+
+def test_batch_axes_that_a_file_does_not_tell():
+    its_layout = layout((2, 3, 4), lambda *_: Factored((1,), (2,), batch=(0,)))
+    slots = {"row": np.ones((2, 3), "f4"), "column": np.ones((2, 4), "f4")}
+    for format in ("torch.optim", "adafactor.torch"):
+        report = Report()
+        torch_files.write(State((Parameter("w", its_layout, slots, 1),)), format, report=report)
+        assert any("batch axes" in note for note in report.notes)
+    report = Report()
+    optimizer = OurTorch(
+        [("w", torch.nn.Parameter(torch.ones(2, 3, 4)))], factoring=lambda *_: Factored((1,), (2,), (0,))
+    )
+    torch_files.write(State((Parameter("w", its_layout, slots, 1),)), template=optimizer, report=report)
+    assert report.notes == []
 
 
 def test_many_losses_are_one_sentence():

@@ -61,8 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     source, target = arguments.source, arguments.output
     try:
-        if target.exists() and not arguments.force:
-            raise Refusal(message("TARGET", "a new name", str(target), "Pass --force to replace it."))
+        for what, path in (("TARGET", target), ("--report", arguments.report)):
+            if path is not None and path.exists() and not arguments.force:
+                raise Refusal(message(what, "a new name", str(path), "Pass --force to replace it."))
         family = convert.family_of(source)
         for each in (family, "state" if arguments.to == "state" else FORMATS[arguments.to].framework):
             need(_PACKAGES[each], f"adafactor convert with files of {each}", f"pip install {' '.join(_PACKAGES[each])}")
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             shapes=_shapes(arguments.shapes),
             axes=_axes(arguments.axes),
             hyperparameters=dict(map(_setting, arguments.set)),
+            overwrite=arguments.force,
         )
         if arguments.report is not None:
             with replacing(arguments.report) as new:

@@ -22,7 +22,7 @@ from adafactor import state as states
 from adafactor.convert.axes import Axes, Shapes
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Change, Report
-from adafactor.convert.words import FORMATS
+from adafactor.convert.words import FORMATS, KNOWN
 from adafactor.files import PathLike, Refused, reading
 from adafactor.hyperparameters import message
 from adafactor.state import State
@@ -90,6 +90,9 @@ def read(
     """
     report = Report() if report is None else report
     _known(format)
+    for name in hyperparameters or ():
+        if name not in KNOWN:
+            raise Refused(message("a hyperparameter", f"one of {', '.join(sorted(KNOWN))}", name, "Check its name."))
     family = family_of(source)
     if family == STATE:
         state, found = states.read(source), STATE
@@ -177,12 +180,20 @@ def convert(
     shapes: Shapes | None = None,
     axes: Axes | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """``read`` and ``write``. ``shapes`` and ``axes`` are of the source, or of a template that does not tell its own.
+
+    Args:
+        overwrite: whether ``target`` may be the source or the template itself.
 
     Returns:
         What changed, and what did not carry over.
     """
+    for each in (source, template):
+        if not overwrite and each is not None and Path(target).exists() and Path(each).exists():
+            if Path(target).samefile(each):
+                raise Refused(message("the target", "another file", str(target), "Pass overwrite=True to replace it."))
     report = Report()
     state = read(source, format, report=report, shapes=shapes, axes=axes, hyperparameters=hyperparameters)
     return write(state, target, to, template=template, names=names, report=report, shapes=shapes, axes=axes)

@@ -56,6 +56,11 @@ def fitted(parameter: Parameter, wanted: Layout, report: Report) -> Parameter:
         raise Refused(
             message(f"the shape of {parameter.name}", f"{wanted.shape} as in the target", parameter.shape, remedy)
         )
+    if parameter.layout.batch and not wanted.batch:
+        report.note(
+            "the target's file does not tell batch axes: tell its optimizer, or clipping and parameter scale are taken "
+            "over whole parameters"
+        )
     have, want = kept(parameter.layout), kept(wanted)
     if have == want:
         report.changes.append(Change(parameter.name, "kept"))

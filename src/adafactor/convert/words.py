@@ -129,6 +129,8 @@ _HARMLESS = {
 }
 
 
+#: Every name that a state's hyperparameters can have.
+KNOWN = {name for known in FORMATS.values() for name in (*known.words.values(), *known.always)} | _HARMLESS
 STARTS = "the source has none, and the target keeps it: it starts at zero"
 
 
