@@ -191,9 +191,9 @@ def convert(
         What changed, and what did not carry over.
     """
     for each in (source, template):
-        if not overwrite and each is not None and Path(target).exists() and Path(each).exists():
-            if Path(target).samefile(each):
-                raise Refused(message("the target", "another file", str(target), "Pass overwrite=True to replace it."))
+        there = each is not None and Path(target).exists() and Path(each).exists()
+        if there and not overwrite and Path(target).samefile(str(each)):
+            raise Refused(message("the target", "another file", str(target), "Pass overwrite=True to replace it."))
     report = Report()
     state = read(source, format, report=report, shapes=shapes, axes=axes, hyperparameters=hyperparameters)
     return write(state, target, to, template=template, names=names, report=report, shapes=shapes, axes=axes)
