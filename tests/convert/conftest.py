@@ -4,6 +4,7 @@ import os
 
 os.environ["KERAS_BACKEND"] = "torch"
 
+import keras
 import pytest
 import torch
 
@@ -12,6 +13,6 @@ import torch
 def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    keras.utils.set_random_seed(0)  # PyTorch's and NumPy's too
     yield
     torch.set_num_threads(threads)

@@ -90,13 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(path: Path | None) -> Any:
-    from adafactor import state
     from adafactor.files import reading
+    from adafactor.planning.files import safetensors
 
     if path is None:
         return None
     if path.suffix == ".safetensors":
-        return state.shapes_in(path)
+        return {parameter.name: parameter.shape for parameter in safetensors.read(path)}
     with reading(path, "JSON of names and shapes"):
         found = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
         if not all(type(n) is int and n >= 0 for shape in found.values() for n in shape):
