@@ -4,6 +4,7 @@
 #   make test    every test, on every framework
 #   make lint    ruff and mypy
 #   make bench   step times against the peers, in this machine's terms
+#   make paper   the paper's stability findings on a small Transformer, as a table and a picture
 #   make doctor  versions, the kernels in use, and what does not work
 #   make sanitize  the native kernels under the address, undefined-behaviour and thread sanitizers
 #
@@ -20,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
+.PHONY: help demo doctor paper test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
         lint format bench sanitize clean
 
 help:
@@ -67,6 +68,10 @@ bench: $(VENV)/test.$(MODULES)
 	@for backend in jax tensorflow torch; do \
 	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py \
 	    --json build/bench/keras-$$backend.json || exit 1; done
+
+paper: $(VENV)/test.$(MODULES)
+	@mkdir -p build
+	$(BIN)/python experiments/paper.py --plot docs/images/paper.png --json build/paper.json $(ARGS)
 
 sanitize: $(VENV)/lint.$(MODULES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/sanitize.sh
