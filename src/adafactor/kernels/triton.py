@@ -28,6 +28,7 @@ from adafactor.kernels.work import Work
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 _NAMES[torch.int8] = "int8"
+_SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 
 
@@ -168,7 +169,7 @@ class Prepared:
                 0.0 if hp.beta_2_max is None else 1.0 - hp.beta_2_max,
                 hp.epsilon_1,
                 hp.epsilon_2,
-                np.inf if hp.clip_threshold is None else hp.clip_threshold,
+                triton_table.NO_CLIP if hp.clip_threshold is None else hp.clip_threshold,
                 settings.weight_decay,
                 hp.momentum or 0.0,
             )
@@ -234,7 +235,8 @@ def launch_of(w: Work, form: Canonical, aligned: bool) -> Launch:
     """Which launch a tensor belongs to."""
     settings, hp = w.settings, w.settings.hyperparameters
     momentum = w.state["momentum"] if hp.momentum is not None else None
-    addresses = [w.param.data_ptr(), 0 if momentum is None else momentum.data_ptr()]
+    tensors = [w.param, *(w.state[name] for name in w.slots if name != "step")]
+    aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     int8 = momentum is not None and momentum.dtype == torch.int8
     return Launch(
         tile=triton_table.tile_of(form) if form.factored else None,
@@ -244,7 +246,7 @@ def launch_of(w: Work, form: Canonical, aligned: bool) -> Launch:
         scale=hp.scale_parameter,
         stochastic=settings.stochastic_rounding and w.param.dtype in (torch.bfloat16, torch.float16),
         huge=form.size > 1 << 32,
-        aligned=aligned and form.m % 16 == 0 and all(address % 16 == 0 for address in addresses),
+        aligned=aligned and form.m % 16 == 0,
         flat=not form.factored or (int8 and form.m % BLOCK != 0),
         sliced=form.slices > 1,
     )
@@ -270,18 +272,19 @@ def launch_all(p: Prepared, varying: Tensor, skipped: Tensor) -> None:
         if tile is None:
             kernels.measure_flat[grid](
                 p.records, p.numbers, varying, p.scalars, blocks, p.partials, p.squares,
-                BLOCK=triton_table.FLAT_TILE, PARAM=param, GRAD=grad, SCALE=launch.scale,
+                BLOCK=triton_table.FLAT_TILE, PARAM=param, GRAD=grad, SCALE=launch.scale, ALIGNED=launch.aligned,
             )  # fmt: skip
             continue
         if tile.wide:
             kernels.row_parts[grid](
-                p.records, varying, blocks, p.sums,
-                NP=tile.NP, M=tile.M, GRAD=grad, ALIGNED=launch.aligned, num_warps=tile.warps,
+                p.records, varying, blocks, p.sums, NP=tile.NP, M=tile.M, GRAD=grad,
+                ALIGNED=launch.aligned, STAGES=tile.stages(_SIZES[launch.grad]), num_warps=tile.warps,
             )  # fmt: skip
         kernels.measure[grid](
             p.records, p.numbers, varying, p.scalars, blocks, p.sums, p.squares,
             K=tile.K, NP=tile.NP, M=tile.M, PARAM=param, GRAD=grad,
-            SCALE=launch.scale, WIDE=tile.wide, ALIGNED=launch.aligned, num_warps=tile.warps,
+            SCALE=launch.scale, WIDE=tile.wide, ALIGNED=launch.aligned,
+            STAGES=tile.stages(_SIZES[launch.grad], _SIZES[launch.param] * launch.scale), num_warps=tile.warps,
         )  # fmt: skip
     for (K, P, C), blocks in p.columns.items():
         kernels.columns[(len(blocks),)](
@@ -291,23 +294,26 @@ def launch_all(p: Prepared, varying: Tensor, skipped: Tensor) -> None:
         p.records, p.slices, p.partials, p.squares, p.roots, p.found, KB=16, TB=64, BLOCK=1024
     )
     kernels.finish[(count,)](p.records, p.numbers, p.scalars, p.found, p.moves, p.updated, skipped, BLOCK=128)
+    tensors = (p.records, p.numbers, varying, p.scalars)
+    buffers = (p.sums, p.roots, p.moves, p.updated)
     for launch, blocks in p.applied.items():
-        tile, grid = launch.tile, (len(blocks),)
         common = {
             "PARAM": kernels.dtype(launch.param),
             "GRAD": kernels.dtype(launch.grad),
             "MOMENTUM": kernels.dtype(launch.momentum) if launch.momentum else None,
             "STOCHASTIC": launch.stochastic,
             "HUGE": launch.huge,
+            "ALIGNED": launch.aligned,
         }
-        tensors = (p.records, p.numbers, varying, p.scalars, blocks, p.sums, p.roots, p.moves, p.updated)
         if launch.flat:
-            factored = tile is not None
-            kernels.apply_flat[grid](
-                *tensors, BLOCK=triton_table.FLAT_TILE, FACTORED=factored, SLICED=launch.sliced, **common
+            factored, size = launch.tile is not None, triton_table.FLAT_TILE
+            kernels.apply_flat[(len(blocks),)](
+                *tensors, blocks, *buffers, BLOCK=size, FACTORED=factored, SLICED=launch.sliced, **common
             )
-        else:
-            assert tile is not None
-            kernels.apply[grid](
-                *tensors, K=tile.K, NP=tile.NP, M=tile.M, ALIGNED=launch.aligned, num_warps=tile.warps, **common
-            )
+            continue
+        assert launch.tile is not None
+        tile = launch.tile.of_apply
+        stages = tile.stages(*(_SIZES[name] for name in (launch.param, launch.grad, launch.momentum) if name))
+        kernels.apply[(len(blocks),)](
+            *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, num_warps=tile.warps, **common
+        )

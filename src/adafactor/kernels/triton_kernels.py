@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from adafactor.kernels.triton_numbers import move
-from adafactor.kernels.triton_table import BLOCK_FIELDS, FIELDS, FLAGS, NUMBERS, SLICE_FIELDS
+from adafactor.kernels.triton_table import BLOCK_FIELDS, FIELDS, FLAGS, NO_CLIP, NUMBERS, SLICE_FIELDS
 
 # A record's fields, as constants that a kernel may use.
 _F, _G = tl.constexpr(len(FIELDS)), tl.constexpr(len(NUMBERS))
@@ -32,6 +32,7 @@ _B, _L = tl.constexpr(len(BLOCK_FIELDS)), tl.constexpr(len(SLICE_FIELDS))
 ) = (tl.constexpr(k) for k in range(len(FIELDS)))  # fmt: skip
 _EXPONENT, _LEAST, _EPS1, _EPS2, _CLIP, _DECAYS, _BETA1 = (tl.constexpr(k) for k in range(len(NUMBERS)))
 _CAPS, _SCALE, _AFTER_DECAY, _MAXIMIZE, _SKIP = (tl.constexpr(1 << k) for k in range(len(FLAGS)))
+_NONE = tl.constexpr(NO_CLIP)
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
 
 
@@ -79,7 +80,7 @@ def begin(tensors, numbers, lrs, scalars, count, BLOCK: tl.constexpr):
 @triton.jit
 def row_parts(
     tensors, grads, blocks, sums,
-    NP: tl.constexpr, M: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    NP: tl.constexpr, M: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Row sums over one chunk of columns, for matrices wider than a tile; `measure` adds up the chunks."""
     block = blocks + tl.program_id(0) * _B
@@ -93,7 +94,7 @@ def row_parts(
     out = sums + tl.load(record + _ROW_PARTS)
     j = chunk * M + tl.arange(0, M)
     first = matrix // B1 * n * B1 + matrix % B1
-    for i0 in range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP):
+    for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
         run = first + i * B1
         inside = i < n
@@ -106,7 +107,7 @@ def row_parts(
 def measure(
     tensors, numbers, grads, scalars, blocks, sums, squares,
     K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    SCALE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    SCALE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of K matrices: finishes its rows, and leaves its share of S, W and Q in buffers. g is read once."""
     block = blocks + tl.program_id(0) * _B
@@ -133,7 +134,7 @@ def measure(
     S = tl.zeros((K, M), tl.float32)
     W = tl.zeros((K, M), tl.float32)
     Q = tl.zeros((K,), tl.float32)
-    for i0 in range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP):
+    for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * B1
         inside = (k < matrices)[:, None] & (i < n)[None, :]
@@ -156,10 +157,13 @@ def measure(
             x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
             Q += tl.sum(tl.sum(x * x, axis=2), axis=1)  # eq. 6
     slot = k * parts + part
-    out = sums + tl.load(record + _SUMS) + slot[:, None] * m + j[None, :]
-    mask = (k < matrices)[:, None] & (j < m)[None, :]
-    tl.store(out, S, mask=mask)
-    tl.store(out + matrices * parts * m, W, mask=mask)
+    share = tl.load(record + _SUMS)
+    if ALIGNED:
+        share = tl.multiple_of(share, 16)
+    out = sums + share + slot[:, None] * m + j[None, :]
+    known = (k < matrices)[:, None] & (j < m)[None, :]
+    tl.store(out, S, mask=known)
+    tl.store(out + matrices * parts * m, W, mask=known)
     if SCALE:
         tl.store(squares + tl.load(record + _SQUARES) + slot * chunks + chunk, Q, mask=k < matrices)
 
@@ -167,17 +171,19 @@ def measure(
 @triton.jit
 def measure_flat(
     tensors, numbers, grads, scalars, blocks, partials, squares,
-    BLOCK: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, SCALE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One piece of a slice of an unfactored tensor: its Σu² (eq. 11), a check, and its Σx²."""
     block = blocks + tl.program_id(0) * _B
     tensor, start, end, index = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    if ALIGNED:
+        start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
     record = tensors + tensor * _F
     decay, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
-    grad = tl.load(grads + tensor).to(tl.pointer_type(GRAD))
-    param = tl.load(record + _PARAM).to(tl.pointer_type(PARAM))
-    second_moment = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
+    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
+    second_moment = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
     u2 = tl.zeros((BLOCK,), tl.float32)
     check = tl.zeros((BLOCK,), tl.float32)
     Q = tl.zeros((BLOCK,), tl.float32)
@@ -311,7 +317,8 @@ def finish(tensors, numbers, scalars, found, moves, updated, skipped, BLOCK: tl.
         scale = tl.sqrt(Q / N) * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(keep), 1.0)
         alpha = tl.where((flags & _SCALE) != 0, alpha * tl.where(scale <= eps2, eps2, scale), alpha)  # eq. 9
         excess = tl.sqrt(u2 / N) / clip
-        excess = tl.where((excess <= 1) | (clip == float("inf")), 1.0, excess)  # NaN stays NaN
+        excess = tl.where(excess <= 1, 1.0, excess)  # NaN stays NaN
+        excess = tl.where(clip == _NONE, 1.0, excess)
         factor = 1.0 / excess  # eq. 10
         factor = tl.where((flags & _MAXIMIZE) != 0, -factor, factor)
         factor = factor * tl.where(beta1 > 0, 1.0 - beta1, alpha)
@@ -330,7 +337,7 @@ def finish(tensors, numbers, scalars, found, moves, updated, skipped, BLOCK: tl.
 def apply(
     tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
     K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, HUGE: tl.constexpr, ALIGNED: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, HUGE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of K matrices, as in `measure`: writes their statistics, momentum and parameters (eqs. 12, 13)."""
     block = blocks + tl.program_id(0) * _B
@@ -353,21 +360,24 @@ def apply(
         momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
         scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
     row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
-    column = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
+    column = _pointer(tl.load(record + _SECOND), tl.float32, ALIGNED)
     k = matrix + tl.arange(0, K)
     j = chunk * M + tl.arange(0, M)
     here = k < matrices
     first = k // B1 * n * B1 + k % B1
     slice_ = moves + (tl.load(record + _SLICE) + k // tl.load(record + _PER_SLICE)) * 2
     factor, alpha = tl.load(slice_, mask=here, other=0), tl.load(slice_ + 1, mask=here, other=0)
-    mask = here[:, None] & (j < m)[None, :]
-    c = tl.load(sums + tl.load(record + _SUMS) + k[:, None] * parts * m + j[None, :], mask=mask, other=0)
+    known = here[:, None] & (j < m)[None, :]
+    share = tl.load(record + _SUMS)
+    if ALIGNED:
+        share = tl.multiple_of(share, 16)
+    c = tl.load(sums + share + k[:, None] * parts * m + j[None, :], mask=known, other=0)
     goes_on = tl.load(updated + tensor) != 0
-    tl.store(column + k[:, None] * m + j[None, :], c, mask=mask & goes_on & (part == 0))
+    tl.store(column + k[:, None] * m + j[None, :], c, mask=known & goes_on & (part == 0))
     root_mu = tl.load(roots + tl.load(record + _ROOT_MU) + k, mask=here, other=0)
     c = root_mu[:, None] * _inverse_root(c)
     end = tl.where(goes_on, tl.minimum((part + 1) * part_rows, n), 0)
-    for i0 in range(part * part_rows, end, NP):
+    for i0 in tl.range(part * part_rows, end, NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * B1
         inside = here[:, None] & (i < n)[None, :]
@@ -387,38 +397,43 @@ def apply(
 def apply_flat(
     tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
     BLOCK: tl.constexpr, FACTORED: tl.constexpr, SLICED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, HUGE: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, HUGE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One run of elements, for tensors that are not factored, and where blocks of 8-bit momentum cross rows."""
     block = blocks + tl.program_id(0) * _B
     tensor, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
     record = tensors + tensor * _F
     decay, past, keep = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1), tl.load(scalars + tensor * 4 + 3)
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
     beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
     seed, identity = tl.load(record + _SEED), tl.load(record + _IDENTITY)
     t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
-    grad = tl.load(grads + tensor).to(tl.pointer_type(GRAD))
-    param = tl.load(record + _PARAM).to(tl.pointer_type(PARAM))
+    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     momentum, scales = param, param
     if MOMENTUM is not None:
-        momentum = tl.load(record + _MOMENTUM).to(tl.pointer_type(MOMENTUM))
+        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
         scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
-    statistic = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
+    statistic = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
     column = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
     m, n, B1, parts = (
         tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1), tl.load(record + _PARTS),
     )  # fmt: skip
     size, slice0, slice_size = tl.load(record + _SIZE), tl.load(record + _SLICE), tl.load(record + _SLICE_SIZE)
-    factor, alpha = tl.load(moves + slice0 * 2), tl.load(moves + slice0 * 2 + 1)
     end = tl.where(tl.load(updated + tensor) != 0, tl.minimum(end, size), 0)
-    for begin_ in range(start, end, BLOCK):
-        e = begin_ + tl.arange(0, BLOCK)
+    if ALIGNED:
+        end = tl.multiple_of(end, 16)
+    for first in range(start, end, BLOCK):
+        e = first + tl.arange(0, BLOCK)
         mask = e < end
         g = tl.load(grad + e, mask=mask, other=0).to(tl.float32)
         if SLICED:
-            factor = tl.load(moves + (slice0 + e // slice_size) * 2, mask=mask, other=0)
-            alpha = tl.load(moves + (slice0 + e // slice_size) * 2 + 1, mask=mask, other=0)
+            slice_ = moves + (slice0 + e // slice_size) * 2
+            factor, alpha = tl.load(slice_, mask=mask, other=0), tl.load(slice_ + 1, mask=mask, other=0)
+        else:
+            factor, alpha = tl.load(moves + slice0 * 2), tl.load(moves + slice0 * 2 + 1)
         if FACTORED:
             run, j = e // m, e % m
             k = run // (n * B1) * B1 + run % B1

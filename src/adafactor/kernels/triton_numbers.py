@@ -15,6 +15,21 @@ _BLOCK = tl.constexpr(BLOCK)
 _SQUARE = tl.constexpr(float(LARGEST * LARGEST))
 
 
+# The interpreter cuts bfloat16 instead of rounding it; what a device does is compiled.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x rounded to nearest, ties to even."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        u = x.to(tl.uint32, bitcast=True)
+        nearest = tl.where((u & 0x7FFFFFFF) > 0x7F800000, u | 0x400000, u + 0x7FFF + ((u >> 16) & 1))
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
 @triton.jit
 def _mix(h, key):
     h = (h ^ (h >> 16)) * 0x7FEB352D
@@ -108,7 +123,7 @@ def move(
         u = alpha * u
     elif MOMENTUM is not None:
         u = beta1 * tl.load(momentum + place, mask=mask, other=0).to(tl.float32) + u
-        tl.store(momentum + place, u.to(MOMENTUM), mask=mask)
+        tl.store(momentum + place, narrow(u, MOMENTUM), mask=mask)
         u = alpha * u
     x = keep * tl.load(param + place, mask=mask, other=0).to(tl.float32) - u
     if STOCHASTIC:
@@ -118,4 +133,4 @@ def move(
             h = stochastic_float16(x, bits)
         tl.store(param + place, h.to(PARAM, bitcast=True), mask=mask)
     else:
-        tl.store(param + place, x.to(PARAM), mask=mask)
+        tl.store(param + place, narrow(x, PARAM), mask=mask)

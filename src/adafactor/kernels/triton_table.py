@@ -23,6 +23,7 @@ FIELDS = (
 )
 #: float64 numbers of a tensor.
 NUMBERS = ("exponent", "least", "eps1", "eps2", "clip", "decays", "beta1")
+NO_CLIP = 2.0**127  # beyond any root mean square of float32 numbers
 FLAGS = ("caps", "scale", "after_decay", "maximize", "skip")
 BLOCK_FIELDS = ("tensor", "a", "b", "c", "d")  # what a to d are, each kernel says
 SLICE_FIELDS = ("tensor", "k_begin", "k_end", "p_begin", "p_end", "q_begin", "q_end")
@@ -30,12 +31,13 @@ SLICE_FIELDS = ("tensor", "k_begin", "k_end", "p_begin", "p_end", "q_begin", "q_
 TILE = 4096  # elements that 8 warps work on at a time
 WIDEST = 16384  # columns up to which a row's sum and the column sums of its part stay in registers
 FLAT = 16384  # elements of one program over an unfactored tensor, FLAT_TILE at a time
-FLAT_TILE = 2048
+FLAT_TILE = 1024
 COLUMNS = 128  # of one tile where the sums over parts are added up
 # S and W of a part take 8 bytes per column, its rows R times the parameter's bytes: 1.6 % of it. A list of few
 # programs is cut finer, up to four times, so that it does not leave most of a device idle.
 PART_ROWS = {4: 128, 2: 256}
 PROGRAMS = 264
+SHARED = 64 * 1024
 
 
 class Tile(NamedTuple):
@@ -46,6 +48,20 @@ class Tile(NamedTuple):
     M: int
     warps: int
     wide: bool
+
+    @property
+    def of_apply(self) -> Tile:
+        """The tile of the second pass, which needs no whole rows."""
+        if self.M <= TILE:
+            return self
+        return Tile(1, 1, TILE, max(4, TILE // 512), True)
+
+    def stages(self, *itemsizes: int) -> int:
+        """How many tiles of tensors of these item sizes are on their way at a time, 3 at most.
+
+        All but one of them wait in shared memory, of which every device gives a program 64 KB or more.
+        """
+        return max(1, min(3, 1 + SHARED // (self.K * self.NP * self.M * sum(itemsizes))))
 
 
 class Launch(NamedTuple):
@@ -139,6 +155,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
         first_slice += form.slices
         if launch.tile is None:
             blocks, entries = _flat(number, form)
+            moved = blocks
             result.partials += len(blocks)
             result.squares += len(blocks)
         else:
@@ -147,10 +164,11 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
             summed.setdefault(key, []).append(sums)
             result.partials += len(sums)
             blocks = _parts(number, record, launch.tile)
+            moved = _parts(number, record, launch.tile.of_apply)
             entries = _factored_slices(number, form, record, ends)
         if len(blocks):
             measured.setdefault(launch, []).append(blocks)
-        applied.setdefault(launch, []).append(_runs(number, form) if launch.flat else blocks)
+        applied.setdefault(launch, []).append(_runs(number, form) if launch.flat else moved)
         slices.append(entries)
         result.records[number] = [record[name] for name in FIELDS]
     result.slices = np.concatenate(slices)
@@ -189,7 +207,7 @@ def _place(record: dict[str, int], result: Tables, form: Canonical, tile: Tile, 
     tiles = -(-form.m // COLUMNS)
     record.update(per_slice=matrices // form.slices, parts=parts, part_rows=part_rows, chunks=chunks, tiles=tiles)
     runs = form.b0 * form.n * form.B1
-    record["sums"] = result.sums
+    record["sums"] = -(-result.sums // 16) * 16  # as far apart as wide loads need
     record["finished"] = record["sums"] + 2 * matrices * parts * form.m
     record["row_parts"] = record["finished"] + runs
     result.sums = record["row_parts"] + (runs * chunks if tile.wide else 0)
@@ -214,7 +232,8 @@ def _blocks(number: int, *values: Any) -> NDArray[np.int64]:
 def _parts(number: int, record: dict[str, int], tile: Tile) -> NDArray[np.int64]:
     """tensor, first matrix, part, chunk of columns."""
     matrices = np.arange(0, record["matrices"], tile.K)
-    return _blocks(number, *_grid(matrices, np.arange(record["parts"]), np.arange(record["chunks"])))
+    chunks = np.arange(-(-record["m"] // tile.M))
+    return _blocks(number, *_grid(matrices, np.arange(record["parts"]), chunks))
 
 
 def _columns(
