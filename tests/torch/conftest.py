@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from triton_support import interpret
+
+interpret()
 
 
 @pytest.fixture(autouse=True)

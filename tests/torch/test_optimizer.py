@@ -63,7 +63,7 @@ def test_a_group_is_checked_when_it_is_added_and_when_it_has_changed():
         ({"beta1": 1.0}, ValueError, "beta1 must be >= 0 and < 1, got 1.0. Pass None to keep no momentum."),
         ({"beta2_max": 2}, ValueError, "beta2_max must be >= 0 and <= 1, got 2."),
         ({"relative_step": "never"}, ValueError, "relative_step must be True, False or \"always\", got 'never'."),
-        ({"momentum_dtype": torch.int8}, ValueError, "momentum_dtype must be torch.float32, torch.bfloat16, "),
+        ({"momentum_dtype": torch.int16}, ValueError, "momentum_dtype must be torch.float32, torch.bfloat16, "),
         ({"maximize": 1}, TypeError, "maximize must be True or False, got 1."),
         ({"seed": -1}, ValueError, "seed must be an integer >= 0 and < 2**64, got -1."),
         ({"factoring": "all"}, ValueError, 'factoring must be "last_two", '),

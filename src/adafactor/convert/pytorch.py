@@ -8,6 +8,7 @@ All three keep the same numbers under different names:
     second_moment   variance                exp_avg_sq          the parameter's
     momentum        -                       exp_avg / alpha     the parameter's
     residual        -                       -                   the parameter's
+    momentum_scale  -                       -                   (blocks of 256 elements,), with 8-bit momentum
     step            step, float32           step, int           ()
 
 transformers averages updates that the step size alpha has already multiplied. Divided by the last alpha, its average
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from adafactor.factoring import layout
+from adafactor.kernels import int8
 from adafactor.kernels.work import is_sharded, math_dtype
 
 Group = dict[str, Any]
@@ -115,6 +117,10 @@ def _state(saved: State, old: Group, group: Group, param: Tensor, name: str, not
     dtype = math_dtype(param.dtype)
     wanted = {**roles.slots, "momentum": tuple(param.shape), "residual": tuple(param.shape)}
     dtypes = {"momentum": group["momentum_dtype"] or dtype, "residual": torch.bfloat16}
+    coded = group["momentum_dtype"] == torch.int8 and not is_sharded(param)
+    if "momentum_scale" in values or (coded and "momentum" in values):
+        wanted["momentum_scale"] = (int8.scales(param.numel()),)
+        _recode(values, coded)
     read: State = {}
     for key, value in values.items():
         if isinstance(value, Tensor) and is_sharded(value) and not is_sharded(param):
@@ -135,12 +141,27 @@ def _state(saved: State, old: Group, group: Group, param: Tensor, name: str, not
                 f"{tuple(value.shape)}. Construct the optimizer with the checkpoint's factoring."
             )
         elif key in dtypes:
-            stored = torch.empty_like(param, dtype=dtypes[key])
+            memory = torch.contiguous_format if dtypes[key] == torch.int8 else torch.preserve_format
+            stored = torch.empty_like(param, dtype=dtypes[key], memory_format=memory)
             read[key] = Held(stored.copy_(value))
+        elif key == "momentum_scale":
+            read[key] = Held(value.to(param.device, torch.float32, copy=True).reshape(wanted[key]))
         else:
             copied = value.reshape(wanted[key]).to(param.device, dtype, copy=True)
             read[key] = Held(copied.contiguous())
     return read
+
+
+def _recode(values: State, coded: bool) -> None:
+    """Turn 8-bit momentum into numbers and back, where the file has the one and the group asks for the other."""
+    momentum: Tensor = values["momentum"]
+    scale: Tensor | None = values.pop("momentum_scale", None)
+    if scale is not None and not coded:
+        values["momentum"] = int8.decode(momentum, scale)
+    elif scale is None:
+        values["momentum"], values["momentum_scale"] = int8.encode(momentum.to(torch.float32))
+    else:
+        values["momentum_scale"] = scale
 
 
 def _momentum(saved: State, old: Group, notes: Notes) -> Tensor:

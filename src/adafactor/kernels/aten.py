@@ -16,7 +16,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from adafactor.kernels.aten_blocks import Block, at, blocks, kept, reduced, total
+from adafactor.kernels import int8
+from adafactor.kernels.aten_blocks import Block, at, blocks, coded_blocks, kept, reduced, total
 from adafactor.kernels.aten_rounding import random_bits, row_major, stochastic_round
 from adafactor.kernels.work import Settings, Work, math_dtype
 
@@ -254,22 +255,30 @@ def _move(w: Work, rows: Tensor | None, columns: Columns | None, move: Move) -> 
         keep(state["row"].view_as(rows), rows)
         keep(state["column"].view_as(columns.column), columns.column)
         inverse_row = positive(rows).rsqrt_()
-    for block, pieces in blocks(w):
+    coded = "momentum_scale" in w.slots
+    for block, pieces in coded_blocks(w) if coded else blocks(w):
         for piece in pieces:
             g = at(w.grad, piece).to(dtype)
-            scale = per_slice(move.scale, piece)
+            factor = per_slice(move.scale, piece)
             if rows is None or columns is None:
                 old = at(state["second_moment"], piece)
                 v = torch.lerp(old, g * g + hp.epsilon_1, move.decay)  # eq. 11
                 keep(old, v)
-                u = positive(v).rsqrt_().mul_(g).mul_(scale)
+                u = positive(v).rsqrt_().mul_(g).mul_(factor)
             else:
                 u = g * at(inverse_row, reduced(block, layout.columns))
-                u.mul_(at(columns.factor, reduced(piece, layout.rows)) * scale)
+                u.mul_(at(columns.factor, reduced(piece, layout.rows)) * factor)
             if momentum is not None:
                 stored = at(state["momentum"], piece)
-                u = stored.to(dtype) * momentum + u.mul_(1 - momentum)  # eq. 12
-                keep(stored, u)
+                scale = _scales(w, piece) if coded else None
+                average = stored.to(dtype) if scale is None else int8.decode(stored, scale).to(dtype)
+                u = average * momentum + u.mul_(1 - momentum)  # eq. 12
+                if scale is None:
+                    keep(stored, u)
+                else:
+                    codes, scales = int8.encode(u.to(torch.float32), _bits(w, piece, move))
+                    keep(stored, codes)
+                    keep(scale, scales)
                 u.mul_(per_slice(move.alpha, piece))
             if settings.skip_nonfinite:
                 u.masked_fill_(left_alone, 0)
@@ -291,8 +300,7 @@ def _write(w: Work, piece: Block, update: Tensor, move: Move) -> None:
         exact = exact + residual
     exact = (exact * move.shrink if decays else exact) - update
     if w.settings.stochastic_rounding:
-        index = row_major(w.layout, piece, x.device)
-        exact = stochastic_round(exact, x.dtype, random_bits(w.settings.seed, move.t, w.tensor, index))
+        exact = stochastic_round(exact, x.dtype, _bits(w, piece, move))
     if residual is None:
         x.copy_(exact)
         return
@@ -302,6 +310,22 @@ def _write(w: Work, piece: Block, update: Tensor, move: Move) -> None:
         rounded, rest = torch.where(move.updated, rounded, x), torch.where(move.updated, rest, residual)
     x.copy_(rounded)
     residual.copy_(rest)
+
+
+def _bits(w: Work, piece: Block, move: Move) -> Tensor:
+    """The random bits of this update for every element of a piece."""
+    return random_bits(w.settings.seed, move.t, w.tensor, row_major(w.layout, piece, w.param.device))
+
+
+def _scales(w: Work, piece: Block) -> Tensor:
+    """The scales of the 8-bit momentum of a piece."""
+    scale = w.state["momentum_scale"]
+    if piece is None:
+        return scale
+    first, last = 0, 0
+    for n, part in zip(w.layout.shape, piece, strict=True):
+        first, last = first * n + part.start, last * n + part.stop - 1
+    return scale[first // int8.BLOCK : last // int8.BLOCK + 1]
 
 
 def positive(v: Tensor) -> Tensor:

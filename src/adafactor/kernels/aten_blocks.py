@@ -8,6 +8,7 @@ from itertools import product
 from torch import Tensor
 
 from adafactor.factoring import Layout
+from adafactor.kernels import int8
 from adafactor.kernels.work import Work
 
 # One slice per axis; None is the whole tensor, which most tensors fit in and which costs no indexing.
@@ -27,7 +28,7 @@ def blocks(w: Work) -> Iterator[tuple[Block, list[Block]]]:
     single row is larger than the limit: then the pieces cut the columns.
     """
     shape, columns, size = w.layout.shape, w.layout.columns, w.layout.size
-    limit = CPU_BLOCK if w.param.device.type == "cpu" else DEVICE_BLOCK
+    limit = _limit(w)
     if size <= limit:
         yield None, [None]
         return
@@ -42,6 +43,20 @@ def blocks(w: Work) -> Iterator[tuple[Block, list[Block]]]:
     inner = [n if axis in columns else shape[axis] for axis, n in enumerate(chunk)]
     for block in _slices(shape, outer, (ALL,) * len(shape)):
         yield block, list(_slices(shape, inner, block))
+
+
+def coded_blocks(w: Work) -> Iterator[tuple[Block, list[Block]]]:
+    """The same for a parameter whose momentum is 8-bit: its blocks of 256 elements are cut nowhere."""
+    limit = _limit(w)
+    if w.layout.size <= limit:
+        yield None, [None]
+        return
+    for slab in int8.slabs(w.layout.shape, limit):
+        yield slab, [slab]
+
+
+def _limit(w: Work) -> int:
+    return CPU_BLOCK if w.param.device.type == "cpu" else DEVICE_BLOCK
 
 
 def _cut(chunk: list[int], axis: int, size: int, limit: int) -> int:

@@ -32,24 +32,25 @@ _SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 
 
-def why_not() -> str | None:
-    """One sentence that says why Triton kernels cannot run here, or ``None`` where they can."""
+@cache
+def why_not(device: torch.device) -> str | None:
+    """One sentence that says why Triton kernels cannot run on a device, or ``None`` where they can."""
+    if device.type != "cuda":
+        return f"The Triton kernels are for cuda tensors, not for {device.type} tensors."
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton, which the CUDA builds of PyTorch bring along."
+        return "Triton is not installed; the CUDA builds of PyTorch bring it along, or pip install triton."
     if not torch.cuda.is_available():
-        return "There is no CUDA device, or this build of PyTorch has no CUDA."
+        return "This build of PyTorch has no CUDA." if torch.version.cuda is None else "There is no CUDA device."
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"Triton needs compute capability 7.0 or later, and {torch.cuda.get_device_name(device)} has less."
     return None
 
 
-def device_why_not(device: torch.device) -> str | None:
-    """The same for one device."""
-    return why_not() if device.type == "cuda" else f"Triton kernels run on cuda tensors, not on {device.type} ones."
-
-
 class Step:
-    """The kernel ``step(work, skipped)`` for CUDA tensors, with the tables of the lists it has seen."""
+    """The kernel ``step(work, skipped)`` for CUDA tensors, with the tables of the last ``lists`` lists or fewer."""
 
-    def __init__(self) -> None:
+    def __init__(self, lists: int = 8) -> None:
+        self._lists = lists
         self._tables: dict[tuple[object, ...], Prepared] = {}
 
     def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
@@ -62,7 +63,7 @@ class Step:
         key = _key(work)
         prepared = self._tables.get(key)
         if prepared is None:
-            if len(self._tables) >= 8:  # a model whose list changes every step must not fill the memory
+            if len(self._tables) >= self._lists:  # a model whose list changes every step must not fill the memory
                 self._tables.clear()
             prepared = self._tables[key] = Prepared(work)
         if prepared.other:

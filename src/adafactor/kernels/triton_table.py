@@ -59,8 +59,11 @@ class Tile(NamedTuple):
     def stages(self, *itemsizes: int) -> int:
         """How many tiles of tensors of these item sizes are on their way at a time, 3 at most.
 
-        All but one of them wait in shared memory, of which every device gives a program 64 KB or more.
+        All but one of them wait in shared memory, of which every device gives a program 64 KB or more. Rows of a few
+        elements do not get there in wide words, and their addresses fill the registers.
         """
+        if self.M < 16:
+            return 1
         return max(1, min(3, 1 + SHARED // (self.K * self.NP * self.M * sum(itemsizes))))
 
 

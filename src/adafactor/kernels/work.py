@@ -32,7 +32,7 @@ class Settings:
         hyperparameters: the numbers of the algorithm, in the project's own names.
         weight_decay: x is multiplied by 1 - lr * weight_decay before the update, after RMS(x) has been taken.
         maximize: follow the gradient instead of descending.
-        momentum_dtype: how momentum is stored; ``None`` as the statistics are.
+        momentum_dtype: how momentum is stored, ``torch.int8`` as ``int8.py`` says; ``None`` as the statistics are.
         stochastic_rounding: round a bfloat16 or float16 parameter up or down at random, without bias.
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient is not finite.
         seed: of the random bits behind stochastic rounding.
@@ -64,7 +64,8 @@ class Work:
             ``step``, int64 of shape (): the updates made so far, before this one (t is one more);
             ``row`` of ``layout.row_shape`` and ``column`` of ``layout.column_shape``, or ``second_moment`` of the
             parameter's shape, all contiguous and of ``math_dtype``;
-            ``momentum`` of the parameter's shape, where ``settings`` ask for one;
+            ``momentum`` of the parameter's shape, where ``settings`` ask for one; as int8 it is contiguous and
+            has a ``momentum_scale``, float32, one for every 256 elements (``int8.py``);
             ``residual`` of the parameter's shape, bfloat16, where it is ``compensated``.
         layout: the role of every axis.
         settings: the group's.
@@ -89,7 +90,10 @@ class Work:
     @property
     def slots(self) -> tuple[str, ...]:
         """The names of ``state`` that this update reads and writes."""
-        momentum = ("momentum",) if self.settings.hyperparameters.momentum is not None else ()
+        momentum: tuple[str, ...] = ()
+        if self.settings.hyperparameters.momentum is not None:
+            coded = self.settings.momentum_dtype == torch.int8
+            momentum = ("momentum", "momentum_scale") if coded else ("momentum",)
         residual = ("residual",) if self.compensated else ()
         return ("step", *self.layout.slots, *momentum, *residual)
 

@@ -26,13 +26,13 @@ VOCABULARY = {
     "beta_1": "beta1",
     "beta_2_max": "beta2_max",
 }
-MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 # The names in a group that make its settings; a scheduler moves the learning rate besides.
 SETTINGS = (
     *("beta2_decay", "eps", "d", "weight_decay", "maximize", "fused", "relative_step", "scale_parameter"),
     *("beta1", "momentum_dtype", "beta2_max", "factoring", "min_dim_size_to_factor"),
-    *("stochastic_rounding", "compensated", "skip_nonfinite", "seed"),
+    *("stochastic_rounding", "compensated", "skip_nonfinite", "seed", "capturable"),
 )
 
 
@@ -59,7 +59,7 @@ def translate(group: Mapping[str, Any]) -> Settings:
     )
     if not in_range(group["weight_decay"], 0.0, math.inf):
         raise ValueError(message("weight_decay", ">= 0 and finite", group["weight_decay"], "Pass 0 for none."))
-    for name in ("maximize", "stochastic_rounding", "compensated", "skip_nonfinite"):
+    for name in ("maximize", "stochastic_rounding", "compensated", "skip_nonfinite", "capturable"):
         if not isinstance(group[name], bool):
             raise TypeError(message(name, "True or False", group[name], "Leave it out for the default."))
     if group["compensated"] and group["stochastic_rounding"]:
@@ -69,7 +69,7 @@ def translate(group: Mapping[str, Any]) -> Settings:
         if group[name] not in (None, True, False):
             raise TypeError(message(name, "None, True or False", group[name], "Leave it out for the default."))
     if group["momentum_dtype"] not in MOMENTUM_DTYPES:
-        rule = "torch.float32, torch.bfloat16, torch.float16 or None"
+        rule = "torch.float32, torch.bfloat16, torch.float16, torch.int8 or None"
         raise ValueError(message("momentum_dtype", rule, group["momentum_dtype"], "None stores what is computed."))
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:

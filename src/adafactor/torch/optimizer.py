@@ -17,8 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adafactor.convert import pytorch as checkpoint
 from adafactor.factoring import Factoring, Layout, layout
 from adafactor.hyperparameters import RelativeStep, message
-from adafactor.kernels import aten, native, opaque
-from adafactor.kernels.native_torch import Step
+from adafactor.kernels import aten, int8, native, native_torch, opaque, triton
 from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtype, new_report
 from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
 
@@ -50,14 +49,15 @@ class Adafactor(Optimizer):
         weight_decay: the parameter is multiplied by ``1 - lr * weight_decay``, after its root mean square was taken.
         foreach: accepted, and without effect: all tensors of a step are handed to one kernel anyway.
         maximize: follow the gradient instead of descending.
-        fused: ``None`` uses the native kernel for CPU tensors where it is installed, ``True`` insists on it,
-            ``False`` uses torch operations, as every other device does.
+        fused: ``None`` uses the native kernels for CPU tensors and the Triton kernels for CUDA tensors where they
+            are installed, ``True`` insists on them, ``False`` uses torch operations, as every other device does.
         relative_step: cap the learning rate at 1/sqrt(t), as ``torch.optim.Adafactor`` always does (eq. 8). A
             scheduler writes into the same place as the user, so here ``True`` and ``"always"`` mean the same.
         scale_parameter: multiply the learning rate by the parameter's root mean square (eq. 9).
         beta1: momentum of the clipped update, in [0, 1) (eq. 12); ``None`` or 0 keeps none.
-        momentum_dtype: how momentum is stored: ``torch.float32``, ``bfloat16`` or ``float16``; ``None`` stores it
-            like the statistics.
+        momentum_dtype: how momentum is stored: ``torch.float32``, ``bfloat16``, ``float16`` or ``int8``; ``None``
+            stores it like the statistics. 256 neighbours of int8 momentum share a float32 scale s, and a number m
+            is stored to within s (2 sqrt(abs(m)/s) / 127 + 1/127²), without bias.
         beta2_max: upper bound of beta2(t), in [0, 1] (eq. 1).
         factoring: which axes become rows and columns; see :func:`adafactor.layout`.
         min_dim_size_to_factor: matrices with a smaller side keep the whole second moment.
@@ -66,12 +66,16 @@ class Adafactor(Optimizer):
             the next update. Not with ``stochastic_rounding``; without effect on other parameters.
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient holds an inf or a NaN, or
             when its squares overflow; count it in :attr:`skipped`. ``False`` lets it spread.
-        seed: an integer; of the bits behind ``stochastic_rounding``.
+        seed: an integer; of the bits behind ``stochastic_rounding`` and int8 momentum.
         diagnostics: record what :meth:`diagnostics` returns; for all groups.
+        capturable: allow a CUDA graph to capture ``step``, as in ``torch.optim``. The state is on the parameters'
+            device either way, and no step waits for it. A graph keeps a learning rate that is a number, and
+            reads one that is a tensor on the device at every replay.
 
     State of a parameter: ``step``, int64 of shape (), the updates made; ``row`` and ``column``, or
     ``second_moment``, of the shapes ``adafactor.layout`` gives; ``momentum`` of the parameter's shape, with ``beta1``;
-    ``residual`` of the parameter's shape, bfloat16, with ``compensated``.
+    ``momentum_scale``, float32 of shape (ceil(N / 256),), with int8 momentum; ``residual`` of the parameter's shape,
+    bfloat16, with ``compensated``.
 
     Raises:
         TypeError, ValueError: an argument does not fit. Nothing has been modified.
@@ -101,6 +105,7 @@ class Adafactor(Optimizer):
         skip_nonfinite: bool = True,
         seed: int = 0,
         diagnostics: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -122,6 +127,7 @@ class Adafactor(Optimizer):
             "compensated": compensated,
             "skip_nonfinite": skip_nonfinite,
             "seed": seed,
+            "capturable": capturable,
         }
         translate(defaults)
         if not isinstance(diagnostics, bool):
@@ -142,15 +148,20 @@ class Adafactor(Optimizer):
         self._settings: dict[int, tuple[tuple[object, ...], Settings]] = {}
         # Stepped in the backward pass, every parameter is a list of its own.
         self._lists = LISTS if self._in_backward is None else max(LISTS, self._in_backward.lists)
-        self._native = Step(self._lists) if native.available() else None
+        self._native = native_torch.Step(self._lists) if native.available() else None
+        self._triton = triton.Step(self._lists)
 
     def _kernel(self, fused: bool | None, device: torch.device) -> Kernel:
         """The kernel for a device; see ``fused``."""
-        if fused is not False and device.type == "cpu" and self._native is not None:
+        if fused is False:
+            return aten.step
+        if device.type == "cpu" and self._native is not None:
             return self._native
+        cause = native.why_not() if device.type == "cpu" else triton.why_not(device)
+        if cause is None and device.type != "cpu":
+            return self._triton
         if fused:
-            cause = "" if device.type != "cpu" else f"{native.why_not()} "
-            rule, remedy = "None or False here", f"{cause}Pass fused=None for the fastest kernel there is."
+            rule, remedy = "None or False here", f"{cause} Pass fused=None for the fastest kernel there is."
             raise RuntimeError(message(f"fused for {device.type} tensors", rule, fused, remedy))
         return aten.step
 
@@ -232,6 +243,8 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError, TypeError, ValueError: a gradient or a group does not fit. No tensor has been modified.
         """
+        if not torch.compiler.is_compiling():
+            self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -247,6 +260,9 @@ class Adafactor(Optimizer):
         # Every check comes before the first write: a step happens wholly or not at all.
         work = [w for number, positions in chosen for w in self._collect(number, positions)]
         shards = [shard for number, positions in chosen for shard in self._collect_shards(number, positions)]
+        if triton.is_capturing() and any(not {*w.slots} <= {*self.state.get(w.param, ())} for w in work):
+            remedy = "Call step once before the capture, so that no replay makes the state anew."
+            raise RuntimeError(message("the state of a captured step", "complete", "none for some parameters", remedy))
         for w in work:
             w.state = self._state_of(w)
         if shards:
@@ -256,6 +272,11 @@ class Adafactor(Optimizer):
                 self._sharded = Sharded(self._lists)
             self._sharded.step(shards, self._count_of)
         self._run(work)
+
+    def _check_capture(self) -> None:
+        """torch's own check that a step under graph capture has ``capturable=True``; its name changed in 2.10."""
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
 
     def _count_of(self, device: torch.device) -> Tensor:
         """The number of tensors left alone on a device."""
@@ -286,6 +307,9 @@ class Adafactor(Optimizer):
                 continue
             check_tensors(param, grad)
             check_origin(param, self._given)
+            if group["capturable"] and param.device.type == "cpu":
+                remedy = "A graph captures what runs on an accelerator; leave it out."
+                raise RuntimeError(message("capturable", "False for cpu tensors", True, remedy))
             kernel = self._kernel(group["fused"], param.device)
             w = self._work.get(param)
             if w is None or w.layout.shape != param.shape:
@@ -309,6 +333,9 @@ class Adafactor(Optimizer):
             from adafactor.sharding.shard import gradient, shard_of
 
             settings, grad = self._group_settings(number, group), gradient(param)
+            if settings.momentum_dtype == torch.int8 and settings.hyperparameters.momentum is not None:
+                remedy = "Its blocks of 256 elements would cross the shards; torch.bfloat16 is the smallest here."
+                raise RuntimeError(message("momentum_dtype of a DTensor", "a float dtype", torch.int8, remedy))
             shard = self._shards.get(param)
             if shard is None or shard.placement.roles.shape != param.shape:
                 name = (group.get("param_names") or {position: f"parameter {first + position}"})[position]
@@ -320,7 +347,7 @@ class Adafactor(Optimizer):
                 continue
             check_tensors(param.to_local(), param.to_local() if grad is None else grad.to_local())
             shard.work.settings, shard.work.lr = settings, group["lr"]
-            shard.fused = self._kernel(group["fused"], shard.work.param.device) is not aten.step
+            shard.fused = self._kernel(group["fused"], shard.work.param.device) is self._native
             shard.open(grad, self.state)
             found[param] = shard
         return list(found.values())
@@ -335,7 +362,11 @@ class Adafactor(Optimizer):
                 state[name] = torch.zeros(shape, dtype=dtype, device=device)
         if w.settings.hyperparameters.momentum is not None and "momentum" not in state:
             stored = w.settings.momentum_dtype or dtype
-            state["momentum"] = torch.zeros_like(w.param, dtype=stored, memory_format=torch.preserve_format)
+            memory = torch.contiguous_format if stored == torch.int8 else torch.preserve_format
+            state["momentum"] = torch.zeros_like(w.param, dtype=stored, memory_format=memory)
+            if stored == torch.int8:
+                scales = int8.scales(w.param.numel())
+                state["momentum_scale"] = torch.zeros(scales, dtype=torch.float32, device=device)
         if w.compensated and "residual" not in state:
             state["residual"] = torch.zeros_like(w.param, dtype=torch.bfloat16, memory_format=torch.preserve_format)
         return state

@@ -1,0 +1,106 @@
+"""Compile for NVIDIA devices what steps would launch, without a device: python tests/helpers/triton_compile.py
+
+Prints registers, bytes of spilled registers and of shared memory per kernel. Fails where a kernel does not compile,
+needs more shared memory than the smallest device gives, or reads a large tensor in narrow words. Needs Triton's
+own ptxas and cuobjdump, which its wheels bring.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from adafactor import Factored
+from adafactor.kernels.triton import Step
+from adafactor.torch import Adafactor
+
+SHARED = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; others have more
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+WORDS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
+# m of every width that there is a tile for, wider than any, matrices that share a tile, and vectors.
+SHAPES = [(8, 16), (8, 1024), (8, 4096), (4, 8192), (4, 11008), (2, 28672), (64, 3, 3), (4096,)]
+
+
+def launched(dtype, **options):
+    """The kernels that one step launches, with their arguments; nothing runs."""
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
+    sliced = torch.nn.Parameter(torch.zeros(4, 4096, dtype=dtype))
+    for p in (*params, sliced):
+        p.grad = torch.zeros_like(p)
+    optimizer = Adafactor(
+        [{"params": params}, {"params": [sliced], "factoring": lambda name, shape: Factored(batch=(0,))}], **options
+    )
+    calls, step = [], Step()
+    optimizer._kernel = lambda fused, device: step
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *args, **kwargs: calls.append((kernel, args, kwargs))
+    try:
+        optimizer.step()
+    finally:
+        JITFunction.run = run
+    return calls
+
+
+def compiled(kernel, args, kwargs, capability):
+    options = {"num_warps": kwargs["num_warps"]} if "num_warps" in kwargs else {}
+    constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(args[place], torch.Tensor):
+            signature[name] = WORDS[args[place].dtype]
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    return constants, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spilled = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(spilled)
+
+
+def main():
+    seen, wrong = set(), []
+    for capability, dtype, options in (
+        (90, torch.bfloat16, {"stochastic_rounding": True}),
+        (90, torch.float32, {"beta1": 0.9, "momentum_dtype": torch.int8}),
+    ):
+        for kernel, args, kwargs in launched(dtype, **options):
+            constants, binary = compiled(kernel, args, kwargs, capability)
+            name = kernel.fn.__name__
+            words = " ".join(f"{key}={value}" for key, value in constants.items())
+            if (capability, name, words) in seen:
+                continue
+            seen.add((capability, name, words))
+            registers, spilled = usage(binary.asm["cubin"])
+            shared = binary.metadata.shared
+            wide = re.search(r"(ld\.global[\w.:]*\.v[248]\.|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10)",
+                             binary.asm["ptx"])  # fmt: skip
+            print(f"{name} sm_{capability} {words}: {registers} registers, {spilled} spilled, {shared} shared")
+            if shared > SHARED:
+                wrong.append(f"{name} {words} needs {shared} bytes of shared memory")
+            if constants.get("ALIGNED") and not wide:
+                wrong.append(f"{name} {words} reads in narrow words")
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

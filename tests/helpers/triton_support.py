@@ -1,0 +1,40 @@
+"""Triton kernels under test: on a CUDA device where there is one, otherwise in Triton's interpreter on CPU tensors.
+
+The interpreter must be chosen before Triton is imported; ``tests/torch/conftest.py`` does it.
+"""
+
+import os
+import sys
+
+import torch
+
+from adafactor.kernels import aten, triton_table
+from adafactor.kernels.triton import Step
+from adafactor.torch import Adafactor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Tiles so small that small tensors have several parts, chunks of columns, and programs for every sum.
+SMALL = {
+    "TILE": 256, "WIDEST": 256, "FLAT": 512, "FLAT_TILE": 256, "COLUMNS": 8, "PART_ROWS": {4: 4, 2: 4}, "PROGRAMS": 0,
+}  # fmt: skip
+
+
+def interpret():
+    """Ask for the interpreter where there is no device."""
+    if DEVICE.type == "cpu" and "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def use(monkeypatch, small=True):
+    """Send every tensor of every optimizer to Triton kernels, unless it says ``fused=False``; returns the kernel."""
+    if DEVICE.type == "cpu":
+        import triton
+
+        assert triton.knobs.runtime.interpret, "Triton was imported too early: run tests/torch by itself"
+    if small:
+        for name, value in SMALL.items():
+            monkeypatch.setattr(triton_table, name, value)
+    step = Step()
+    monkeypatch.setattr(Adafactor, "_kernel", lambda self, fused, device: aten.step if fused is False else step)
+    return step

@@ -1,0 +1,331 @@
+"""The Triton kernels: the same code that launches on a GPU, here in Triton's interpreter where there is none.
+
+``python -m pytest tests/torch/test_triton.py -s`` prints how many parameters were compared and the worst error.
+"""
+
+import copy
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch_oracle import LAYOUTS, OPTIONS, oracle, reference_step
+from torch_support import parameters, step, train
+from triton_support import DEVICE, use
+
+from adafactor import Factored
+from adafactor.kernels import aten_rounding, rounding
+from adafactor.torch import Adafactor
+
+pytest.importorskip("triton")
+
+SHAPES = [(), (7,), (600,), (5, 3), (1, 6), (17, 40), (4, 3, 3), (3, 300)]
+# In units of the largest element of the parameter, after 3 steps; or half the last place of what is stored.
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 0.5001, torch.float16: 0.5001}
+compared: dict[torch.dtype, list[float]] = defaultdict(list)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _report():
+    yield
+    for dtype, errors in compared.items():
+        unit = "of the largest element" if dtype == torch.float32 else "of a last place"
+        print(f"\n{dtype}: {len(errors)} parameters compared with the reference, worst error {max(errors):.3g} {unit}")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    return use(monkeypatch)
+
+
+def compare(groups, dtype, steps=3, **options):
+    """Step parameters of the shapes in ``groups``, pairs of a shape and its group's options, beside their oracles."""
+    rng = np.random.default_rng(0)
+    members, oracles, xs, scales = [], [], [], []
+    for shape, own in groups:
+        scale = np.exp(rng.normal(size=shape) * 0.1)
+        for axis, n in enumerate(shape):
+            spread = np.exp((1 if dtype == torch.float16 else 3) * rng.normal(size=n))
+            scale = scale * np.expand_dims(spread, [a for a in range(len(shape)) if a != axis])
+        if len(shape) >= 2 and shape[-1] > 2:
+            scale[..., 1] = 0
+        start = torch.from_numpy(np.asarray(rng.normal(size=shape))).to(dtype)
+        members.append({"params": [torch.nn.Parameter(start.to(DEVICE))], **own})
+        oracles.append(oracle(shape, {**options, **own}))
+        xs.append(start.double().numpy())
+        scales.append(scale)
+    optimizer = Adafactor(members, **options)
+    params = [member["params"][0] for member in members]
+    for _ in range(steps):
+        gradients = [torch.from_numpy(np.asarray(rng.normal(size=s.shape) * s)).to(dtype) for s in scales]
+        for param, g in zip(params, gradients, strict=True):
+            param.grad = g.to(DEVICE)
+        optimizer.step()
+        for k, (param, g) in enumerate(zip(params, gradients, strict=True)):
+            ours, options_ = oracles[k]
+            x = reference_step(ours, options_, xs[k], g.double().numpy())
+            stored, largest = param.detach().cpu().double().numpy(), max(np.abs(x).max(), 1e-30)
+            if dtype == torch.float32:
+                error, xs[k] = np.abs(stored - x).max() / largest, x
+            else:  # the next step starts from what was stored; what float32 arithmetic adds is not the rounding's
+                digits = torch.finfo(dtype).eps * np.abs(x)
+                error = (np.maximum(np.abs(stored - x) - 1e-6 * largest, 0) / np.maximum(digits, 1e-30)).max()
+                xs[k] = stored
+            compared[dtype].append(float(error))
+            assert error <= TOLERANCE[dtype], (param.shape, options)
+    for param, (ours, _) in zip(params, oracles, strict=True):
+        state = optimizer.state[param]
+        assert int(state["step"]) == ours.state.t
+        for name, value in ours.state.second_moment.items():
+            np.testing.assert_allclose(state[name].cpu().numpy(), value, rtol=4e-6)
+    assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(kernel, options):
+    compare([(shape, {}) for shape in SHAPES], torch.float32, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"beta1": 0.9, "weight_decay": 0.1}], ids=["default", "momentum"])
+def test_storage_dtypes(kernel, dtype, options):
+    compare([(shape, {}) for shape in SHAPES], dtype, steps=2, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_of_the_size_that_a_device_gets(monkeypatch, dtype):
+    use(monkeypatch, small=False)
+    compare([(shape, {}) for shape in (*SHAPES, (6, 1), (3, 16), (2, 1, 3, 2, 4), (5, 5000), (300, 20), (70, 3, 3))], dtype, steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(kernel, dtype):
+    groups = [((2, 3, 4, 5), {"factoring": factoring}) for factoring in LAYOUTS.values()]
+    compare(groups, dtype, steps=2, weight_decay=0.01)
+
+
+def pair(shapes, dtype=torch.float32, **options):
+    """The same parameters under Triton kernels and under torch operations."""
+    both = []
+    for fused in (None, False):
+        params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters(shapes, dtype)]
+        both.append(Adafactor(params, fused=fused, **options))
+    return both
+
+
+def assert_same(first, second, rtol=1e-5, atol=1e-6):
+    for a, b in zip(first.param_groups[0]["params"], second.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+        assert first.state[a].keys() == second.state[b].keys()
+        for name, value in first.state[a].items():
+            if value.dtype != torch.int8:
+                torch.testing.assert_close(value, second.state[b][name], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_draws_the_same(kernel, dtype):
+    ours, theirs = pair([(6, 50), (300,), (40, 3, 3)], dtype, stochastic_rounding=True, seed=(5 << 40) + 1)
+    step(ours)
+    step(theirs)
+    for a, b in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        assert (a != b).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_the_one_that_numpy_defines(kernel, dtype):
+    """A parameter with no gradient to speak of: what is added is 0, and what is stored is the draw alone."""
+    x = torch.tensor(np.random.default_rng(0).normal(scale=2.0**-13, size=600)).to(dtype)
+    keep = 0.75  # takes every x off the numbers that the dtype has
+    param = torch.nn.Parameter(x.to(DEVICE, copy=True))
+    param.grad = torch.zeros_like(param)
+    optimizer = Adafactor([param], lr=0.25, weight_decay=1.0, stochastic_rounding=True, seed=9, relative_step=False)
+    optimizer.step()
+    bits = rounding.random_bits(9, 1, 0, np.arange(600))
+    defined = rounding.bfloat16 if dtype == torch.bfloat16 else rounding.float16
+    expected = defined((keep * x.float()).numpy(), bits)
+    np.testing.assert_array_equal(param.detach().cpu().view(torch.int16).numpy().view(np.uint16), expected)
+
+
+def test_random_bits_beyond_the_first_four_billion_elements():
+    from triton_bits import kernel
+
+    for start in (0, (1 << 32) - 5):
+        out = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+        kernel[(1,)](out, start, BLOCK=16)
+        index = torch.arange(start, start + 16)
+        assert torch.equal(out.cpu(), aten_rounding.random_bits(77, torch.tensor(3), 3, index))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+def test_a_gradient_that_is_not_finite(kernel, poison):
+    batched = [{"params": parameters([(3, 4, 5)])[0].to(DEVICE).detach().requires_grad_(),
+                "factoring": lambda name, shape: Factored((1,), (2,), (0,))}]  # fmt: skip
+    plain = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters([(30, 40), (600,), (3, 300), (5, 3)])]
+    optimizer = Adafactor([{"params": plain}, *batched], beta1=0.9, weight_decay=0.1)
+    params = [*plain, batched[0]["params"][0]]
+    train(optimizer, 2)
+    before = [copy.deepcopy((p.detach(), optimizer.state[p])) for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for k in (0, 1, 2, 4):
+        params[k].grad.view(-1)[-1] = poison
+    optimizer.step()
+    assert optimizer.skipped == 4
+    for k, (p, (x, state)) in enumerate(zip(params, before, strict=True)):
+        assert torch.equal(p, x) == (k != 3)
+        for name, value in state.items():
+            assert torch.equal(optimizer.state[p][name], value) == (k != 3), name
+    optimizer.param_groups[0]["skip_nonfinite"] = False
+    optimizer.step()
+    assert optimizer.skipped == 5
+    assert not params[0].isfinite().all()
+
+
+def test_what_changes_between_steps_is_noticed(kernel):
+    """Learning rates, gradients' addresses and dtypes, the list, memory, and settings."""
+    ours, theirs = pair([(30, 40), (7,), (8, 3)])
+    for seed in range(8):  # a change per step
+        for optimizer in (ours, theirs):
+            generator = torch.Generator().manual_seed(seed)
+            group = optimizer.param_groups[0]
+            for number, p in enumerate(group["params"]):
+                g = torch.randn(p.shape, generator=generator).to(DEVICE)
+                p.grad = None if seed == 3 and number == 1 else g
+            group["lr"] = 1e-2 / (seed + 1) if seed < 5 else torch.tensor(1e-2 * seed, device=DEVICE)
+            if seed == 2:
+                group["params"][0].data = group["params"][0].data.clone()
+            if seed == 4:
+                group["maximize"] = True
+            if seed == 6:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step()
+    assert_same(ours, theirs)
+
+
+def test_gradients_of_other_dtypes_and_strides(kernel):
+    ours, theirs = pair([(6, 20), (20, 6)])
+    for optimizer in (ours, theirs):
+        first, second = optimizer.param_groups[0]["params"]
+        first.grad_dtype = None
+        first.grad = torch.linspace(-1, 1, 120, device=DEVICE).view(6, 20).bfloat16()
+        second.grad = torch.linspace(-1, 1, 120, device=DEVICE).view(6, 20).t()
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
+def test_gradients_that_are_no_multiples_of_16_bytes_apart(kernel):
+    ours, theirs = pair([(4, 32), (64,)])
+    for optimizer in (ours, theirs):
+        for p in optimizer.param_groups[0]["params"]:
+            bucket = torch.linspace(-1, 1, p.numel() + 1, device=DEVICE)
+            p.grad = bucket[1:].view_as(p)
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
+def test_what_the_kernels_do_not_know_goes_another_way(kernel):
+    ours, theirs = pair([(6, 5, 3, 3), (4, 4)])
+    for optimizer in (ours, theirs):
+        p = optimizer.param_groups[0]["params"][0]
+        p.data = p.data.to(memory_format=torch.channels_last)
+        double = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float64, device=DEVICE))
+        optimizer.add_param_group({"params": [double]})
+        train(optimizer, 2)
+    assert_same(ours, theirs)
+    assert ours.state[ours.param_groups[1]["params"][0]]["row"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_momentum_dtypes(kernel, dtype):
+    """8-bit: rows of whole blocks, rows that blocks cross, and slices that blocks cross."""
+    shapes = [(3, 256), (2, 512), (20, 30), (700,), (9, 3, 3)]
+    ours, theirs = pair(shapes, beta1=0.9, momentum_dtype=dtype, weight_decay=0.01)
+    for optimizer in (ours, theirs):
+        sliced = torch.nn.Parameter(torch.ones(3, 100, device=DEVICE))
+        optimizer.add_param_group({"params": [sliced], "factoring": lambda name, shape: Factored(batch=(0,))})
+    for seed in range(2):
+        for optimizer in (ours, theirs):
+            step(optimizer, seed)
+    for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        for a, b in zip(group["params"], other["params"], strict=True):
+            first, second = ours.state[a]["momentum"], theirs.state[b]["momentum"]
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+            if dtype == torch.int8:  # a last bit of difference may lie on the other side of a draw
+                assert ((first.int() - second.int()).abs() <= 1).all()
+                assert (first != second).float().mean() < 0.01
+                assert first.any()
+
+
+def test_int8_momentum_that_is_not_finite(kernel):
+    (p,) = (torch.nn.Parameter(q.detach().to(DEVICE)) for q in parameters([(2, 256)]))
+    optimizer = Adafactor([p], beta1=0.9, momentum_dtype=torch.int8, skip_nonfinite=False, d=None)
+    step(optimizer)
+    p.grad[0, 0] = float("nan")
+    optimizer.step()
+    assert optimizer.state[p]["momentum_scale"].isnan().any()
+
+
+def test_resuming_is_bit_for_bit(kernel):
+    options = {"beta1": 0.9, "momentum_dtype": torch.int8, "stochastic_rounding": True}
+    run = [Adafactor([torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters([(2, 256), (5, 7)],
+           torch.bfloat16)], **options) for _ in range(2)]  # fmt: skip
+    for seed in range(4):
+        step(run[0], seed)
+    for seed in range(2):
+        step(run[1], seed)
+    resumed = Adafactor(run[1].param_groups[0]["params"], **options)
+    resumed.load_state_dict(copy.deepcopy(run[1].state_dict()))
+    for seed in range(2, 4):
+        step(resumed, seed)
+    for a, b in zip(run[0].param_groups[0]["params"], resumed.param_groups[0]["params"], strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(run[0].state[a]["momentum"], resumed.state[b]["momentum"])
+
+
+def test_a_compiled_step_goes_to_the_same_kernels(kernel):
+    ours, theirs = pair([(6, 20), (5,)], beta1=0.9)
+    compiled = torch.compile(lambda: ours.step(), fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        step(theirs, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for p in ours.param_groups[0]["params"]:
+            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
+        compiled()
+    assert_same(ours, theirs)
+
+
+def launches(optimizer, monkeypatch):
+    """How many kernels one step launches, by name."""
+    from adafactor.kernels import triton_kernels
+
+    counted = []
+    cls = type(triton_kernels.apply)
+    run = cls.run
+
+    def count(self, *args, **kwargs):
+        counted.append(self)
+        return run(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "run", count)
+        step(optimizer)
+    return len(counted)
+
+
+def test_launches_do_not_grow_with_the_number_of_tensors(kernel, monkeypatch):
+    few, many = (Adafactor([torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters([(4, 16), (16, 4), (5,)] * n)])
+                 for n in (1, 10))  # fmt: skip
+    assert launches(few, monkeypatch) == launches(many, monkeypatch) <= 12
+
+
+def test_every_kernel_compiles_for_nvidia_devices(tmp_path):
+    """What one step launches, compiled for H100; no device is needed. See tests/helpers/triton_compile.py."""
+    helper = Path(__file__).parents[1] / "helpers" / "triton_compile.py"
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = [sys.executable, str(helper)]
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-4000:]
+    assert outcome.stdout.count(" sm_") >= 30, outcome.stdout
