@@ -1,6 +1,7 @@
 """``adafactor doctor`` from the outside: what works is said to work, what does not is said to be broken."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,9 @@ def test_everything_that_is_installed_works():
     outcome = run()
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert "numpy" in outcome.stdout
+    assert "Triton kernels: for CUDA tensors" in outcome.stdout or re.search(
+        r"Triton kernels: none\. .*\.", outcome.stdout
+    )
     assert sum(": works" in line for line in outcome.stdout.splitlines()) == len(doctor.PROBES)
 
 

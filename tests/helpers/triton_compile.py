@@ -24,6 +24,7 @@ from adafactor.torch import Adafactor
 
 SHARED = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; others have more
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+WIDE = re.compile(r"ld\.global[\w.:]*\.v[248]\.|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10")
 WORDS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
 # m of every width that there is a tile for, wider than any, matrices that share a tile, and vectors.
 SHAPES = [(8, 16), (8, 1024), (8, 4096), (4, 8192), (4, 11008), (2, 28672), (64, 3, 3), (4096,)]
@@ -91,8 +92,7 @@ def main():
             seen.add((capability, name, words))
             registers, spilled = usage(binary.asm["cubin"])
             shared = binary.metadata.shared
-            wide = re.search(r"(ld\.global[\w.:]*\.v[248]\.|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10)",
-                             binary.asm["ptx"])  # fmt: skip
+            wide = WIDE.search(binary.asm["ptx"])
             print(f"{name} sm_{capability} {words}: {registers} registers, {spilled} spilled, {shared} shared")
             if shared > SHARED:
                 wrong.append(f"{name} {words} needs {shared} bytes of shared memory")

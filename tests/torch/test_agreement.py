@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from torch_oracle import LAYOUTS, OPTIONS, oracle, reference_step
 
 from adafactor.kernels import aten_blocks

@@ -98,7 +98,11 @@ def test_storage_dtypes(kernel, dtype, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_of_the_size_that_a_device_gets(monkeypatch, dtype):
     use(monkeypatch, small=False)
-    compare([(shape, {}) for shape in (*SHAPES, (6, 1), (3, 16), (2, 1, 3, 2, 4), (5, 5000), (300, 20), (70, 3, 3))], dtype, steps=2)
+    compare(
+        [(shape, {}) for shape in (*SHAPES, (6, 1), (3, 16), (2, 1, 3, 2, 4), (5, 5000), (300, 20), (70, 3, 3))],
+        dtype,
+        steps=2,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -316,8 +320,10 @@ def launches(optimizer, monkeypatch):
 
 
 def test_launches_do_not_grow_with_the_number_of_tensors(kernel, monkeypatch):
-    few, many = (Adafactor([torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters([(4, 16), (16, 4), (5,)] * n)])
-                 for n in (1, 10))  # fmt: skip
+    few, many = (
+        Adafactor([torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters([(4, 16), (16, 4), (5,)] * times)])
+        for times in (1, 10)
+    )
     assert launches(few, monkeypatch) == launches(many, monkeypatch) <= 12
 
 

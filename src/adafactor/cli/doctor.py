@@ -95,6 +95,21 @@ print(f"works; compiled by XLA, {why}")
     },
 }
 
+#: The same for CUDA tensors of PyTorch.
+TRITON = """
+import torch
+from adafactor.kernels import triton
+from adafactor.torch import Adafactor
+reason = triton.why_not(torch.device("cuda"))
+if reason is None:
+    p = torch.nn.Parameter(torch.ones(4, 4, device="cuda")); p.grad = torch.ones(4, 4, device="cuda")
+    Adafactor([p], lr=0.01, fused=True).step()
+    check(p.detach().cpu())
+    print(f"for the CUDA tensors of adafactor.torch, on {torch.cuda.get_device_name()}")
+else:
+    print(f"none. {reason}")
+"""
+
 #: Of one program.
 SECONDS = 300
 VARIABLES = ("ADAFACTOR_LIBRARY", "ADAFACTOR_ISA", "ADAFACTOR_NUM_THREADS", "KERAS_BACKEND")
@@ -118,6 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {variable}={os.environ[variable]}")
     broken, line = _native()
     print(f"native kernels: {line}", flush=True)
+    if importlib.util.find_spec("torch") is not None:
+        failed, line = _probe(TRITON)
+        broken |= failed
+        print(f"Triton kernels: {'BROKEN: ' * failed}{line}", flush=True)
     for name, (modules, program) in PROBES.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing:

@@ -11,8 +11,10 @@ round the parameter. What is stored differs from m by less than
 
     s · (2 √(|m|/s) / 127 + 1/127²)        at most 1.6 % of s, 0.006 % of s near zero
 
-and the largest number of a block is exact. Rounded to nearest, a slow average would freeze: at beta1 = 0.99 an
-update must differ from the average by up to 78 times the spacing before it moves it.
+and the largest number of a block is exact. Rounded to nearest, a slow average would freeze, for a step of
+(1 - beta1) times what is left of the way is soon less than half of what lies between two codes: after 5 / (1 - beta1)
+equal updates its error is 8 %, 47 % and 110 % of the average at beta1 = 0.9, 0.99 and 0.999, drawn it is 1.2 %
+(benchmarks/int8_momentum.py).
 """
 
 from __future__ import annotations

@@ -215,6 +215,8 @@ def form_of(w: Work) -> native.Canonical | None:
     momentum = w.state.get("momentum")
     if not w.param.is_contiguous() or (momentum is not None and not momentum.is_contiguous()):
         return None
+    if momentum is not None and momentum.dtype == torch.int8:
+        return None
     if w.compensated and not w.state["residual"].is_contiguous():
         return None
     form = native.canonical(w.layout)

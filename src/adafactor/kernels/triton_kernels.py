@@ -405,7 +405,11 @@ def apply_flat(
     if ALIGNED:
         start = tl.multiple_of(start, 16)
     record = tensors + tensor * _F
-    decay, past, keep = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1), tl.load(scalars + tensor * 4 + 3)
+    decay, past, keep = (
+        tl.load(scalars + tensor * 4),
+        tl.load(scalars + tensor * 4 + 1),
+        tl.load(scalars + tensor * 4 + 3),
+    )
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
     beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
     seed, identity = tl.load(record + _SEED), tl.load(record + _IDENTITY)

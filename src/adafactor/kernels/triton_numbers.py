@@ -114,7 +114,9 @@ def move(
     if STOCHASTIC or MOMENTUM == tl.int8:
         bits = random_bits(seed, t, identity, place, HUGE)
     if MOMENTUM == tl.int8:
-        old = decode(tl.load(momentum + place, mask=mask, other=0), tl.load(scales + place // _BLOCK, mask=mask, other=0))
+        old = decode(
+            tl.load(momentum + place, mask=mask, other=0), tl.load(scales + place // _BLOCK, mask=mask, other=0)
+        )
         u = tl.where(mask, beta1 * old + u, 0.0)
         code, scale = encode(u, bits, SIZE)
         tl.store(momentum + place, code, mask=mask)

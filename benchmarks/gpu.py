@@ -1,0 +1,232 @@
+"""Everything that needs a CUDA device, in one command: python benchmarks/gpu.py [--json FILE]
+
+Runs the tests that need a device, then measures steps with CUDA events, every optimizer taking turns with ours:
+
+  - one Llama 7B layer, float32 and bfloat16, beside AdamW(fused=True), torch.optim.Adafactor(foreach=True) and
+    transformers' Adafactor: ns per parameter, how many times as fast ours is, and for ours the bytes that the design
+    moves, per second, over what copying a tensor reaches on this device
+  - 1,000 LoRA matrices beside AdamW(fused=True), and the host's share of the time
+  - launches of one step, that no step waits for the device, replays of a captured step with another learning rate
+  - peak temporary memory of a step over the parameters' size
+
+Without a CUDA device it says so and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import adafactor.torch
+from adafactor.kernels import triton
+from shapes import LLAMA_LAYER, LORA, Shapes, parameters
+
+Tensors = list[torch.Tensor]
+ROOT = Path(__file__).parents[1]
+OURS = "adafactor.torch.Adafactor"
+
+
+def ours(params: Tensors, **options: Any) -> torch.optim.Optimizer:
+    return adafactor.torch.Adafactor(params, lr=1e-3, fused=True, **options)
+
+
+def transformers_adafactor(params: Tensors) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(params)
+
+
+OPTIMIZERS: dict[str, Callable[[Tensors], torch.optim.Optimizer]] = {
+    OURS: ours,
+    f"{OURS}(stochastic_rounding)": lambda params: ours(params, stochastic_rounding=True),
+    f"{OURS}(int8 momentum)": lambda params: ours(params, beta1=0.9, momentum_dtype=torch.int8),
+    "torch.optim.AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
+    "torch.optim.Adafactor(foreach=True)": lambda params: torch.optim.Adafactor(params, lr=1e-3, foreach=True),
+    "transformers Adafactor": transformers_adafactor,
+}
+
+
+def made(name: str, shapes: Shapes, dtype: torch.dtype, gradients: Tensors) -> torch.optim.Optimizer:
+    params = [torch.full(shape, 0.02, dtype=dtype, device="cuda").requires_grad_() for shape in shapes]
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    return OPTIMIZERS[name](params)
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """The device's time for one run."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of copying 1 GB."""
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    times = [milliseconds(lambda: target.copy_(source)) for _ in range(20)][5:]
+    return 2 * source.numel() * 4 / (statistics.median(times) * 1e-3)
+
+
+def mix(label: str, names: list[str], shapes: Shapes, dtype: torch.dtype, repeats: int, bandwidth: float) -> list[Any]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    gradients = [torch.randn(s, generator=generator, device="cuda").to(dtype) for s in shapes]
+    count = parameters(shapes)
+    optimizers = {name: made(name, shapes, dtype, gradients) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 3):
+        for name, optimizer in optimizers.items():
+            taken = milliseconds(optimizer.step)
+            if turn >= 3:
+                times[name].append(taken)
+    kind = str(dtype).removeprefix("torch.")
+    print(f"\n{label}, {kind}, {count / 1e6:.1f} M parameters")
+    print(f"{'':<44} {'ms':>9} {'ns/param':>9} {'ratio':>7} {'of copy':>8}")
+    rows = []
+    for name in names:
+        ms = statistics.median(times[name])
+        ratio = statistics.median(a / b for a, b in zip(times[name], times[OURS], strict=True))
+        moved = 5 * dtype.itemsize * count if name == OURS else None
+        share = None if moved is None else moved / (ms * 1e-3) / bandwidth
+        print(f"{name:<44} {ms:9.3f} {ms * 1e6 / count:9.4f} {ratio:7.2f} {'' if share is None else f'{share:8.0%}'}")
+        rows.append({"mix": label, "dtype": kind, "name": name, "ms": ms, "ratio": ratio, "of_copy": share})
+    return rows
+
+
+def host_share(names: list[str], shapes: Shapes, dtype: torch.dtype) -> list[Any]:
+    """Milliseconds until ``step`` returns, with an idle device."""
+    gradients = [torch.ones(s, dtype=dtype, device="cuda") for s in shapes]
+    rows = []
+    for name in names:
+        optimizer = made(name, shapes, dtype, gradients)
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            optimizer.step()
+            times.append((time.perf_counter() - start) * 1e3)
+        torch.cuda.synchronize()
+        print(f"{name:<44} {statistics.median(times[5:]):9.3f} ms on the host")
+        rows.append({"host": name, "ms": statistics.median(times[5:])})
+    return rows
+
+
+def launches(shapes: Shapes) -> int:
+    optimizer = made(OURS, shapes, torch.float32, [torch.ones(s, device="cuda") for s in shapes])
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages())
+
+
+def waits(shapes: Shapes) -> str:
+    """ "none", or what the first wait was."""
+    optimizer = made(OURS, shapes, torch.float32, [torch.ones(s, device="cuda") for s in shapes])
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "none"
+
+
+def replay(shapes: Shapes) -> tuple[bool, float]:
+    """Whether replays with other learning rates give the eager numbers, and milliseconds per replay."""
+    ends = []
+    taken = 0.0
+    for captured in (True, False):
+        params = [torch.full(s, 0.02, device="cuda").requires_grad_() for s in shapes]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        lr = torch.tensor(1e-2, device="cuda")
+        optimizer = adafactor.torch.Adafactor(params, lr=lr, relative_step=False, fused=True, capturable=True)
+        optimizer.step()
+        torch.cuda.synchronize()
+        run: Callable[[], object] = optimizer.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            run = graph.replay
+        for rate in (1e-2, 1e-3, 1e-4):
+            lr.fill_(rate)
+            ms = milliseconds(run)
+            taken = ms if captured else taken
+        ends.append(params)
+    return all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), taken
+
+
+def peak(shapes: Shapes, dtype: torch.dtype) -> float:
+    """Extra memory of two steps, state and tables included, over the parameters' bytes."""
+    optimizer = made(OURS, shapes, dtype, [torch.ones(s, dtype=dtype, device="cuda") for s in shapes])
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        optimizer.step()
+    return (torch.cuda.max_memory_allocated() - before) / (parameters(shapes) * dtype.itemsize)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--no-tests", action="store_true", help="measure alone")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    arguments = parser.parse_args()
+    reason = triton.why_not(torch.device("cuda"))
+    if reason is not None:
+        print(f"Nothing was run. {reason}")
+        return 1
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
+    failed = 0
+    if not arguments.no_tests:
+        tests = ["tests/torch/test_gpu.py", "tests/torch/test_triton.py", "tests/torch/test_triton_table.py"]
+        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
+    bandwidth = copy_bandwidth()
+    print(f"copying: {bandwidth / 1e9:.0f} GB/s, read and written")
+    rows: list[Any] = [{"device": torch.cuda.get_device_name(), "copy_bytes_per_second": bandwidth, "tests": failed}]
+    names = list(OPTIMIZERS)
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = [name for name in names if dtype != torch.float32 or "stochastic" not in name]
+        rows += mix("Llama 7B layer", fast, LLAMA_LAYER, dtype, arguments.repeats, bandwidth)
+        gc.collect()
+        torch.cuda.empty_cache()
+    pair = [OURS, "torch.optim.AdamW(fused=True)"]
+    rows += mix("1,000 LoRA matrices", pair, LORA, torch.float32, arguments.repeats, bandwidth)
+    rows += host_share(pair, LORA, torch.float32)
+    checks = {
+        "launches, Llama 7B layer": launches(LLAMA_LAYER),
+        "launches, 1,000 LoRA matrices": launches(LORA),
+        "waits for the device": waits(LORA),
+        "peak extra memory over parameters, float32": peak(LLAMA_LAYER, torch.float32),
+        "peak extra memory over parameters, bfloat16": peak(LLAMA_LAYER, torch.bfloat16),
+    }
+    checks["replays equal eager steps"], checks["ms per replay, 1,000 LoRA matrices"] = replay(LORA)
+    print()
+    for name, value in checks.items():
+        print(f"{name}: {value}")
+    rows.append(checks)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2))
+    broken = failed or checks["waits for the device"] != "none" or not checks["replays equal eager steps"]
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The tables of the Triton kernels: every element is some program's, once, and the buffers are small."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch_oracle import LAYOUTS
+from triton_support import SMALL
+
+from adafactor import layout
+from adafactor.kernels import triton_table
+from adafactor.kernels.canonical import canonical
+
+LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
+
+
+def described(shape, factoring="last_two", itemsize=4, flat=False):
+    form = canonical(layout(shape, factoring))
+    if form is None:
+        return None
+    tile = triton_table.tile_of(form) if form.factored else None
+    launch = triton_table.Launch(tile, "float32", "float32", "", True, False, False, False, flat or not tile, False)
+    return triton_table.Tensor(form, launch, itemsize)
+
+
+def visits(tables, number, blocks, tile):
+    """How often each element of a tensor is visited."""
+    r = dict(zip(triton_table.FIELDS, tables.records[number], strict=True))
+    seen = np.zeros(r["size"], np.int64)
+    for tensor, a, b, c, _ in blocks:
+        if tensor != number:
+            continue
+        if tile is None:
+            seen[a : min(b, r["size"])] += 1
+            continue
+        for k in range(a, min(a + tile.K, r["matrices"])):
+            for i in range(b * r["part_rows"], min((b + 1) * r["part_rows"], r["n"])):
+                run = (k // r["B1"] * r["n"] + i) * r["B1"] + k % r["B1"]
+                seen[run * r["m"] + c * tile.M : run * r["m"] + min((c + 1) * tile.M, r["m"])] += 1
+    return seen
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_every_element_is_visited_once_in_each_pass(small, monkeypatch):
+    if small:
+        for name, value in SMALL.items():
+            monkeypatch.setattr(triton_table, name, value)
+    cases = [((2, 3, 4, 5), factoring) for factoring in LAYOUTS.values()]
+    cases += [(shape, "last_two") for shape in [(), (3,), (5000,), (40, 70), (3, 600), (600, 3), (9, 40, 3, 3)]]
+    tensors = [described(*case, flat=flat) for case in cases for flat in (False, True)]
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    tables = triton_table.tables(tensors)
+    assert sum(map(len, tables.measure.values())) > len(tensors)
+    for number, tensor in enumerate(tensors):
+        tile, launch = tensor.launch.tile, tensor.launch
+        assert (visits(tables, number, tables.measure[launch], tile) == 1).all()
+        moved = None if launch.flat else tile.of_apply
+        assert (visits(tables, number, tables.apply[launch], moved) == 1).all()
+        columns = sum(int((blocks[:, 0] == number).sum()) for blocks in tables.columns.values())
+        assert (columns > 0) == tensor.form.factored
+    assert len(tables.slices) == sum(tensor.form.slices for tensor in tensors)
+
+
+def test_what_a_block_of_8_bit_momentum_holds_is_one_programs():
+    tables = triton_table.tables([described((77, 999), flat=True)])
+    (blocks,) = tables.apply.values()
+    assert (blocks[:, 1:3] % 256 == 0).all()
+
+
+@pytest.mark.parametrize(("itemsize", "layers"), [(4, 1), (2, 2)])
+def test_the_buffers_of_a_list_that_fills_a_device(itemsize, layers):
+    tables = triton_table.tables([described(shape, itemsize=itemsize) for shape in LLAMA_LAYER * layers])
+    size = itemsize * layers * sum(map(math.prod, LLAMA_LAYER))
+    buffers = 4 * (tables.sums + 3 * tables.partials + tables.squares + tables.roots)
+    assert 0.01 * size < buffers < 0.017 * size
+
+
+def test_the_buffers_of_a_single_matrix():
+    tables = triton_table.tables([described((4096, 4096))])
+    assert 4 * tables.sums < 0.064 * 4 * 4096**2
+    (blocks,) = tables.measure.values()
+    assert len(blocks) == 128
+
+
+def test_a_thousand_matrices_are_as_many_launches_as_two():
+    few, many = (triton_table.tables([described(s) for s in [(16, 1024), (1024, 16)] * n]) for n in (1, 500))
+    for name in ("measure", "apply", "columns"):
+        assert getattr(few, name).keys() == getattr(many, name).keys()
+
+
+def test_offsets_beyond_four_billion_elements():
+    tables = triton_table.tables([described((70000, 70000)), described((5, 5))])
+    assert tables.records.dtype == np.int64
+    assert tables.records[0][triton_table.FIELDS.index("size")] == 70000**2
+    assert torch.from_numpy(tables.records).dtype == torch.int64
