@@ -26,12 +26,29 @@ def interpret():
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+_prepared = {}
+
+
+def _call(function, *args, **kwargs):
+    """A device function under the interpreter, which prepares the language for it at the first call and for good.
+
+    Triton's own does it at every call, and that takes longer than most functions.
+    """
+    from triton.runtime import interpreter
+
+    if function.fn not in _prepared:
+        _prepared[function.fn] = interpreter._patch_lang(function.fn)
+    return function.rewrite()(*args, **kwargs)
+
+
 def use(monkeypatch, small=True):
     """Send every tensor of every optimizer to Triton kernels, unless it says ``fused=False``; returns the kernel."""
     if DEVICE.type == "cpu":
         import triton
+        from triton.runtime import interpreter
 
         assert triton.knobs.runtime.interpret, "Triton was imported too early: run tests/torch by itself"
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call)
     if small:
         for name, value in SMALL.items():
             monkeypatch.setattr(triton_table, name, value)
