@@ -81,6 +81,7 @@ def main():
     seen, wrong = set(), []
     for capability, dtype, options in (
         (90, torch.bfloat16, {"stochastic_rounding": True}),
+        (90, torch.bfloat16, {"compensated": True, "diagnostics": True}),
         (90, torch.float32, {"beta1": 0.9, "momentum_dtype": torch.int8}),
     ):
         for kernel, args, kwargs in launched(dtype, **options):

@@ -264,6 +264,36 @@ def test_momentum_dtypes(kernel, dtype):
                 assert first.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compensated(kernel, dtype):
+    ours, theirs = pair([(6, 50), (300,), (9, 3, 3), (2, 300)], dtype, compensated=True, lr=1e-3, weight_decay=0.1)
+    for seed in range(3):
+        step(ours, seed)
+        step(theirs, seed)
+    for a, b in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        one, other = (o.state[p]["residual"] for o, p in ((ours, a), (theirs, b)))
+        assert one.any()
+        total, expected = a.detach().double() + one.double(), b.detach().double() + other.double()
+        torch.testing.assert_close(total, expected, rtol=2e-5, atol=1e-6)
+        assert ((a == b) & (one == other)).float().mean() > 0.95  # a last bit of difference may tip a tie
+
+
+@pytest.mark.parametrize("options", [{}, {"d": None, "scale_parameter": False}], ids=str)
+def test_diagnostics(kernel, options):
+    ours, theirs = pair([(6, 50), (300,)], diagnostics=True, weight_decay=0.1, **options)
+    for optimizer in (ours, theirs):
+        sliced = torch.nn.Parameter(torch.ones(3, 4, 5, device=DEVICE))
+        optimizer.add_param_group({"params": [sliced], "factoring": lambda name, shape: Factored((1,), (2,), (0,))})
+        step(optimizer)
+        optimizer.param_groups[0]["params"][0].grad[0, 0] = float("nan")
+        optimizer.step()
+    found, expected = ours.diagnostics(), theirs.diagnostics()
+    for name, values in expected.items():
+        for what, value in values.items():
+            torch.testing.assert_close(found[name][what], value, rtol=2e-6, atol=0)
+    assert int(found["0"]["skipped"]) == 1
+
+
 def test_int8_momentum_that_is_not_finite(kernel):
     (p,) = (torch.nn.Parameter(q.detach().to(DEVICE)) for q in parameters([(2, 256)]))
     optimizer = Adafactor([p], beta1=0.9, momentum_dtype=torch.int8, skip_nonfinite=False, d=None)

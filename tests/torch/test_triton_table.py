@@ -20,7 +20,9 @@ def described(shape, factoring="last_two", itemsize=4, flat=False):
     if form is None:
         return None
     tile = triton_table.tile_of(form) if form.factored else None
-    launch = triton_table.Launch(tile, "float32", "float32", "", True, False, False, False, flat or not tile, False)
+    launch = triton_table.Launch(
+        tile, "float32", "float32", "", True, False, False, False, False, flat or not tile, False
+    )
     return triton_table.Tensor(form, launch, itemsize)
 
 

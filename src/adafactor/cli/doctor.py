@@ -31,8 +31,8 @@ def check(x):
 def cpu_tensors(threads):
     reason = native.why_not()
     if reason:
-        return f"works; torch operations on every device, no native kernels on the CPU: {reason}"
-    return f"works; on the CPU native kernels, {native.threads(threads)} threads; on other devices torch operations"
+        return f"works; torch operations, no native kernels on the CPU: {reason}"
+    return f"works; on the CPU native kernels, {native.threads(threads)} threads; elsewhere torch operations"
 """
 
 #: What each front end needs, and a program that makes one update with it and prints which kernels made it, and why.

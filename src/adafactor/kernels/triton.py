@@ -78,8 +78,9 @@ def _key(work: Sequence[Work]) -> tuple[object, ...]:
     states = [w.state for w in work]
     key: list[object] = [all(w.grad.data_ptr() % 16 == 0 for w in work)]
     key += [w.param.data_ptr() for w in work]
-    for name in ("step", "row", "column", "second_moment", "momentum", "momentum_scale"):
-        key += [state[name].data_ptr() for state in states if name in state]
+    for name in ("step", "row", "column", "second_moment", "momentum", "momentum_scale", "residual"):
+        key += [state[name].data_ptr() if name in state else 0 for state in states]
+    key += [0 if w.report is None else w.report.data_ptr() for w in work]
     for w in work:
         key += [w.tensor, w.param.dtype, w.grad.dtype, id(w.layout), id(w.settings), w.param.is_contiguous()]
     return tuple(key)
@@ -149,6 +150,8 @@ class Prepared:
                 "second": state[second].data_ptr() if second else 0,
                 "momentum": state["momentum"].data_ptr() if hp.momentum is not None else 0,
                 "scales": state["momentum_scale"].data_ptr() if "momentum_scale" in w.slots else 0,
+                "residual": state["residual"].data_ptr() if w.compensated else 0,
+                "report": 0 if w.report is None else w.report.data_ptr(),
                 "step": state["step"].data_ptr(),
                 "lr": self._groups[k],
                 "seed": settings.seed - (1 << 64 if settings.seed >> 63 else 0),
@@ -225,8 +228,8 @@ def is_capturing() -> bool:
 
 def form_of(w: Work) -> Canonical | None:
     """The kernels' form of a tensor, or ``None`` where only ``aten.py`` can update it."""
-    momentum = w.state.get("momentum")
-    dense = w.param.is_contiguous() and (momentum is None or momentum.is_contiguous())
+    beside = [w.state[name] for name in ("momentum", "residual") if name in w.slots]
+    dense = all(tensor.is_contiguous() for tensor in (w.param, *beside))
     if not dense or w.param.dtype == torch.float64 or isinstance(w.layout, Part):
         return None
     return canonical(w.layout)
@@ -246,6 +249,7 @@ def launch_of(w: Work, form: Canonical, aligned: bool) -> Launch:
         momentum="" if momentum is None else _NAMES[momentum.dtype],
         scale=hp.scale_parameter,
         stochastic=settings.stochastic_rounding and w.param.dtype in (torch.bfloat16, torch.float16),
+        compensated=w.compensated,
         huge=form.size > 1 << 32,
         aligned=aligned and form.m % 16 == 0,
         flat=not form.factored or (int8 and form.m % BLOCK != 0),
@@ -303,6 +307,7 @@ def launch_all(p: Prepared, varying: Tensor, skipped: Tensor) -> None:
             "GRAD": kernels.dtype(launch.grad),
             "MOMENTUM": kernels.dtype(launch.momentum) if launch.momentum else None,
             "STOCHASTIC": launch.stochastic,
+            "COMPENSATED": launch.compensated,
             "HUGE": launch.huge,
             "ALIGNED": launch.aligned,
         }
@@ -314,7 +319,8 @@ def launch_all(p: Prepared, varying: Tensor, skipped: Tensor) -> None:
             continue
         assert launch.tile is not None
         tile = launch.tile.of_apply
-        stages = tile.stages(*(_SIZES[name] for name in (launch.param, launch.grad, launch.momentum) if name))
+        stored = (launch.param, launch.grad, launch.momentum, "bfloat16" if launch.compensated else "")
+        stages = tile.stages(*(_SIZES[name] for name in stored if name))
         kernels.apply[(len(blocks),)](
             *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, num_warps=tile.warps, **common
         )

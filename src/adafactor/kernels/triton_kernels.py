@@ -26,7 +26,7 @@ from adafactor.kernels.triton_table import BLOCK_FIELDS, FIELDS, FLAGS, NO_CLIP,
 _F, _G = tl.constexpr(len(FIELDS)), tl.constexpr(len(NUMBERS))
 _B, _L = tl.constexpr(len(BLOCK_FIELDS)), tl.constexpr(len(SLICE_FIELDS))
 (
-    _PARAM, _FIRST, _SECOND, _MOMENTUM, _SCALES, _STEP, _LR, _FLAGS, _SEED, _IDENTITY,
+    _PARAM, _FIRST, _SECOND, _MOMENTUM, _SCALES, _RESIDUAL, _REPORT, _STEP, _LR, _FLAGS, _SEED, _IDENTITY,
     _N, _B1, _m, _MATRICES, _PER_SLICE, _SLICES, _SLICE_SIZE, _SIZE, _PARTS, _PART_ROWS, _CHUNKS,
     _SUMS, _FINISHED, _ROOT_MU, _SLICE, _TILES, _PARTIAL, _SQUARES, _ROW_PARTS,
 ) = (tl.constexpr(k) for k in range(len(FIELDS)))  # fmt: skip
@@ -331,13 +331,33 @@ def finish(tensors, numbers, scalars, found, moves, updated, skipped, BLOCK: tl.
     step = tl.load(record + _STEP).to(tl.pointer_type(tl.int64))
     tl.store(step, tl.load(step) + counted)
     tl.atomic_add(skipped, 1 - counted)
+    report = tl.load(record + _REPORT)
+    if report != 0:
+        asked = report.to(tl.pointer_type(tl.float64))
+        for s0 in range(0, count, BLOCK):
+            s = s0 + tl.arange(0, BLOCK)
+            mask = s < count
+            out, made = asked + s * 4, mask & (counted != 0)
+            u2 = tl.load(found + (first + s) * 3, mask=mask, other=0)
+            Q = tl.load(found + (first + s) * 3 + 1, mask=mask, other=0)
+            excess = tl.sqrt(u2 / N) / clip
+            excess = tl.where(excess <= 1, 1.0, excess)
+            excess = tl.where(clip == _NONE, 1.0, excess)
+            scale = tl.sqrt(Q / N) * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(keep), 1.0)
+            scale = tl.where((flags & _SCALE) != 0, tl.where(scale <= eps2, eps2, scale), 1.0)
+            tl.store(out, tl.sqrt(u2 / N).to(tl.float64), mask=made)
+            tl.store(out + 1, excess.to(tl.float64), mask=made)
+            tl.store(out + 2, scale.to(tl.float64), mask=made)
+            left_alone = tl.load(out + 3, mask=mask, other=0) + (1 - counted).to(tl.float64)
+            tl.store(out + 3, left_alone, mask=mask)
 
 
 @triton.jit
 def apply(
     tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
     K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, HUGE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, HUGE: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of K matrices, as in `measure`: writes their statistics, momentum and parameters (eqs. 12, 13)."""
     block = blocks + tl.program_id(0) * _B
@@ -355,7 +375,9 @@ def apply(
     t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
     grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
-    momentum, scales = param, param
+    momentum, scales, residual = param, param, param
+    if COMPENSATED:
+        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
     if MOMENTUM is not None:
         momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
         scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
@@ -388,8 +410,8 @@ def apply(
         a = _inverse_root(r) * factor[:, None]
         u = tl.load(grad + place, mask=mask, other=0).to(tl.float32) * a[:, :, None] * c[:, None, :]
         move(
-            param, momentum, scales, place, mask, u, keep, alpha[:, None, None], beta1, seed, t, identity,
-            PARAM, MOMENTUM, STOCHASTIC, HUGE, K * NP * M,
+            param, momentum, scales, residual, place, mask, u, keep, alpha[:, None, None], beta1, seed, t, identity,
+            PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, K * NP * M,
         )  # fmt: skip
 
 
@@ -397,7 +419,8 @@ def apply(
 def apply_flat(
     tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
     BLOCK: tl.constexpr, FACTORED: tl.constexpr, SLICED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, HUGE: tl.constexpr, ALIGNED: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, HUGE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One run of elements, for tensors that are not factored, and where blocks of 8-bit momentum cross rows."""
     block = blocks + tl.program_id(0) * _B
@@ -416,7 +439,9 @@ def apply_flat(
     t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
     grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
-    momentum, scales = param, param
+    momentum, scales, residual = param, param, param
+    if COMPENSATED:
+        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
     if MOMENTUM is not None:
         momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
         scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
@@ -452,6 +477,6 @@ def apply_flat(
             tl.store(statistic + e, v, mask=mask)
             u = g * _inverse_root(v) * factor
         move(
-            param, momentum, scales, e, mask, u, keep, alpha, beta1, seed, t, identity,
-            PARAM, MOMENTUM, STOCHASTIC, HUGE, BLOCK,
+            param, momentum, scales, residual, e, mask, u, keep, alpha, beta1, seed, t, identity,
+            PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, BLOCK,
         )  # fmt: skip

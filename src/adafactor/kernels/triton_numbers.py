@@ -100,13 +100,14 @@ def encode(value, bits, SIZE: tl.constexpr):
 
 @triton.jit
 def move(
-    param, momentum, scales, place, mask, u, keep, alpha, beta1, seed, t, identity,
-    PARAM: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, HUGE: tl.constexpr, SIZE: tl.constexpr,
+    param, momentum, scales, residual, place, mask, u, keep, alpha, beta1, seed, t, identity,
+    PARAM: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr,
+    HUGE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Equations 12 and 13 for one tile: average the update, add it to the parameter, store both.
 
     Args:
-        param, momentum, scales: where the tensors begin.
+        param, momentum, scales, residual: where the tensors begin.
         place: int64, every element's place in them.
         u: the normalised update times 1 - beta1, or without momentum times alpha.
         SIZE: elements of the tile.
@@ -127,8 +128,17 @@ def move(
         u = beta1 * tl.load(momentum + place, mask=mask, other=0).to(tl.float32) + u
         tl.store(momentum + place, narrow(u, MOMENTUM), mask=mask)
         u = alpha * u
-    x = keep * tl.load(param + place, mask=mask, other=0).to(tl.float32) - u
-    if STOCHASTIC:
+    x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
+    if COMPENSATED:
+        x += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
+    x = keep * x - u
+    if COMPENSATED:
+        rounded = narrow(x, PARAM)
+        wide = rounded.to(tl.float32)
+        rest = tl.where(wide - wide == 0, x - wide, 0.0)  # of what is not finite nothing is left
+        tl.store(param + place, rounded, mask=mask)
+        tl.store(residual + place, narrow(rest, tl.bfloat16), mask=mask)
+    elif STOCHASTIC:
         if PARAM == tl.bfloat16:
             h = stochastic_bfloat16(x, bits)
         else:

@@ -17,7 +17,8 @@ from adafactor.kernels.int8 import BLOCK as INT8_BLOCK
 
 #: int64 fields of a tensor's record: addresses; what a user has said; the form; where its share of a buffer begins.
 FIELDS = (
-    *("param", "first", "second", "momentum", "scales", "step", "lr", "flags", "seed", "identity"),
+    *("param", "first", "second", "momentum", "scales", "residual", "report"),
+    *("step", "lr", "flags", "seed", "identity"),
     *("n", "B1", "m", "matrices", "per_slice", "slices", "slice_size", "size", "parts", "part_rows", "chunks"),
     *("sums", "finished", "root_mu", "slice", "tiles", "partial", "squares", "row_parts"),
 )
@@ -76,6 +77,7 @@ class Launch(NamedTuple):
     momentum: str
     scale: bool
     stochastic: bool
+    compensated: bool
     huge: bool
     aligned: bool
     flat: bool  # apply walks elements, not rows
