@@ -1,6 +1,8 @@
 """The tables of the Triton kernels: every element is some program's, once, and the buffers are small."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,3 +98,9 @@ def test_offsets_beyond_four_billion_elements():
     assert tables.records.dtype == np.int64
     assert tables.records[0][triton_table.FIELDS.index("size")] == 70000**2
     assert torch.from_numpy(tables.records).dtype == torch.int64
+
+
+def test_importing_the_front_end_does_not_import_triton():
+    code = "import sys; import adafactor.torch; print('triton' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["False"]
