@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 import adafactor.torch
+from adafactor.cli.bench.shapes import LLAMA_LAYER, LORA, Shapes, parameters
 from adafactor.kernels import triton
-from shapes import LLAMA_LAYER, LORA, Shapes, parameters
 
 Tensors = list[torch.Tensor]
 ROOT = Path(__file__).parents[1]

@@ -271,8 +271,11 @@ def _move(w: Work, rows: Tensor | None, columns: Columns | None, move: Move) -> 
             if momentum is not None:
                 stored = at(state["momentum"], piece)
                 scale = _scales(w, piece) if coded else None
-                average = stored.to(dtype) if scale is None else int8.decode(stored, scale).to(dtype)
-                u = average * momentum + u.mul_(1 - momentum)  # eq. 12
+                u.mul_(1 - momentum)
+                if scale is None:
+                    u = stored.to(dtype) * momentum + u  # eq. 12
+                else:
+                    u = int8.decode(stored, scale).to(dtype) * momentum + u
                 if scale is None:
                     keep(stored, u)
                 else:

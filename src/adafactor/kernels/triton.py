@@ -223,7 +223,7 @@ class Prepared:
 
 def is_capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def form_of(w: Work) -> Canonical | None:

@@ -55,7 +55,7 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return pointer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def begin(tensors, numbers, lrs, scalars, count, BLOCK: tl.constexpr):
     """decay, 1 - decay, rho and 1 - lr * weight_decay of every tensor, from the update it is about to make."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
