@@ -223,7 +223,9 @@ class Prepared:
 
 def is_capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def form_of(w: Work) -> Canonical | None:
