@@ -274,7 +274,7 @@ class Adafactor(Optimizer):
         self._run(work)
 
     def _check_capture(self) -> None:
-        """torch's own check that a step under graph capture has ``capturable=True``; older releases call it otherwise."""
+        """torch's own check that a captured step has ``capturable=True``; older releases have another name for it."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
