@@ -1,28 +1,24 @@
-"""The page's code runs as it stands, its recipes are what their sources say, and the examples end well."""
-
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+"""The recipes of docs/recipes.md are what their sources say, written out."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 import pytest
+import torch
 from optax_support import assert_close
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def page():
-    """Everything the blocks of docs/jax.md define, run one after another."""
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/jax.md").read_text(), re.S):
-        exec(compile(block, "docs/jax.md", "exec"), names)
-    return names
+def page(ran):
+    """Everything the page's blocks define."""
+    return ran(pages.ROOT / "docs/recipes.md")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
 def rms(a):
@@ -49,6 +45,16 @@ def trajectory(tx, x, gradients):
         updates, state = jax.jit(tx.update)(jnp.asarray(g, jnp.float32), state, x)
         x = optax.apply_updates(x, updates)
     return x
+
+
+def trajectory_of(optimizer, x, gradients):
+    """The same with the options of a PyTorch recipe."""
+    parameter = torch.nn.Parameter(torch.tensor(x, dtype=torch.float32))
+    again = type(optimizer)([parameter], **{name: optimizer.defaults[name] for name in optimizer.defaults})
+    for g in gradients:
+        parameter.grad = torch.tensor(g, dtype=torch.float32)
+        again.step()
+    return parameter.detach().numpy()
 
 
 @pytest.fixture
@@ -106,3 +112,30 @@ def test_palm(page, problem):
         m = 0.9 * m + 0.1 * rate * max(1e-3, rms(x)) * normalised(clipped[:t], power, factored=False)
         x = x - m - rate**2 * x
     assert_close(trajectory(page["palm"], jnp.asarray(start, jnp.float32), gradients), x)
+
+
+def test_t5_on_torch_is_t5_on_jax(page, problem):
+    start, gradients = problem
+    expected = trajectory(page["t5_finetuning"], jnp.asarray(start, jnp.float32), gradients)
+    assert_close(trajectory_of(page["t5x"], start, gradients), expected, 2e-6)
+
+
+def test_t5_of_hugging_face(page, problem):
+    start, gradients = problem
+    x = start
+    for t in range(1, 5):
+        u = normalised(gradients[:t], power, factored=True)
+        x = x - 1e-3 * u / max(1, rms(u))
+    assert_close(trajectory_of(page["huggingface"], start, gradients), x)
+
+
+def test_vit_on_torch_is_vit_on_jax_at_a_constant_learning_rate(page, problem):
+    start, gradients = problem
+    jax_form = page["scaling_vit"](8e-4, lambda count: 1.0, 0.03 * 8e-4)
+    expected = trajectory(jax_form, jnp.asarray(start, jnp.float32), gradients)
+    assert_close(trajectory_of(page["vit_on_torch"], start, gradients), expected, 1e-5)
+
+
+def test_schedules(page):
+    assert [float(page["InverseSquareRoot"]()(step)) for step in (0, 10_000, 40_000)] == pytest.approx([0.01, 0.01, 0.005])
+    assert [float(page["rsqrt"](step)) for step in (0, 5_000, 10_000, 40_000)] == pytest.approx([0, 0.5, 1, 0.5])
