@@ -3,6 +3,7 @@
 #   make demo    train a small Transformer with AdamW, Keras's Adafactor and ours, side by side
 #   make test    every test, on every framework
 #   make lint    ruff and mypy
+#   make docs    the pages of docs/ as a site, in build/docs
 #   make bench   step times against the peers, in this machine's terms
 #   make paper   the paper's stability findings on a small Transformer, as a table and a picture
 #   make doctor  versions, the kernels in use, and what does not work
@@ -22,7 +23,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo doctor paper test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
-        lint format bench sanitize clean
+        test-docs lint format docs bench sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,7 +34,7 @@ demo: $(VENV)/demo.$(MODULES)
 doctor: $(VENV)/test.$(MODULES)
 	$(BIN)/adafactor doctor
 
-test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert
+test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert test-docs
 
 test-core: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/core tests/test_native.py tests/cli
@@ -47,6 +48,10 @@ test-optax: $(VENV)/test.$(MODULES)
 test-convert: $(VENV)/test.$(MODULES)
 	TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/convert
 
+# Pages, links, recipes, and the site: scripts/pages.py runs and counts the same by hand.
+test-docs: $(VENV)/docs.$(MODULES)
+	$(PYTEST) tests/docs
+
 # Once per backend: Keras reads it when it is imported.
 test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test.$(MODULES)
 	KERAS_BACKEND=$* TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/keras
@@ -59,6 +64,10 @@ lint: $(VENV)/lint.$(MODULES)
 format: $(VENV)/lint.$(MODULES)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(VENV)/docs.$(MODULES)
+	$(BIN)/mkdocs build --quiet
+	@echo build/docs/index.html
 
 bench: $(VENV)/test.$(MODULES)
 	@mkdir -p build/bench
@@ -95,6 +104,10 @@ $(VENV)/demo.$(MODULES): $(SOURCES) | $(BIN)/python
 $(VENV)/test.$(MODULES): $(SOURCES) | $(BIN)/python
 	$(PIP) jaxlib
 	$(PIP) -e '.[demo,tensorflow,jax,torch,convert]' --group test --group stacks
+	@touch $@
+
+$(VENV)/docs.$(MODULES): $(VENV)/test.$(MODULES)
+	$(PIP) --group docs
 	@touch $@
 
 $(VENV)/lint.$(MODULES): $(VENV)/test.$(MODULES)
