@@ -47,7 +47,11 @@ def name(page: Path) -> str:
 
 def split(page: Path) -> tuple[str, list[Block]]:
     """The prose, with as many lines as the page, and the blocks of code."""
-    prose, blocks, fence, begin, code = [], [], "", 0, []
+    prose: list[str] = []
+    blocks: list[Block] = []
+    code: list[str] = []
+    fence = language = ""
+    begin = 0
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         opening = re.match(r"\s*(```+)\s*(\S*)", line)
         if fence and line.strip() == fence:

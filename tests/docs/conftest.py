@@ -1,4 +1,4 @@
-"""The pages of docs/ and what they promise; Keras runs on JAX here, tests/keras runs its pages on the other backends."""
+"""What runs the pages. Keras is on JAX here; tests/keras runs its pages on the other backends."""
 
 import os
 

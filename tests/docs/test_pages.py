@@ -31,7 +31,7 @@ def test_the_index_lists_every_page_once():
     assert sorted(listed) == sorted(page.name for page in pages.DOCS if page != index)
 
 
-PAGE = """# A heading, `code()` and a [link](other.md)
+PAGE = """# A heading, `code()` and a [link](#twice)
 
 [good](#a-heading-code-and-a-link) and `[not a link](nowhere.md)` and [elsewhere](https://arxiv.org/abs/1804.04235)
 

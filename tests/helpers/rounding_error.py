@@ -3,8 +3,8 @@
     python tests/helpers/rounding_error.py
 
 The first is over matrices of random shapes whose rows and columns differ by up to ten orders of magnitude, a tenth of
-them without any gradient, and compares with u formed element by element in float64. ``docs/numerics.md`` shows what this
-prints.
+them without any gradient, and compares with u formed element by element in float64. ``docs/numerics.md`` shows what
+this prints.
 """
 
 import argparse
