@@ -1,10 +1,11 @@
-"""What float32 costs: the relative error of the mean of u^2 from W (eq. 7), and of the statistics of large matrices.
+"""What rounding costs: the relative error of the mean of u^2 from W (eq. 7) and of the statistics of large matrices in
+float32, and how far bfloat16 weights get in small steps.
 
     python tests/helpers/rounding_error.py
 
 The first is over matrices of random shapes whose rows and columns differ by up to ten orders of magnitude, a tenth of
-them without any gradient, and compares with u formed element by element in float64. ``docs/numerics.md`` shows what
-this prints.
+them without any gradient, and compares with u formed element by element in float64. ``docs/numerics.md`` and
+``docs/torch.md`` show what this prints.
 """
 
 import argparse
@@ -87,6 +88,22 @@ def of_statistics(shape, fused):
         yield ((optimizer.state[parameter][name] - exact).abs() / exact).max().item()
 
 
+def of_small_steps(dtype, steps=200, **options):
+    """Updates of one sign, learning rate 1e-5, weights of N(0, 0.02^2): the mean displacement, the share that stays."""
+    import torch
+
+    from adafactor.torch import Adafactor
+
+    start = (0.02 * torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))).bfloat16()
+    parameter = torch.nn.Parameter(start.to(getattr(torch, dtype), copy=True))
+    optimizer = Adafactor([parameter], lr=1e-5, relative_step=False, scale_parameter=False, **options)
+    parameter.grad = torch.ones_like(parameter)
+    for _ in range(steps):
+        optimizer.step()
+    moved = parameter.detach().double() - start.double()
+    return moved.mean().item(), (moved == 0).double().mean().item()
+
+
 IMPLEMENTATIONS = {
     "NumPy, float32": in_float32,
     "torch operations": lambda gradients: by_torch(gradients, False),
@@ -94,7 +111,7 @@ IMPLEMENTATIONS = {
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Relative errors of float32 arithmetic.")
+    parser = argparse.ArgumentParser(description="What rounding costs.")
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
@@ -104,3 +121,11 @@ if __name__ == "__main__":
         for name, fused in (("torch operations", False), ("native kernels", True)):
             row, column = of_statistics(shape, fused)
             print(f"{shape[0]} x {shape[1]}, {name:18} row {row:.1e}  column {column:.1e}")
+    far, _ = of_small_steps("float32")
+    for name, options in (
+        ("nearest", {}),
+        ("stochastic", {"stochastic_rounding": True}),
+        ("compensated", {"compensated": True}),
+    ):
+        displacement, unmoved = of_small_steps("bfloat16", **options)
+        print(f"small steps, {name:11} {displacement / far:.4f} of float32's displacement, {unmoved:.1%} never moved")
