@@ -81,6 +81,13 @@ def run(page: Path, folder: str | os.PathLike[str]) -> dict[str, Any]:
     return names
 
 
+def triton_first() -> None:
+    """Call before anything imports TensorFlow: once that is loaded, importing Triton ends the process with a segmentation
+    fault (tensorflow-cpu 2.21, triton 3.7.1), and PyTorch imports it by itself. The other way round both work."""
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+
+
 def slug(heading: str) -> str:
     """The anchor that GitHub gives a heading; the built site uses the same."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
@@ -126,6 +133,7 @@ def broken(page: Path) -> list[str]:
 
 
 def main() -> int:
+    triton_first()
     os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     failures, ran, waived = [], 0, 0

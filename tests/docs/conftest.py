@@ -7,6 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pages
 import pytest
+import triton_first  # noqa: F401
 
 
 @pytest.fixture(scope="session")
