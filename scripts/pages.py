@@ -82,8 +82,11 @@ def run(page: Path, folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def triton_first() -> None:
-    """Call before anything imports TensorFlow: once that is loaded, importing Triton ends the process with a segmentation
-    fault (tensorflow-cpu 2.21, triton 3.7.1), and PyTorch imports it by itself. The other way round both work."""
+    """Call before anything imports TensorFlow: once that is loaded, importing Triton ends the process.
+
+    It is a segmentation fault (tensorflow-cpu 2.21, triton 3.7.1), and PyTorch imports Triton by itself. The other way
+    round both work.
+    """
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
 
