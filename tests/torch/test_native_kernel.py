@@ -146,5 +146,6 @@ def test_a_fork_in_the_middle_of_training_leaves_two_that_go_on():
     command = [sys.executable, "-c", FORK]
     outcome = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert outcome.returncode == 0, outcome.stderr
-    first, second = outcome.stdout.split()
-    assert first == second
+    results = outcome.stdout.split()
+    assert len(results) == 2, outcome
+    assert results[0] == results[1]
