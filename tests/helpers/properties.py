@@ -127,9 +127,9 @@ OPTIONS = {
 
 def options() -> st.SearchStrategy[dict[str, Any]]:
     """Mostly defaults, which come first, so that what fails shrinks to few arguments."""
-    return st.fixed_dictionaries({}, optional={name: st.sampled_from(choices) for name, choices in OPTIONS.items()}).map(
-        lambda drawn: {name: choices[0] for name, choices in OPTIONS.items()} | drawn
-    )
+    return st.fixed_dictionaries(
+        {}, optional={name: st.sampled_from(choices) for name, choices in OPTIONS.items()}
+    ).map(lambda drawn: {name: choices[0] for name, choices in OPTIONS.items()} | drawn)
 
 
 def hyperparameters(chosen: dict[str, Any]) -> Hyperparameters:
@@ -253,7 +253,9 @@ class Twin:
                 assert reached <= expected.limit * (1 + 1e-4), f"RMS(update) is {reached}, not {expected.limit}"
             if not expected.underflow:
                 error = np.abs(x - expected.x)
-                assert (error <= room).all(), f"the parameter is off by {largest(error)}, {largest(error / room)} of allowed"
+                assert (error <= room).all(), (
+                    f"the parameter is off by {largest(error)}, {largest(error / room)} of allowed"
+                )
                 for name, value in expected.state.second_moment.items():
                     np.testing.assert_allclose(state[name], value, rtol=tolerance, atol=1e-42, err_msg=name)
                 if expected.state.momentum is not None:

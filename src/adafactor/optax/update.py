@@ -217,11 +217,11 @@ class Transformation:
         momentum = [None] * len(leaves) if self.hp.momentum is None else treedef.flatten_up_to(state.momentum)
         where, tensors = [], []
         for k, (x, g, its_layout) in enumerate(zip(leaves, flat, layouts, strict=True)):
-            if g is None or not its_layout.size:
-                continue
-            if tuple(g.shape) != its_layout.shape:
+            if g is not None and tuple(g.shape) != its_layout.shape:
                 rule = f"of its parameter's shape {its_layout.shape}"
                 raise ValueError(message("a gradient", rule, tuple(g.shape), "Reshape or sum it before the update."))
+            if g is None or not its_layout.size:
+                continue
             where.append(k)
             own = {name: slots[name][k] for name in its_layout.slots}
             tensors.append(xla.Tensor(its_layout, x, g, own, momentum=momentum[k]))
