@@ -91,7 +91,7 @@ struct Finish {
 };
 
 // Eqs. 3, 7, 9, 10 after adafactor_measure: the update is g times row_factor (which holds the finished rows) times
-// column_factor (which holds S).
+// column_factor (which holds S). The step size is in row_factor.
 template <class T>
 void finish(const adafactor_tensor& t, const Finish<T>& f) {
   const int64_t m = t.m, matrices = t.b0 / t.slices * t.B1;
@@ -115,13 +115,15 @@ void finish(const adafactor_tensor& t, const Finish<T>& f) {
     const double scale = factor(t, t.Q[s], u2, f.report_of(s));
     for (int64_t k = 0; k < matrices; ++k) {
       const int64_t at = (s * matrices + k) * m;
-      const T common = T(root_mu[size_t(k)] * scale);
+      const T common = T(root_mu[size_t(k)]);
       for (int64_t j = at; j < at + m; ++j) f.column_factor[j] = common * inverse_root(f.column[j]);
     }
-  }
-  for (int64_t i = 0; i < rows_of(t); ++i) {
-    f.row[i] = f.row_factor[i];
-    f.row_factor[i] = inverse_root(f.row[i]);
+    // With the columns, whose factor may be huge where there was no gradient, the scale could overflow.
+    const int64_t rows = rows_of(t) / t.slices;
+    for (int64_t i = s * rows; i < (s + 1) * rows; ++i) {
+      f.row[i] = f.row_factor[i];
+      f.row_factor[i] = T(scale) * inverse_root(f.row[i]);
+    }
   }
 }
 

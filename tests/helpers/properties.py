@@ -223,9 +223,17 @@ class Twin:
             overflow = "parameter"
         elif state.momentum is not None and largest(state.momentum) > 0.99 * self._momentum_info.max:
             overflow = "parameter"
+        if self.layout.factored:  # squares over a statistic, which eq. 5 adds up
+            column = np.expand_dims(state.second_moment["column"], self.layout.rows)
+            small = reference.ratio(g * g, np.maximum(np.broadcast_to(sums.rows, g.shape), column)) < 100 * smallest
+            unseen = float(np.sum(np.square(u), where=small))
+        else:
+            unseen = 0.0
         statistics = np.concatenate([np.ravel(a) for a in state.second_moment.values()])
         tiny = 100 * float(smallest)
         underflow = bool(np.any((statistics > 0) & (statistics < tiny)))
+        if unseen > 1e-7 * np.sum(u * u):
+            underflow, limit = True, None
         if hp.scale_parameter and hp.epsilon_2**2 < tiny:
             underflow |= bool(np.any((sums.Q > 0) & (sums.Q / size < tiny)))
         return Expected(kept - loss, kept, state, limit, overflow, underflow)

@@ -207,7 +207,7 @@ def apply(
     x_behind, g, alpha = barrier(x, g, update.alpha)
     g = ops.cast(g, first.dtype)
     if momentum is None or beta_1 is None:
-        step = g * first * (second * alpha)
+        step = g * (first * alpha) * second  # second * alpha may overflow where a column had no gradient: 0 * inf
     else:
         momentum = beta_1 * momentum + (1 - beta_1) * (g * first * second)
         (momentum,) = barrier(momentum)  # else the parameter's update would compute it again, from the old one

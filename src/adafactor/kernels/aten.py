@@ -266,8 +266,9 @@ def _move(w: Work, rows: Tensor | None, columns: Columns | None, move: Move) -> 
                 keep(old, v)
                 u = positive(v).rsqrt_().mul_(g).mul_(factor)
             else:
-                u = g * at(inverse_row, reduced(block, layout.columns))
-                u.mul_(at(columns.factor, reduced(piece, layout.rows)) * factor)
+                # With the columns, whose factor may be huge where there was no gradient, the scale could overflow.
+                u = g * (at(inverse_row, reduced(block, layout.columns)) * factor)
+                u.mul_(at(columns.factor, reduced(piece, layout.rows)))
             if momentum is not None:
                 stored = at(state["momentum"], piece)
                 scale = _scales(w, piece) if coded else None

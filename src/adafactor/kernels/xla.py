@@ -209,13 +209,13 @@ def _measure_jnp(
         keep = _number_of(keeps, k, len(layout.shape)) if after else None
         update = array.measure(ops, x, g, slots, layout, hp, decay, rho, keep, barrier, report)
         first, second = update.direction
-        second = second * update.alpha
         if layout.factored:
+            first = first * update.alpha  # second * alpha may overflow where a column had no gradient: 0 * inf
             out += [update.slots["row"], update.slots["column"]]
             out += [first.reshape(layout.row_shape), second.reshape(layout.column_shape)]
         else:
             slices = tuple(n if axis in layout.batch else 1 for axis, n in enumerate(layout.shape))
-            out.append(jnp.broadcast_to(second, slices))
+            out.append(jnp.broadcast_to(second * update.alpha, slices))
         if report:
             out.append(reported(update, layout))
     return out

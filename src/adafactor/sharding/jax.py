@@ -83,7 +83,7 @@ def measure(
             steps.append(array.measuring(ops, x, g, slots, layout, hp, *numbers, keep, barrier, rows_first, report))
         updates = _together(steps, specs, mesh.axis_names)
         return [
-            (update.slots, update.direction[0], _scale(update, layout, x), reported(update, layout) if report else None)
+            (update.slots, *_factors(update, layout, x), reported(update, layout) if report else None)
             for update, layout, (x, _, _) in zip(updates, layouts, shards, strict=True)
         ]
 
@@ -142,12 +142,13 @@ def _together(steps: list[array.Rounds], specs: list[PartitionSpec], mesh_axes: 
     return updates
 
 
-def _scale(update: array.Update, layout: Layout, x: Any) -> Any:
-    """The second factor with the step size, of x's rank even where it is one number."""
-    second = update.direction[1] * update.alpha
+def _factors(update: array.Update, layout: Layout, x: Any) -> tuple[Any, Any]:
+    """The two factors, one of them with the step size, of x's rank even where the second is one number."""
+    first, second = update.direction
     if layout.factored:
-        return second
-    return jnp.broadcast_to(second, [n if axis in layout.batch else 1 for axis, n in enumerate(x.shape)])
+        return first * update.alpha, second  # second * alpha may overflow where a column had no gradient: 0 * inf
+    slices = [n if axis in layout.batch else 1 for axis, n in enumerate(x.shape)]
+    return first, jnp.broadcast_to(second * update.alpha, slices)
 
 
 def _entries(sharding: NamedSharding, rank: int) -> tuple[Any, ...]:
