@@ -223,12 +223,12 @@ class Twin:
             overflow = "parameter"
         elif state.momentum is not None and largest(state.momentum) > 0.99 * self._momentum_info.max:
             overflow = "parameter"
-        if self.layout.factored:  # squares over a statistic, which eq. 5 adds up
+        # Squares that float32 has no normal number for, or whose quotient it has none for: eq. 7 does not see them.
+        divisor = np.ones_like(g)
+        if self.layout.factored:
             column = np.expand_dims(state.second_moment["column"], self.layout.rows)
-            small = reference.ratio(g * g, np.maximum(np.broadcast_to(sums.rows, g.shape), column)) < 100 * smallest
-            unseen = float(np.sum(np.square(u), where=small))
-        else:
-            unseen = 0.0
+            divisor = np.maximum(1.0, np.maximum(sums.rows, column))
+        unseen = float(np.sum(np.square(u), where=g * g / divisor < 100 * smallest))
         statistics = np.concatenate([np.ravel(a) for a in state.second_moment.values()])
         tiny = 100 * float(smallest)
         underflow = bool(np.any((statistics > 0) & (statistics < tiny)))
