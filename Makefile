@@ -23,7 +23,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo doctor paper test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
-        test-docs lint format docs bench sanitize clean
+        test-docs test-robustness lint format docs bench sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,7 +34,8 @@ demo: $(VENV)/demo.$(MODULES)
 doctor: $(VENV)/test.$(MODULES)
 	$(BIN)/adafactor doctor
 
-test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert test-docs
+test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert test-docs \
+      test-robustness
 
 test-core: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/core tests/test_native.py tests/cli
@@ -55,6 +56,11 @@ test-docs: $(VENV)/docs.$(MODULES)
 # Once per backend: Keras reads it when it is imported.
 test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test.$(MODULES)
 	KERAS_BACKEND=$* TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/keras
+
+# ARGS="--times 20": twenty times as many examples, kills and steps.
+test-robustness: $(VENV)/test.$(MODULES)
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(PYTEST) tests/robustness $(ARGS)
+	KERAS_BACKEND=jax $(PYTEST) tests/robustness/test_keras_properties.py $(ARGS)
 
 lint: $(VENV)/lint.$(MODULES)
 	$(BIN)/ruff check

@@ -12,6 +12,7 @@ most of the time. Checkpoints are written beside the last one and take its place
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import mmap
 import os
@@ -48,7 +49,7 @@ def learning_rate(step: int) -> float:
     return 0.5 / (1 + step % 7)
 
 
-# -- the frameworks: each trains from ``step`` on, and yields the number of steps made, the loss and how to save --------
+# -- the frameworks: each trains from ``step`` on, and yields the number of steps made, the loss and how to save -------
 
 
 def train_torch(checkpoint: Path) -> Any:
@@ -149,16 +150,11 @@ FRAMEWORKS = {"torch": train_torch, "jax": train_jax, "keras": train_keras}
 def load(framework: str) -> None:
     """Import what the framework's processes need, and compute nothing."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if framework == "torch":
-        import adafactor.torch  # noqa: F401
-    elif framework == "jax":
-        import flax.serialization
-
-        import adafactor.optax  # noqa: F401
-    else:
-        os.environ.setdefault("KERAS_BACKEND", "torch")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        import adafactor.keras  # noqa: F401
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    modules = {"torch": ["adafactor.torch"], "jax": ["adafactor.optax", "flax"], "keras": ["adafactor.keras"]}
+    for name in modules[framework]:
+        importlib.import_module(name)
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
@@ -334,7 +330,7 @@ def main() -> None:
                 continue
             different += differences(options.framework, place, expected, undisturbed)
     print(
-        f"{options.framework}: {killed} kills, {in_checkpoint} of them in a checkpoint, in {runs} runs of {STEPS} steps: "
+        f"{options.framework}: {killed} kills, {in_checkpoint} in a checkpoint, in {runs} runs of {STEPS} steps: "
         f"{lost} runs lost, {len(different)} differences {different[:5] or ''}".rstrip()
     )
     sys.exit(bool(lost or different))

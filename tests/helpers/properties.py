@@ -219,9 +219,11 @@ class Twin:
         overflow = ""
         if not max(np.sum(g * g), np.sum(u * u), largest(sums.W), largest(*state.second_moment.values())) < bound:
             overflow = "gradient"
-        elif (hp.scale_parameter and not np.sum(sums.Q) < bound) or not largest(kept - loss, loss) < last:
-            overflow = "parameter"
-        elif state.momentum is not None and largest(state.momentum) > 0.99 * self._momentum_info.max:
+        elif (
+            (hp.scale_parameter and not np.sum(np.square(self.x)) < bound)
+            or not largest(kept - loss, loss) < last
+            or (state.momentum is not None and largest(state.momentum) > 0.99 * self._momentum_info.max)
+        ):
             overflow = "parameter"
         # Squares that float32 has no normal number for, or whose quotient it has none for: eq. 7 does not see them.
         divisor = np.ones_like(g)

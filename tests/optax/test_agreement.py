@@ -189,3 +189,11 @@ def test_a_library_for_another_jaxlib_is_left_alone(monkeypatch):
     need(xla_native.why_not())
     monkeypatch.setattr(xla_native, "_version", lambda: (0, 99))
     assert "built for another jaxlib" in xla_native._register.__wrapped__()
+
+
+@pytest.mark.parametrize("form", ["jit", "step"])
+def test_a_column_without_gradient_beside_a_huge_one(path, form):
+    """Its factor is about 1e31 there; with a step size of 1e14 beside it, it was inf, and 0 * inf is NaN."""
+    x, g = jnp.full((2, 6), 1e16), jnp.zeros((2, 6)).at[:, 2].set(1e16)
+    moved, _ = run(adafactor(0.01, 1), x, [g], form)
+    assert_close(moved[0], 1e16 * (1 - 0.01 * np.sign(g)))

@@ -199,5 +199,7 @@ def test_refusals_at_the_first_step(params, grads):
         tx.update(grads[0], tx.init(params))
     with pytest.raises(ValueError, match="a gradient must be of its parameter's shape"):
         tx.update({**grads[0], "bias": jnp.ones(31)}, tx.init(params), params)
+    with pytest.raises(ValueError, match="a gradient must be of its parameter's shape"):
+        tx.update(jnp.ones((0, 4)), tx.init(jnp.ones((0, 3))), jnp.ones((0, 3)))
     with pytest.raises(TypeError, match="of a real floating dtype, got 'int32'"):
         tx.init({"index": jnp.arange(3)})

@@ -1,5 +1,6 @@
 """A training process killed again and again ends where an undisturbed one does; see ``kill_single.py``."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 HARNESS = Path(__file__).parents[1] / "helpers" / "kill_single.py"
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="the harness forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 @pytest.mark.parametrize("framework", ["torch", "jax", "keras"])
 def test_killed_and_resumed(framework, times):
     command = [sys.executable, str(HARNESS), "--framework", framework, "--times", str(3 * times)]

@@ -185,7 +185,7 @@ class Run:
         assert self.bits() == before
 
 
-@examples(60)
+@examples(100)
 @given(
     number=st.sampled_from(range(len(PROGRAMS))),
     starts=st.lists(values(), min_size=4, max_size=4),

@@ -196,7 +196,7 @@ class Run:
     def refuse(self, what):
         """Where every parameter has a gradient and one thing is wrong, nothing moves."""
         group = self.optimizer.param_groups[-1]
-        for param, twin in self.pairs:
+        for param, _ in self.pairs:
             param.grad = torch.ones_like(param)
         before, count = self.bits(), len(self.optimizer.param_groups)
         if what in ("lr", "eps"):
@@ -212,7 +212,7 @@ class Run:
             with pytest.raises(RuntimeError, match="dense"):
                 self.optimizer.step()
         elif what == "group":
-            with pytest.raises(ValueError, match="^d must be"):
+            with pytest.raises(ValueError, match=r"^d must be"):
                 self.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "d": -1.0})
         elif what == "groups":
             with pytest.raises(ValueError, match="group"):
@@ -233,7 +233,7 @@ class Run:
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "torch operations"])
-@examples(80)
+@examples(150)
 @given(drawn=st.lists(parameters(any_shape()), min_size=2, max_size=4), chosen=options(), extra=extras, order=calls)
 def test_any_run(fused, drawn, chosen, extra, order):
     if fused is None:

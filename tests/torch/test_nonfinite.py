@@ -63,6 +63,18 @@ def test_a_row_whose_sum_of_squares_overflows_is_left_alone():
     assert all(value.isfinite().all() for value in optimizer.state[param].values())
 
 
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "torch operations"])
+def test_a_column_without_gradient_beside_a_huge_one(fused):
+    """Its factor is about 1e31 there; with a step size of 1e14 beside it, it was inf, and 0 * inf is NaN."""
+    param = torch.nn.Parameter(1e16 * torch.ones(2, 6))
+    param.grad = torch.zeros(2, 6)
+    param.grad[:, 2] = 1e16
+    optimizer = Adafactor([param], fused=fused)
+    optimizer.step()
+    assert optimizer.skipped == 0
+    torch.testing.assert_close(param.detach(), 1e16 * (1 - 0.01 * param.grad.sign()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_bad_gradient_leaves_half_precision_bits_alone(dtype):
     param = parameter(64, 8, dtype=dtype)
