@@ -225,12 +225,12 @@ class Twin:
             or (state.momentum is not None and largest(state.momentum) > 0.99 * self._momentum_info.max)
         ):
             overflow = "parameter"
-        # Squares that float32 has no normal number for, or whose quotient it has none for: eq. 7 does not see them.
-        divisor = np.ones_like(g)
+        # The terms of eq. 5 that float32 has no normal number for: eq. 7 does not see them.
+        unseen = 0.0
         if self.layout.factored:
             column = np.expand_dims(state.second_moment["column"], self.layout.rows)
-            divisor = np.maximum(1.0, np.maximum(sums.rows, column))
-        unseen = float(np.sum(np.square(u), where=g * g / divisor < 100 * smallest))
+            term = reference.ratio(g * g, np.maximum(sums.rows, column))
+            unseen = float(np.sum(np.square(u), where=term < 100 * smallest))
         statistics = np.concatenate([np.ravel(a) for a in state.second_moment.values()])
         tiny = 100 * float(smallest)
         underflow = bool(np.any((statistics > 0) & (statistics < tiny)))

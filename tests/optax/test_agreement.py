@@ -197,3 +197,11 @@ def test_a_column_without_gradient_beside_a_huge_one(path, form):
     x, g = jnp.full((2, 6), 1e16), jnp.zeros((2, 6)).at[:, 2].set(1e16)
     moved, _ = run(adafactor(0.01, 1), x, [g], form)
     assert_close(moved[0], 1e16 * (1 - 0.01 * np.sign(g)))
+
+
+@pytest.mark.parametrize("form", ["jit", "step"])
+def test_clipping_sees_gradients_whose_squares_underflow(path, form):
+    """Alone in its row and its column, 1e-23 is a normalised update of 2.5e6 beside a gradient of 1."""
+    x, g = jnp.ones((4, 4)), jnp.zeros((4, 4)).at[0, 0].set(1.0).at[3, 3].set(1e-23)
+    moved, _ = run(adafactor(0.25, 1), x, [g], form)
+    assert_close(moved[0], 1 - np.diag([0.0, 0.0, 0.0, 1.0]))

@@ -75,6 +75,17 @@ def test_a_column_without_gradient_beside_a_huge_one(fused):
     torch.testing.assert_close(param.detach(), 1e16 * (1 - 0.01 * param.grad.sign()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "torch operations"])
+def test_clipping_sees_gradients_whose_squares_underflow(fused, dtype):
+    """Alone in its row and its column, 1e-23 is a normalised update of 2.5e6 beside a gradient of 1."""
+    param = torch.nn.Parameter(torch.ones(4, 4, dtype=dtype))
+    param.grad = torch.zeros(4, 4, dtype=dtype)
+    param.grad[0, 0], param.grad[3, 3] = 1.0, 1e-23
+    Adafactor([param], lr=0.25, fused=fused).step()
+    torch.testing.assert_close(param.detach().float(), 1 - torch.tensor([0.0, 0.0, 0.0, 1.0]).diag())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_bad_gradient_leaves_half_precision_bits_alone(dtype):
     param = parameter(64, 8, dtype=dtype)

@@ -129,10 +129,10 @@ def measuring(
     """
     dtype = next(iter(slots.values())).dtype
 
-    def g2(behind: Array) -> tuple[Array, Array]:
-        """g² read anew, after ``behind`` is known."""
+    def again(behind: Array) -> tuple[Array, Array]:
+        """g read anew, after ``behind`` is known."""
         g_behind, behind = barrier(g, behind)
-        return ops.square(ops.cast(g_behind, dtype)), behind
+        return ops.cast(g_behind, dtype), behind
 
     Q = [_total(ops, ops.square(ops.cast(x, dtype)), layout)] if hp.scale_parameter else []  # eq. 6
 
@@ -156,8 +156,8 @@ def measuring(
     if not layout.factored:
         v = slots["second_moment"]
         v = (1 - decay) * v + decay * (ops.square(ops.cast(g, dtype)) + hp.epsilon_1)  # eq. 11
-        squares, v = g2(v)
-        u2 = [_total(ops, squares * _inverse(ops, v), layout)] if needs_u2 else []
+        g_again, v = again(v)
+        u2 = [_total(ops, ops.square(g_again) * _inverse(ops, v), layout)] if needs_u2 else []
         yield []
         Q, u2 = _split((yield [Partial(a, layout.whole) for a in (*Q, *u2)]), len(Q))
         yield []
@@ -174,12 +174,13 @@ def measuring(
     S = _sum(ops, ops.square(ops.cast(g, dtype)), over[0])  # eq. 4
     S, *Q = yield [Partial(a, over[0]) for a in (S, *Q)]
     first = (1 - decay) * old[0] + decay * (S / counts[0] + hp.epsilon_1)  # eq. 3
-    squares, first = g2(first)
-    S = _sum(ops, squares, over[1])
+    g_again, first = again(first)
+    S = _sum(ops, ops.square(g_again), over[1])
     W = []
     if needs_u2:
-        squares, S = g2(S)
-        W = [_sum(ops, squares * _inverse(ops, first), over[1])]  # eq. 5
+        g_again, S = again(S)
+        # Divided before it is squared: g² alone is 0 below 1e-23, where u can still be large.
+        W = [_sum(ops, ops.square(g_again * _inverse_sqrt(ops, first)), over[1])]  # eq. 5
     S, *totals = yield [Partial(a, over[1]) for a in (S, *Q, *W)]
     Q, W = _split(totals, len(Q))
     second = (1 - decay) * old[1] + decay * (S / counts[1] + hp.epsilon_1)  # eq. 2

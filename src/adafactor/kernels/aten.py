@@ -149,11 +149,13 @@ def measure(w: Work, decay: Tensor) -> Sums:
         else:
             rows = torch.empty_like(old) if rows is None else rows
             at(rows, band).copy_(row)
-        divisor = positive(row)
+        inverse = positive(row).rsqrt_()
         for piece in pieces:
             g2 = squares(w.grad, piece) if squared is None or len(pieces) > 1 else squared
             S = add(S, g2, piece, layout.rows)  # eq. 4
-            W = add(W, g2.div_(divisor), piece, layout.rows)  # eq. 5
+            # Divided before it is squared: g² alone is 0 below 1e-23, where u can still be large.
+            torch.mul(at(w.grad, piece), inverse, out=g2)
+            W = add(W, g2.square_(), piece, layout.rows)  # eq. 5
             if hp.scale_parameter:
                 Q = add(Q, squares(w.param, piece), piece, layout.whole)
     return Sums(rows, S, _found(W), Q)

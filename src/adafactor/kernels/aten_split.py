@@ -21,7 +21,8 @@ def first(w: Work) -> Sums:
     layout, scaled = w.layout, w.settings.hyperparameters.scale_parameter
     rows, S, Q = (_zeros(w, axes) for axes in (layout.columns, layout.rows, layout.whole))
 
-    def visit(piece: tuple[slice, ...] | None, squares: Tensor) -> None:
+    def visit(piece: tuple[slice, ...] | None, g: Tensor) -> None:
+        squares = g * g
         at(rows, reduced(piece, layout.columns)).add_(total(squares, layout.columns))
         at(S, reduced(piece, layout.rows)).add_(total(squares, layout.rows))
         if scaled:
@@ -42,11 +43,12 @@ def second(w: Work, found: Sums, decay: Tensor) -> tuple[Tensor, Tensor]:
     assert found.rows is not None
     old = w.state["row"].view_as(found.rows)
     found.rows = torch.lerp(old, found.rows / layout.m + hp.epsilon_1, decay)  # eq. 2
-    divisor = positive(found.rows)
+    inverse = positive(found.rows).rsqrt_()
     W = _zeros(w, layout.rows)
 
-    def visit(piece: tuple[slice, ...] | None, squares: Tensor) -> None:
-        weighted = squares.div_(at(divisor, reduced(piece, layout.columns)))
+    def visit(piece: tuple[slice, ...] | None, g: Tensor) -> None:
+        # Divided before it is squared, as in `aten.measure`.
+        weighted = (g * at(inverse, reduced(piece, layout.columns))).square_()
         at(W, reduced(piece, layout.rows)).add_(total(weighted, layout.rows))  # eq. 5
 
     _read(w, visit)
@@ -73,10 +75,9 @@ def _zeros(w: Work, axes: tuple[int, ...]) -> Tensor:
 
 
 def _read(w: Work, visit: Callable[[tuple[slice, ...] | None, Tensor], None]) -> None:
-    """g² piece by piece."""
+    """g piece by piece, in the dtype of the arithmetic."""
     if not w.layout.size:
         return
     for _, pieces in blocks(w):
         for piece in pieces:
-            g = at(w.grad, piece).to(math_dtype(w.param.dtype))
-            visit(piece, g * g)
+            visit(piece, at(w.grad, piece).to(math_dtype(w.param.dtype)))
