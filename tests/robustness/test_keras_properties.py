@@ -124,7 +124,7 @@ class Run:
 
     def refuse(self, what):
         before = self.bits()
-        grads = [keras.ops.ones_like(v) for v in self.variables]
+        grads = [keras.ops.ones(v.shape, v.dtype) for v in self.variables]
         if what == "shape":
             grads[-1] = keras.ops.ones((*self.variables[-1].shape, 2))
             with pytest.raises(ValueError, match="the gradient of"):
