@@ -225,11 +225,13 @@ class Twin:
             or (state.momentum is not None and largest(state.momentum) > 0.99 * self._momentum_info.max)
         ):
             overflow = "parameter"
-        # The terms of eq. 5 that float32 has no normal number for: eq. 7 does not see them.
+        # The terms of eqs. 5 and 7 that float32 has no normal number for before eq. 7 multiplies them by mu.
         unseen = 0.0
         if self.layout.factored:
             column = np.expand_dims(state.second_moment["column"], self.layout.rows)
-            term = reference.ratio(g * g, np.maximum(sums.rows, column))
+            term = reference.ratio(
+                g * g, np.maximum(sums.rows, column) * np.maximum(1.0, np.minimum(sums.rows, column))
+            )
             unseen = float(np.sum(np.square(u), where=term < 100 * smallest))
         statistics = np.concatenate([np.ravel(a) for a in state.second_moment.values()])
         tiny = 100 * float(smallest)

@@ -142,7 +142,7 @@ class Run:
         assert self.bits() == before
 
 
-@examples(120 if BACKEND == "torch" else 25)
+@examples(120 if BACKEND == "torch" else 15)
 @given(
     shapes=st.sampled_from(LISTS),
     starts=st.lists(values(), min_size=3, max_size=3),
