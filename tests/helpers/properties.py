@@ -238,6 +238,8 @@ class Twin:
         underflow = bool(np.any((statistics > 0) & (statistics < tiny)))
         if unseen > 1e-7 * np.sum(u * u):
             underflow, limit = True, None
+        if alpha < tiny * np.sqrt(largest(*state.second_moment.values())):  # alpha r^(-1/2) has no normal number
+            underflow = True
         if hp.scale_parameter and hp.epsilon_2**2 < tiny:
             underflow |= bool(np.any((sums.Q > 0) & (sums.Q / size < tiny)))
         return Expected(kept - loss, kept, state, limit, overflow, underflow)
