@@ -152,7 +152,7 @@ class Expected:
     """One update as it should be.
 
     Attributes:
-        kept: the parameter after weight decay and before its step.
+        kept, step: the parameter after weight decay and before its step; what the step takes from it.
         limit: largest root mean square of the step, ``None`` without clipping.
         overflow: a sum that a kernel forms has no finite number in its dtype: of gradients ("gradient"), or of the
             parameter, or the new parameter itself ("parameter").
@@ -161,6 +161,7 @@ class Expected:
 
     x: np.ndarray
     kept: np.ndarray
+    step: np.ndarray
     state: reference.State
     limit: float | None
     overflow: str
@@ -202,8 +203,9 @@ class Twin:
         u = reference.apply(np.zeros_like(x), g, sums, self.state, self.layout, plain, t, -1.0)[0]
         of_updates = replace(hp, beta_1=None, vocabulary=None) if self.momentum_of_steps else hp
         rho = hp.rho(lr, t)
-        moved, state = reference.apply(x, g, sums, self.state, self.layout, of_updates, t, rho)
-        loss = x - moved
+        # From zero, because a step far smaller than the parameter would be rounded.
+        moved, state = reference.apply(np.zeros_like(x), g, sums, self.state, self.layout, of_updates, t, rho)
+        loss = -moved
         if self.momentum_of_steps and hp.momentum is not None:
             state.momentum = loss = hp.momentum * self.state.momentum + (1 - hp.momentum) * loss
         size, smallest = self.layout.slice_size, ml_dtypes.finfo(DTYPES[self.statistics]).tiny
@@ -242,7 +244,7 @@ class Twin:
             underflow = True
         if hp.scale_parameter and hp.epsilon_2**2 < tiny:
             underflow |= bool(np.any((sums.Q > 0) & (sums.Q / size < tiny)))
-        return Expected(kept - loss, kept, state, limit, overflow, underflow)
+        return Expected(kept - loss, kept, loss, state, limit, overflow, underflow)
 
     def judge(self, expected: Expected, x: np.ndarray, state: dict[str, np.ndarray], *, ulps: float) -> None:
         """Compare what is stored after the update with what should be, and take it over.
@@ -251,7 +253,7 @@ class Twin:
             state: the statistics by name, and ``momentum``; in float64, their dtypes have been checked.
             ulps: rounding errors of the parameter's dtype that are allowed, where it is not that of the arithmetic.
         """
-        step = expected.kept - expected.x
+        step = expected.step
         finite = np.isfinite(x).all() and all(np.isfinite(a).all() for a in state.values())
         if expected.overflow:
             self.lost = not finite
