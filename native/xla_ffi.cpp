@@ -150,8 +150,7 @@ ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<doub
     const bool factored = words[kFactored];
     const auto take = [&] { return *args.get<ffi::AnyBuffer>(in++); };
     const auto give = [&] { return static_cast<T*>((*rets.get<ffi::AnyBuffer>(out++))->untyped_data()); };
-    ffi::AnyBuffer g = take(), x = scale ? g : g;
-    if (scale) x = take();
+    const ffi::AnyBuffer g = take(), x = scale ? take() : g;
     T* row = static_cast<T*>(take().untyped_data());
     T* column = factored ? static_cast<T*>(take().untyped_data()) : nullptr;
     T *new_row = factored ? give() : nullptr, *new_column = factored ? give() : nullptr;

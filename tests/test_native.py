@@ -13,15 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from native_support import need
 
 from adafactor import Factored, Hyperparameters, Layout, layout, reference
 from adafactor.kernels import native, rounding
 from adafactor.kernels.canonical import Canonical, canonical
 
-if native.why_not() is not None:
-    if os.environ.get("ADAFACTOR_REQUIRE_NATIVE") == "1":
-        raise RuntimeError(native.why_not())
-    pytest.skip(str(native.why_not()), allow_module_level=True)
+need(native.why_not(), allow_module_level=True)
 
 DTYPE = {
     "float32": np.dtype(np.float32),
@@ -633,7 +631,7 @@ for t in (3, 4): model.step(T.gradients(T.BITS, t), 3)
 if child == 0:
     sys.stdout.write(f"child {hash(model.everything())}\\n"); sys.stdout.flush(); os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
-print("parent", hash(model.everything()))
+sys.stdout.write(f"parent {hash(model.everything())}\\n")  # whole lines, since both may write at once
 """
     done = python(code, PYTHONHASHSEED="0")
     assert done.returncode == 0, done.stderr

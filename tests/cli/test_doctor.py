@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-import pytest
+from native_support import need
 
 from adafactor.cli import doctor
 
@@ -73,8 +73,7 @@ def test_a_library_that_cannot_be_loaded_is_broken(tmp_path, monkeypatch, capsys
 def test_a_library_that_crashes_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "PROBES", {})
     monkeypatch.setattr(doctor, "PRELUDE", "import os; os.abort()\n")
-    if doctor.native.path() is None:
-        pytest.skip("no native library")
+    need(doctor.native.why_not())
     assert doctor.run(None) == 1
     assert "BROKEN: loading" in capsys.readouterr().out
 

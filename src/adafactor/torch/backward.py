@@ -214,13 +214,14 @@ class StepInBackward:
     def _check_once(self, place: Place, param: Tensor) -> None:
         """Refuse a second gradient in a pass, which only reentrant checkpoints give: the first was not complete."""
         remedy = "Pass use_reentrant=False to torch.utils.checkpoint, which adds up the gradients of all uses first."
+        what = f"{self._optimizer._name_of(*place)} of shape {tuple(param.shape)}"
         if self._nested and id(param) in self._shared:
             rule = "used in one layer only under torch.utils.checkpoint(use_reentrant=True)"
-            raise RuntimeError(message(f"{self._name(place)} of shape {tuple(param.shape)}", rule, "several", remedy))
+            raise RuntimeError(message(what, rule, "several", remedy))
         if place in self._seen:
             rule = "used in one segment only under torch.utils.checkpoint(use_reentrant=True)"
             got = "a second one in the same backward pass, after the step with the first"
-            raise RuntimeError(message(f"{self._name(place)} of shape {tuple(param.shape)}", rule, got, remedy))
+            raise RuntimeError(message(what, rule, got, remedy))
         self._seen.add(place)
 
     def _check_surroundings(self) -> None:
@@ -262,12 +263,6 @@ class StepInBackward:
             optimizer.param_groups[number]["params"][position].grad = None
         self._used = True
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for before it steps
-
-    def _name(self, place: Place) -> str:
-        number, position = place
-        groups = self._optimizer.param_groups
-        names = groups[number].get("param_names")
-        return names[position] if names else f"parameter {sum(len(g['params']) for g in groups[:number]) + position}"
 
 
 def _check(model: object, optimizer: object) -> None:

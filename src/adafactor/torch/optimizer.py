@@ -190,16 +190,23 @@ class Adafactor(Optimizer):
         if self._reports is None:
             raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
         found = {}
-        number = 0
-        for group in self.param_groups:
-            names = group.get("param_names") or range(number, number + len(group["params"]))
-            number += len(group["params"])
+        for number, group in enumerate(self.param_groups):
+            first = self._first(number)
+            names = group.get("param_names") or range(first, first + len(group["params"]))
             for name, param in zip(names, group["params"], strict=True):
                 if param in self._reports:
                     report = self._reports[param].clone()
                     values = (report[0] if report.shape[0] == 1 else report).unbind(-1)
                     found[str(name)] = dict(zip(DIAGNOSTICS, values, strict=True))
         return found
+
+    def _first(self, number: int) -> int:
+        """The place of a group's first parameter among all the optimizer's parameters."""
+        return sum(len(group["params"]) for group in self.param_groups[:number])
+
+    def _name_of(self, number: int, position: int) -> str:
+        names = self.param_groups[number].get("param_names")
+        return names[position] if names else f"parameter {self._first(number) + position}"
 
     def _report_of(self, param: Tensor, roles: Layout) -> Tensor | None:
         if self._reports is None:
@@ -298,7 +305,7 @@ class Adafactor(Optimizer):
         """One item of work per parameter of a group that has a gradient. All checks are here; nothing is written."""
         group = self.param_groups[number]
         settings = self._group_settings(number, group)
-        first = sum(len(other["params"]) for other in self.param_groups[:number])
+        first = self._first(number)
         work: dict[Tensor, Work] = {}  # a parameter that is listed twice is updated once
         for position in range(len(group["params"])) if positions is None else positions:
             param = group["params"][position]
@@ -325,7 +332,7 @@ class Adafactor(Optimizer):
         """The sharded parameters of a group. Those without a gradient here too: other ranks may have one."""
         group = self.param_groups[number]
         found: dict[Tensor, Shard] = {}
-        first = sum(len(other["params"]) for other in self.param_groups[:number])
+        first = self._first(number)
         for position in range(len(group["params"])) if positions is None else positions:
             param = group["params"][position]
             if not is_sharded(param) or not param.numel() or not (param.requires_grad or param.grad is not None):
@@ -338,7 +345,7 @@ class Adafactor(Optimizer):
                 raise RuntimeError(message("momentum_dtype of a DTensor", "a float dtype", torch.int8, remedy))
             shard = self._shards.get(param)
             if shard is None or shard.placement.roles.shape != param.shape:
-                name = (group.get("param_names") or {position: f"parameter {first + position}"})[position]
+                name = self._name_of(number, position)
                 roles = _layout(group, position, param)
                 shard = shard_of(param, roles, settings, group["lr"], first + position, name)
                 shard.work.report = self._report_of(param, shard.work.layout)
