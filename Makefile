@@ -38,7 +38,7 @@ test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-
       test-robustness
 
 test-core: $(VENV)/test.$(MODULES)
-	$(PYTEST) tests/core tests/test_native.py tests/cli
+	$(PYTEST) tests/core tests/cli
 
 test-torch: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/torch

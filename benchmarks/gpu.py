@@ -29,7 +29,7 @@ import torch
 
 import adafactor.torch
 from adafactor.cli.bench.shapes import LLAMA_LAYER, LORA, Shapes, parameters
-from adafactor.kernels import triton
+from adafactor.engine.torch import cuda
 
 Tensors = list[torch.Tensor]
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--no-tests", action="store_true", help="measure alone")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     arguments = parser.parse_args()
-    reason = triton.why_not(torch.device("cuda"))
+    reason = cuda.why_not(torch.device("cuda"))
     if reason is not None:
         print(f"Nothing was run. {reason}")
         return 1

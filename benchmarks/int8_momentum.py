@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from adafactor.kernels import int8
+from adafactor.engine.torch import int8
 
 COUNT = 1 << 14
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from adafactor.cli.bench.jax import measure
 from adafactor.cli.bench.timing import HEADER, Budget, line
-from adafactor.kernels import xla_native
+from adafactor.engine.xla import custom_call
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     arguments = parser.parse_args()
-    print(f"native kernels inside jit: {xla_native.why_not() or 'yes'}")
+    print(f"native kernels inside jit: {custom_call.why_not() or 'yes'}")
     results: list[dict[str, Any]] = []
     for case in measure(arguments.repeats, "optax.adamw", Budget()):
         print(f"\n{case.title}\n{HEADER} {'accessed':>9} {'temporary':>9}")

@@ -3,7 +3,7 @@
     python benchmarks/sharding_cost.py                    # the table of docs/sharding.md
     python benchmarks/sharding_cost.py --model 7B --mesh 8x8 --latency 20 --bandwidth 50
 
-The numbers in a buffer are those that the optimizer packs (`adafactor.sharding.placement.sums`); tests count the
+The numbers in a buffer are those that the optimizer packs (`sums` of `sharded/placement.py`); tests count the
 bytes of real steps against them. Time is a model: a ring all-reduce of B bytes over p ranks moves 2 B (p - 1) / p
 bytes through every link, and takes 2 (p - 1) messages one after the other, a tree 2 log2(p).
 """
@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from adafactor.factoring import layout
-from adafactor.sharding.placement import Placement, Split, sums
+from adafactor.core.factoring import layout
+from adafactor.engine.torch.sharded.placement import Placement, Split, sums
 
 Shape = tuple[int, ...]
 

@@ -8,7 +8,7 @@
 //     h  = e low + k0;  h ^= h >> 16;  h *= 0x7feb352d;  h ^= (h >> 15) ^ k1;  h *= 0x846ca68b;  h ^= h >> 16
 //
 // bfloat16 uses the upper 16 bits of h, float16 the upper 13. Constants: Chris Wellons' lowbias32.
-// adafactor/kernels/rounding.py is the same in NumPy.
+// adafactor/core/rounding.py is the same in NumPy.
 #ifndef ADAFACTOR_RANDOM_H
 #define ADAFACTOR_RANDOM_H
 

@@ -1,4 +1,4 @@
-// The kernels as XLA custom calls, for JAX on CPU. src/adafactor/kernels/xla_native.py is the other side of this file.
+// The kernels as XLA custom calls, for JAX on CPU. src/adafactor/engine/xla/custom_call.py is the other side of this file.
 //
 // A call takes a few numbers, then the buffers of one tensor after another. Under vmap the numbers have one row per
 // model, and a tensor stacks the models in its leading axis: it becomes that many records.

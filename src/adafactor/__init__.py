@@ -7,8 +7,8 @@ The framework is in the import path, and importing this package imports none of 
     from adafactor.optax import adafactor    # JAX: Flax, Equinox, anything that takes an optax transformation
 """
 
-from adafactor.factoring import Factored, Layout, layout
-from adafactor.hyperparameters import Hyperparameters
+from adafactor.core.factoring import Factored, Layout, layout
+from adafactor.core.hyperparameters import Hyperparameters
 from adafactor.planning import plan
 
 __version__ = "0.1.0"

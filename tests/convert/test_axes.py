@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from adafactor import Factored, Hyperparameters, layout, reference
+from adafactor import Factored, Hyperparameters, layout
 from adafactor.convert.axes import estimate, fitted, permuted, roles
 from adafactor.convert.jax import largest_two
 from adafactor.convert.report import Report
-from adafactor.factoring import Layout
-from adafactor.files import Refused
-from adafactor.state import Parameter
+from adafactor.convert.state import Parameter
+from adafactor.core import reference
+from adafactor.core.factoring import Layout
+from adafactor.core.files import Refused
 
 SHAPE = (3, 4, 5, 2)
 

@@ -17,12 +17,13 @@ import safetensors.numpy
 import torch
 from flax.training.train_state import TrainState
 
-from adafactor import convert, state
+from adafactor import convert
 from adafactor.cli import main
 from adafactor.convert import jax as jax_files
 from adafactor.convert import keras as keras_files
+from adafactor.convert import state
 from adafactor.convert import torch as torch_files
-from adafactor.files import Refused
+from adafactor.core.files import Refused
 from adafactor.keras import Adafactor as OurKeras
 from adafactor.optax import adafactor as our_optax
 from adafactor.torch import Adafactor as OurTorch

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from adafactor import Factored, layout, state
+from adafactor import Factored, layout
 from adafactor.convert import jax as jax_files
 from adafactor.convert import keras as keras_files
+from adafactor.convert import state
 from adafactor.convert import torch as torch_files
 from adafactor.convert.report import Report
-from adafactor.files import Refused
+from adafactor.convert.state import Parameter, State
+from adafactor.core.files import Refused
 from adafactor.keras import Adafactor as OurKeras
 from adafactor.optax import adafactor as our_optax
-from adafactor.state import Parameter, State
 from adafactor.torch import Adafactor as OurTorch
 
 

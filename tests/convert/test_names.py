@@ -8,11 +8,11 @@ import pytest
 from adafactor import layout
 from adafactor.convert import jax as jax_files
 from adafactor.convert import torch as torch_files
+from adafactor.convert.dialects import FORMATS
 from adafactor.convert.names import load, rename
 from adafactor.convert.report import Report
-from adafactor.convert.words import FORMATS
-from adafactor.files import Refused
-from adafactor.state import Parameter, State
+from adafactor.convert.state import Parameter, State
+from adafactor.core.files import Refused
 
 
 def made(framework, shapes, groups=({},), **counts):
@@ -143,7 +143,7 @@ def test_counts_that_differ_are_said():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_hyperparameter_returns_or_is_named(format):
-    from adafactor.convert import words
+    from adafactor.convert import dialects
 
     group = {
         **{"learning_rate": 0.5, "beta_2_decay": -0.7, "epsilon_1": 1e-20, "epsilon_2": 1e-2, "clip_threshold": 2.0},
@@ -151,8 +151,8 @@ def test_every_hyperparameter_returns_or_is_named(format):
         **{"weight_decay_of": "odd", "decay_offset": 3, "maximize": True},
     }
     report = Report()
-    own = words.write(format, group, report)
-    back = words.read(format, own)
+    own = dialects.write(format, group, report)
+    back = dialects.read(format, own)
     for name, value in group.items():
         said = any(f" {name}=" in note for note in report.notes)
         by_eps = FORMATS[format].framework == "torch" and name.startswith("epsilon")  # in the pair eps

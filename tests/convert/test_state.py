@@ -6,9 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adafactor import Factored, layout, state
-from adafactor.files import Refused, replacing
-from adafactor.state import Parameter, State
+from adafactor import Factored, layout
+from adafactor.convert import state
+from adafactor.convert.state import Parameter, State
+from adafactor.core.files import Refused, replacing
 
 RNG = np.random.default_rng(0)
 

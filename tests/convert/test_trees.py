@@ -13,9 +13,9 @@ from adafactor import Factored, layout
 from adafactor.convert import jax as jax_files
 from adafactor.convert import torch as torch_files
 from adafactor.convert.report import Report
-from adafactor.files import Refused
+from adafactor.convert.state import Parameter, State
+from adafactor.core.files import Refused
 from adafactor.optax import adafactor
-from adafactor.state import Parameter, State
 
 RNG = np.random.default_rng(0)
 OPTIMIZERS = {"adafactor.optax": adafactor, "optax": optax.adafactor}

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from adafactor import Factored, Hyperparameters, layout, reference
+from adafactor import Factored, Hyperparameters, layout
+from adafactor.core import reference
 
 SHAPES = [(6, 5), (1, 5), (6, 1), (1, 1), (3, 6, 5), (2, 3, 4, 5)]
 PLAIN = Hyperparameters(clip_threshold=None, scale_parameter=False, relative_step=False)

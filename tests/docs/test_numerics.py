@@ -7,7 +7,7 @@ import pytest
 import rounding_error
 from native_support import need
 
-from adafactor.kernels import native
+from adafactor.core import native
 
 
 @pytest.mark.parametrize("name", rounding_error.IMPLEMENTATIONS)

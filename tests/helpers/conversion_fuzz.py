@@ -19,10 +19,11 @@ import msgpack
 import numpy as np
 import torch
 
-from adafactor import convert, layout, state
+from adafactor import convert, layout
 from adafactor.convert import msgpack as flax_files
-from adafactor.files import Refused
-from adafactor.state import Parameter, State
+from adafactor.convert import state
+from adafactor.convert.state import Parameter, State
+from adafactor.core.files import Refused
 from adafactor.torch import Adafactor
 
 

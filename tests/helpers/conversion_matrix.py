@@ -15,10 +15,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import conversion_runs as runs
 import numpy as np
 
-from adafactor import Factored, Hyperparameters, layout, reference
+from adafactor import Factored, Hyperparameters, layout
 from adafactor.convert.axes import fitted
 from adafactor.convert.report import Report
-from adafactor.state import Parameter
+from adafactor.convert.state import Parameter
+from adafactor.core import reference
 
 WORDS = {"kept": "exact", "means": "means", "rebuilt": "rebuilt"}
 

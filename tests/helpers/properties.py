@@ -1,6 +1,6 @@
 """Random runs of an optimizer, and what must hold after every step of them. Knows NumPy and Hypothesis only.
 
-A `Twin` predicts one update from what is stored, in float64 (``adafactor.reference``), and then takes over what the
+A `Twin` predicts one update from what is stored, in float64 (``core/reference.py``), and then takes over what the
 optimizer under test has stored: every step is judged by itself.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from adafactor import Factored, Hyperparameters, layout, reference
+from adafactor import Factored, Hyperparameters, layout
+from adafactor.core import reference
 
 #: How many times the usual number of examples and steps to run: ``pytest tests/robustness --times 20``.
 TIMES = 1

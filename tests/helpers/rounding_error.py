@@ -12,7 +12,8 @@ import argparse
 
 import numpy as np
 
-from adafactor import Hyperparameters, layout, reference
+from adafactor import Hyperparameters, layout
+from adafactor.core import reference
 
 HP = Hyperparameters(clip_threshold=None, scale_parameter=False, relative_step=False)
 

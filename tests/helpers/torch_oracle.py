@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from adafactor import Factored, Hyperparameters, layout, reference
+from adafactor import Factored, Hyperparameters, layout
+from adafactor.core import reference
 from adafactor.torch.arguments import VOCABULARY
 
 OPTIONS = {

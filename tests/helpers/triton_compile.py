@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from adafactor import Factored
-from adafactor.kernels.triton import Step
+from adafactor.engine.torch.cuda import Step
 from adafactor.torch import Adafactor
 
 SHARED = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; others have more

@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from adafactor.kernels import aten, triton_table
-from adafactor.kernels.triton import Step
+from adafactor.engine.torch import eager, triton_table
+from adafactor.engine.torch.cuda import Step
 from adafactor.torch import Adafactor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,5 +53,5 @@ def use(monkeypatch, small=True):
         for name, value in SMALL.items():
             monkeypatch.setattr(triton_table, name, value)
     step = Step()
-    monkeypatch.setattr(Adafactor, "_kernel", lambda self, fused, device: aten.step if fused is False else step)
+    monkeypatch.setattr(Adafactor, "_kernel", lambda self, fused, device: eager.step if fused is False else step)
     return step

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from keras_support import SHAPES, make_variables, numbers, precise, problem, tensors, train
 
-from adafactor import Factored, layout, reference
+from adafactor import Factored, layout
+from adafactor.core import reference
 from adafactor.keras import Adafactor
 
 STEPS = 50

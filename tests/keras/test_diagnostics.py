@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from adafactor.factoring import Factored
+from adafactor.core.factoring import Factored
 from adafactor.keras import Adafactor, Diagnostics
 
 SHAPES = {"matrix": (13, 14), "vector": (15,), "stack": (3, 13, 12)}

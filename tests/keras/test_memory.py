@@ -80,9 +80,9 @@ def test_a_jitted_step_needs_no_temporary_of_the_kernels_size(dtype, options):
 def test_a_jitted_step_calls_the_native_kernel(options):
     import jax
 
-    from adafactor.kernels import xla_native
+    from adafactor.engine.xla import custom_call
 
-    need(xla_native.why_not())
+    need(custom_call.why_not())
     optimizer = Adafactor(**options)
     kernel = built(optimizer, side=64)
     state = [v.value for v in optimizer.variables]
@@ -100,7 +100,7 @@ def test_keras_own_adafactor_needs_one(dtype):
 def test_a_native_step_on_torch_allocates_nothing_of_the_kernels_size():
     import torch
 
-    from adafactor.kernels import native
+    from adafactor.core import native
 
     need(native.why_not())
     optimizer, side = Adafactor(), 512

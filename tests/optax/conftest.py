@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from native_support import need
 
-from adafactor.kernels import xla_native
+from adafactor.engine.xla import custom_call
 
 
 @pytest.fixture(params=["native", "jnp"])
 def path(request, monkeypatch):
     """Both ways of running on CPU."""
     if request.param == "native":
-        need(xla_native.why_not())
+        need(custom_call.why_not())
     if request.param == "jnp":
-        monkeypatch.setattr(xla_native, "why_not", lambda: "switched off by a test")
+        monkeypatch.setattr(custom_call, "why_not", lambda: "switched off by a test")
     jax.clear_caches()
     yield request.param
     jax.clear_caches()

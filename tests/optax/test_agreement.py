@@ -8,8 +8,9 @@ import pytest
 from native_support import need
 from optax_support import assert_close, run
 
-from adafactor import Factored, Hyperparameters, layout, reference
-from adafactor.kernels import xla_native
+from adafactor import Factored, Hyperparameters, layout
+from adafactor.core import reference
+from adafactor.engine.xla import custom_call
 from adafactor.optax import adafactor
 
 
@@ -186,9 +187,9 @@ def test_gradient_through_the_optimizer():
 
 def test_a_library_for_another_jaxlib_is_left_alone(monkeypatch):
     """Registered, its handlers would keep JAX from starting a CPU client at all."""
-    need(xla_native.why_not())
-    monkeypatch.setattr(xla_native, "_version", lambda: (0, 99))
-    assert "built for another jaxlib" in xla_native._register.__wrapped__()
+    need(custom_call.why_not())
+    monkeypatch.setattr(custom_call, "_version", lambda: (0, 99))
+    assert "built for another jaxlib" in custom_call._register.__wrapped__()
 
 
 @pytest.mark.parametrize("form", ["jit", "step"])

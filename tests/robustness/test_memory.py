@@ -13,7 +13,7 @@ from native_support import need
 
 import adafactor.keras
 import adafactor.torch
-from adafactor.kernels import native
+from adafactor.core import native
 
 FIRST, STEPS = 1_000, 10_000
 SHAPES = [(4, 6), (5,), (), (2, 3, 4)]

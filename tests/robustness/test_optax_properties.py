@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from native_support import need
 from properties import SHAPES, Parameter, Twin, Values, by_slices, examples, largest, later, options, values
 
-from adafactor.kernels import xla_native
+from adafactor.engine.xla import custom_call
 from adafactor.optax import adafactor
 
 # What is compiled. Everything else is an argument of the compiled function, under jit as inject_hyperparams has it.
@@ -45,9 +45,9 @@ calls = st.lists(
 @pytest.fixture(params=["native", "jnp"])
 def kernels(request, monkeypatch):
     if request.param == "native":
-        need(xla_native.why_not())
+        need(custom_call.why_not())
     else:
-        monkeypatch.setattr(xla_native, "why_not", lambda: "switched off by a test")
+        monkeypatch.setattr(custom_call, "why_not", lambda: "switched off by a test")
     jax.clear_caches()
     compiled.cache_clear()
     yield request.param

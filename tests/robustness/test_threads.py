@@ -13,7 +13,7 @@ from native_support import need
 
 import adafactor.keras
 import adafactor.torch
-from adafactor.kernels import native
+from adafactor.core import native
 
 SHAPES = [(64, 48), (33,), (), (2, 16, 9), (700, 300)]
 STEPS = 60

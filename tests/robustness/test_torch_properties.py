@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from native_support import need
 from properties import OPTIONS, Twin, Values, any_shape, examples, later, options, parameters, values
 
-from adafactor.kernels import native
+from adafactor.core import native
 from adafactor.torch import Adafactor
 
 NAMES = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_oracle import LAYOUTS, OPTIONS, oracle, reference_step
 
-from adafactor.kernels import aten_blocks
+from adafactor.engine.torch import blocks
 from adafactor.torch import Adafactor
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 6), (6, 1), (2, 4, 3), (3, 3, 4, 5), (2, 1, 3, 2, 4)]
@@ -69,7 +69,7 @@ def test_layouts(factoring, dtype):
 @pytest.mark.parametrize("limit", [1, 3, 7, 20, 64])
 @pytest.mark.parametrize("factoring", ["last_two", *LAYOUTS.values()], ids=["last_two", *LAYOUTS])
 def test_blocks_of_any_size_give_the_same(factoring, limit, monkeypatch):
-    monkeypatch.setattr(aten_blocks, "CPU_BLOCK", limit)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", limit)
     run((2, 3, 4, 5), torch.float64, {"factoring": factoring, "weight_decay": 0.01, "beta1": 0.9}, steps=4)
 
 
@@ -130,8 +130,4 @@ def test_one_step_has_no_temporary_of_parameter_size():
         optimizer.step()
         with Largest() as largest:
             optimizer.step()
-        assert (
-            aten_blocks.CPU_BLOCK // 2
-            <= largest.elements
-            <= max((aten_blocks.CPU_BLOCK, *shape[: 2 * (len(shape) - 1)]))
-        )
+        assert blocks.CPU_BLOCK // 2 <= largest.elements <= max((blocks.CPU_BLOCK, *shape[: 2 * (len(shape) - 1)]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch_support import parameters, step, train
 
-from adafactor.kernels import aten_blocks
+from adafactor.engine.torch import blocks
 from adafactor.torch import Adafactor
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -77,7 +77,7 @@ def test_native_and_torch_kernels_agree(dtype):
 def test_blocks_do_not_matter(monkeypatch):
     results = []
     for limit in (1 << 20, 64):
-        monkeypatch.setattr(aten_blocks, "CPU_BLOCK", limit)
+        monkeypatch.setattr(blocks, "CPU_BLOCK", limit)
         ours = parameters([(40, 30)], torch.bfloat16)
         optimizer = Adafactor(ours, lr=1e-3, d=None, compensated=True, fused=False, min_dim_size_to_factor=99, **PLAIN)
         train(optimizer, 3)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from native_support import need
 
-from adafactor.factoring import Factored
-from adafactor.kernels import native
+from adafactor.core import native
+from adafactor.core.factoring import Factored
 from adafactor.torch import Adafactor
 
 SHAPES = {"matrix": (13, 14), "vector": (15,), "stack": (3, 13, 12)}

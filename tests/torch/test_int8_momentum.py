@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch_support import parameters, step, train
 
-from adafactor.kernels import aten_blocks, int8
-from adafactor.kernels.aten_rounding import random_bits
+from adafactor.engine.torch import blocks, int8
+from adafactor.engine.torch.rounding import random_bits
 from adafactor.torch import Adafactor
 
 OPTIONS = {"beta1": 0.9, "momentum_dtype": torch.int8}
@@ -95,7 +95,7 @@ def test_slabs_cover_a_shape_and_begin_with_blocks():
 def test_block_size_does_not_matter(limit, monkeypatch):
     results = []
     for size in (1 << 20, limit):
-        monkeypatch.setattr(aten_blocks, "CPU_BLOCK", size)
+        monkeypatch.setattr(blocks, "CPU_BLOCK", size)
         params = parameters([(12, 100), (3, 7, 64), (900,)])
         # Without sums over blocks, the update has the same bits.
         optimizer = Adafactor(params, factoring=lambda name, shape: None, d=None, scale_parameter=False, **OPTIONS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from native_support import need
 
-from adafactor.kernels import native
+from adafactor.core import native
 from adafactor.torch import Adafactor
 
 

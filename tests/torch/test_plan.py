@@ -266,7 +266,7 @@ def test_gradient_release_holds_the_largest_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [None, "float32", "bfloat16"])
 def test_temporaries_of_torch_operations(dtype, momentum, monkeypatch):
-    monkeypatch.setattr("adafactor.kernels.aten_blocks.CPU_BLOCK", 1 << 18)
+    monkeypatch.setattr("adafactor.engine.torch.blocks.CPU_BLOCK", 1 << 18)
     monkeypatch.setattr(rules, "DEVICE_BLOCK", 1 << 18)
     shapes = [(512, 1024), (300, 1024), (1024,), (128, 16, 3, 3)]
     params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from adafactor.factoring import Part, layout
-from adafactor.kernels import aten_blocks, rounding
-from adafactor.kernels.aten_rounding import random_bits, row_major, stochastic_round
+from adafactor.core import rounding
+from adafactor.core.factoring import Part, layout
+from adafactor.engine.torch import blocks
+from adafactor.engine.torch.rounding import random_bits, row_major, stochastic_round
 from adafactor.torch import Adafactor
 
 
@@ -101,7 +102,7 @@ def test_block_size_and_strides_do_not_matter(limit, monkeypatch):
     start = torch.randn(12, 10).bfloat16()
     results = []
     for limit_, strided in ((1 << 20, False), (limit, False), (limit, True)):
-        monkeypatch.setattr(aten_blocks, "CPU_BLOCK", limit_)
+        monkeypatch.setattr(blocks, "CPU_BLOCK", limit_)
         param = torch.nn.Parameter(start.t().contiguous().t() if strided else start.clone())
         # One number per row and none to add up over blocks: the update has the same bits, so only the draw differs.
         optimizer = Adafactor(

@@ -17,7 +17,8 @@ from torch_support import parameters, step, train
 from triton_support import DEVICE, use
 
 from adafactor import Factored
-from adafactor.kernels import aten_rounding, rounding
+from adafactor.core import rounding
+from adafactor.engine.torch import rounding as torch_rounding
 from adafactor.torch import Adafactor
 
 pytest.importorskip("triton")
@@ -161,7 +162,7 @@ def test_random_bits_beyond_the_first_four_billion_elements():
         out = torch.zeros(16, dtype=torch.int32, device=DEVICE)
         kernel[(1,)](out, start, BLOCK=16)
         index = torch.arange(start, start + 16)
-        assert torch.equal(out.cpu(), aten_rounding.random_bits(77, torch.tensor(3), 3, index))
+        assert torch.equal(out.cpu(), torch_rounding.random_bits(77, torch.tensor(3), 3, index))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), 1e30])
@@ -334,7 +335,7 @@ def test_a_compiled_step_goes_to_the_same_kernels(kernel):
 
 def launches(optimizer, monkeypatch):
     """How many kernels one step launches, by name."""
-    from adafactor.kernels import triton_kernels
+    from adafactor.engine.torch import triton_kernels
 
     counted = []
     cls = type(triton_kernels.apply)

@@ -11,8 +11,8 @@ from torch_oracle import LAYOUTS
 from triton_support import SMALL
 
 from adafactor import layout
-from adafactor.kernels import triton_table
-from adafactor.kernels.canonical import canonical
+from adafactor.core.canonical import canonical
+from adafactor.engine.torch import triton_table
 
 LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
 

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from adafactor.hyperparameters import message
+from adafactor.core.hyperparameters import message
 
 
 class Refusal(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adafactor.cli.command import Refusal, need
-from adafactor.hyperparameters import message
+from adafactor.core.hyperparameters import message
 
 SUMMARY = "move a checkpoint's optimizer state to another framework"
 
@@ -27,7 +27,7 @@ _PACKAGES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    from adafactor.convert.words import FORMATS
+    from adafactor.convert.dialects import FORMATS
 
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a checkpoint with the state of Adafactor")
     parser.add_argument("--to", required=True, metavar="FORMAT", choices=("state", *FORMATS), help="format of TARGET")
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert and print the report; 0 also where something had to be rebuilt, because the report says so."""
     from adafactor import convert
     from adafactor.convert import names
-    from adafactor.convert.words import FORMATS
-    from adafactor.files import replacing
+    from adafactor.convert.dialects import FORMATS
+    from adafactor.core.files import replacing
 
     source, target = arguments.source, arguments.output
     try:
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(path: Path | None) -> Any:
-    from adafactor.files import reading
+    from adafactor.core.files import reading
     from adafactor.planning.files import safetensors
 
     if path is None:
@@ -105,8 +105,8 @@ def _shapes(path: Path | None) -> Any:
 
 
 def _axes(path: Path | None) -> Any:
-    from adafactor.factoring import Factored
-    from adafactor.files import reading
+    from adafactor.core.factoring import Factored
+    from adafactor.core.files import reading
 
     if path is None:
         return None

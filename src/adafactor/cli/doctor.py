@@ -15,14 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import adafactor
 from adafactor.cli.command import Refusal
-from adafactor.kernels import native
+from adafactor.core import native
 
 SUMMARY = "print versions, the kernels in use, and what does not work"
 
 #: What every probe knows. One update of ones by gradients of ones, with a learning rate of 0.01, leaves 0.99.
 PRELUDE = """
 import numpy
-from adafactor.kernels import native
+from adafactor.core import native
 
 def check(x):
     x = numpy.asarray(x, "float32")
@@ -52,12 +52,12 @@ print(cpu_tensors(torch.get_num_threads()))
         ("jax", "optax"),
         """
 import jax, jax.numpy as jnp
-from adafactor.kernels import xla_native
+from adafactor.engine.xla import custom_call
 from adafactor.optax import adafactor
 optimizer = adafactor(0.01)
 p = jnp.ones((4, 4)); updates, _ = jax.jit(optimizer.update)(p, optimizer.init(p), p)
 check(p + updates)
-reason = xla_native.why_not()
+reason = custom_call.why_not()
 why = f"without native kernels: {reason}" if reason else "on the CPU native kernels inside jit"
 print(f"works; compiled by XLA, {why}")
 """,
@@ -80,8 +80,8 @@ check(keras.ops.convert_to_numpy(v))
             (
                 "jax",
                 """
-from adafactor.kernels import xla_native
-reason = xla_native.why_not()
+from adafactor.engine.xla import custom_call
+reason = custom_call.why_not()
 why = f"without native kernels: {reason}" if reason else "on the CPU native kernels measure"
 print(f"works; compiled by XLA, {why}")
 """,
@@ -98,9 +98,9 @@ print(f"works; compiled by XLA, {why}")
 #: The same for CUDA tensors of PyTorch.
 TRITON = """
 import torch
-from adafactor.kernels import triton
+from adafactor.engine.torch import cuda
 from adafactor.torch import Adafactor
-reason = triton.why_not(torch.device("cuda"))
+reason = cuda.why_not(torch.device("cuda"))
 if reason is None:
     p = torch.nn.Parameter(torch.ones(4, 4, device="cuda")); p.grad = torch.ones(4, 4, device="cuda")
     Adafactor([p], lr=0.01, fused=True).step()

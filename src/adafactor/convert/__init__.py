@@ -1,6 +1,6 @@
 """Optimizer state from one framework to another: ``docs/state.md``.
 
-``read`` makes an :class:`adafactor.state.State` of a checkpoint, ``write`` a checkpoint of a State, ``convert`` does
+``read`` makes an :class:`State` of a checkpoint, ``write`` a checkpoint of a State, ``convert`` does
 both. The converters beside this file do the work and take live objects too:
 
     adafactor.convert.torch    torch.optim.Adafactor, transformers' Adafactor, adafactor.torch
@@ -18,14 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adafactor import state as states
+from adafactor.convert import state as states
 from adafactor.convert.axes import Axes, Shapes
+from adafactor.convert.dialects import FORMATS, KNOWN
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Change, Report
-from adafactor.convert.words import FORMATS, KNOWN
-from adafactor.files import PathLike, Refused, reading
-from adafactor.hyperparameters import message
-from adafactor.state import State
+from adafactor.convert.state import State
+from adafactor.core.files import PathLike, Refused, reading
+from adafactor.core.hyperparameters import message
 
 STATE = "state"
 #: Everything that ``format`` and ``--to`` can be.

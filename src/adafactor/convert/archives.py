@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import PurePosixPath
 
-from adafactor.files import PathLike
+from adafactor.core.files import PathLike
 
 
 def check_zip(path: PathLike) -> list[str]:

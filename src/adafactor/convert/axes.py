@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from adafactor.convert.report import Change, Report
-from adafactor.factoring import Factored, Layout, Shape, layout
-from adafactor.files import Refused
-from adafactor.hyperparameters import message
-from adafactor.state import Array, Parameter
+from adafactor.convert.state import Array, Parameter
+from adafactor.core.factoring import Factored, Layout, Shape, layout
+from adafactor.core.files import Refused
+from adafactor.core.hyperparameters import message
 
 Axes = Mapping[str, Factored | None]  # by a parameter's name
 Shapes = Mapping[str, Shape]

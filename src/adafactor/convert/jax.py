@@ -25,15 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from adafactor.convert import msgpack, words
+from adafactor.convert import dialects, msgpack
 from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles
+from adafactor.convert.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
-from adafactor.convert.words import FORMATS, OPTAX, OUR_OPTAX, T5X
-from adafactor.factoring import POLICIES, Factored, Layout, Shape, layout
-from adafactor.files import PathLike, Refused, reading, replacing
-from adafactor.hyperparameters import message
-from adafactor.state import Array, Parameter, State
+from adafactor.convert.state import Array, Parameter, State
+from adafactor.core.factoring import POLICIES, Factored, Layout, Shape, layout
+from adafactor.core.files import PathLike, Refused, reading, replacing
+from adafactor.core.hyperparameters import message
 
 Tree = Any
 Flat = dict[str, Any]  # leaves by path
@@ -226,7 +226,7 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
             if any(leaf is not None for leaf in leaves.values()):
                 parameters.append(_read_one(found, name, leaves, count, shapes, axes))
     own = {name: np.asarray(value).item() for name, value in found.hyperparameters.items()}
-    return State(tuple(parameters), (words.read(found.format, own),), "jax", found.format)
+    return State(tuple(parameters), (dialects.read(found.format, own),), "jax", found.format)
 
 
 def _read_one(
@@ -319,10 +319,10 @@ def write(
         if found.format != format:
             raise Refused(message("the template", f"of {format}", found.format, "Make it with that optimizer."))
         target = {name: _target_shape(found, name) for name in found.slots["second_moment"] if _exists(found, name)}
-    state = words.momentum_as(rename(state, names, target, "jax", report), format, report)
-    group = words.one_group(state, format, report)
-    count = words.one_count(state, format, report)
-    own = words.told(format, group, report)
+    state = dialects.momentum_as(rename(state, names, target, "jax", report), format, report)
+    group = dialects.one_group(state, format, report)
+    count = dialects.one_count(state, format, report)
+    own = dialects.told(format, group, report)
     if count >= 1 << 31:
         raise Refused(message("the count", "below 2**31 in JAX", count, "Start the state afresh."))
     if template is None:
@@ -349,7 +349,7 @@ def write(
             report.dropped("Momentum", [name], "the template has none")
         kept = found.slots.get("momentum", {}).get(name)
         if "momentum" not in new and kept is not None and not (found.format == T5X and _placeholder(np.asarray(kept))):
-            report.dropped("Momentum", [name], words.STARTS)
+            report.dropped("Momentum", [name], dialects.STARTS)
     new = _members({"": template}, _New(found.format, filled, count, own))[""]
     if int(_array(_find(plain(new)).count)) != count:
         raise Refused(

@@ -25,16 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from adafactor.convert import words
+from adafactor.convert import dialects
 from adafactor.convert.archives import check_zip
 from adafactor.convert.axes import Axes, Shapes, fitted, rms_of
+from adafactor.convert.dialects import KERAS, OUR_KERAS
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
-from adafactor.convert.words import KERAS, OUR_KERAS
-from adafactor.factoring import Factored, Layout, Shape, layout
-from adafactor.files import PathLike, Refused, reading, replacing
-from adafactor.hyperparameters import message
-from adafactor.state import Array, Parameter, State
+from adafactor.convert.state import Array, Parameter, State
+from adafactor.core.factoring import Factored, Layout, Shape, layout
+from adafactor.core.files import PathLike, Refused, reading, replacing
+from adafactor.core.hyperparameters import message
 
 VERSION_KEY = "state_version"
 _VARS, _WEIGHTS, _CONFIG = "optimizer/vars", "model.weights.h5", "config.json"
@@ -366,7 +366,7 @@ def _group(saved: Saved, order: _Order, report: Report) -> dict[str, Any]:
     if order.learning_rate is not None:
         rate = saved.values[order.learning_rate][()]
         own["learning_rate"] = float(str(rate))  # 0.01 for the float32 next to it
-    return words.read(saved.format, own)
+    return dialects.read(saved.format, own)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -406,9 +406,9 @@ def write(
     saved.config = {**saved.config, **(hyperparameters or {})}
     order = _order(saved, axes)
     wanted = {member.name: member.layout.shape for member in order.members}
-    group = words.one_group(state, saved.format, report)
-    state = words.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
-    told = words.write(
+    group = dialects.one_group(state, saved.format, report)
+    state = dialects.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
+    told = dialects.write(
         saved.format, {k: v for k, v in group.items() if k not in ("factoring", "min_dim_size_to_factor")}, report
     )
     values = _values(state, saved, order, report)
@@ -432,7 +432,7 @@ def write(
 
 def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[Array]:
     """What every position of the target will hold."""
-    count = words.one_count(state, saved.format, report)
+    count = dialects.one_count(state, saved.format, report)
     values = [np.zeros_like(value) for value in saved.values]
     values[0] = np.asarray(count * _accumulated(saved, order), saved.values[0].dtype)
     if order.learning_rate is not None:
@@ -452,7 +452,7 @@ def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[A
                 values[member.slots[slot]] = saved.values[member.slots[slot]]
                 report.dropped("The moving average", [member.name], "the source has none: the template's stays")
             else:
-                report.dropped("Momentum", [member.name], words.STARTS)
+                report.dropped("Momentum", [member.name], dialects.STARTS)
         if not saved.ours and member.layout.factored:
             at = member.slots["column"] + 1
             values[at] = _velocity(parameter, saved.values[at])

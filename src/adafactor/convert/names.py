@@ -18,10 +18,10 @@ from typing import Any
 
 from adafactor.convert.axes import permuted
 from adafactor.convert.report import Report, some
-from adafactor.factoring import Shape
-from adafactor.files import PathLike, Refused, reading
-from adafactor.hyperparameters import message
-from adafactor.state import Parameter, State
+from adafactor.convert.state import Parameter, State
+from adafactor.core.factoring import Shape
+from adafactor.core.files import PathLike, Refused, reading
+from adafactor.core.hyperparameters import message
 
 #: ``names`` of a conversion: a names file's content, or a word (``WORDS``).
 Names = Mapping[str, Any] | str

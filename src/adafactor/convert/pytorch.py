@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor.factoring import layout
-from adafactor.kernels import int8
-from adafactor.kernels.work import is_sharded, math_dtype
+from adafactor.core.factoring import layout
+from adafactor.engine.torch import int8
+from adafactor.engine.torch.work import is_sharded, math_dtype
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -131,7 +131,7 @@ def _state(saved: State, old: Group, group: Group, param: Tensor, name: str, not
         elif not isinstance(value, Tensor):
             read[key] = value
         elif key in wanted and is_sharded(param) and value.numel() == math.prod(wanted[key]):
-            from adafactor.sharding.dtensor import adopt
+            from adafactor.engine.torch.sharded.dtensor import adopt
 
             read[key] = Held(adopt(value, param, roles, key, dtypes.get(key, dtype)))  # type: ignore[arg-type]
         elif key not in wanted or value.numel() != math.prod(wanted[key]):

@@ -1,7 +1,7 @@
 """State dicts of ``torch.optim.Adafactor``, transformers' ``Adafactor`` and ``adafactor.torch.Adafactor``.
 
 All keep means; what each calls them is in :mod:`adafactor.convert.pytorch`, which loads them into a live optimizer of
-ours without a detour. Here they become a :class:`~adafactor.state.State`, and a State becomes one of them.
+ours without a detour. Here they become a :class:`~adafactor.convert.state.State`, and a State becomes one of them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 import adafactor
-from adafactor.convert import words
+from adafactor.convert import dialects
 from adafactor.convert.archives import check_zip
 from adafactor.convert.axes import Axes, Shapes, fitted, rms_of, roles
+from adafactor.convert.dialects import FORMATS, OUR_TORCH, TORCH, TRANSFORMERS
 from adafactor.convert.names import Names, rename
 from adafactor.convert.pytorch import NAMES
 from adafactor.convert.report import Report
-from adafactor.convert.words import FORMATS, OUR_TORCH, TORCH, TRANSFORMERS
-from adafactor.factoring import POLICIES, Layout, Shape, layout
-from adafactor.files import PathLike, Refused, reading, replacing
-from adafactor.hyperparameters import message
-from adafactor.state import STATISTICS, Array, Parameter, State
+from adafactor.convert.state import STATISTICS, Array, Parameter, State
+from adafactor.core.factoring import POLICIES, Layout, Shape, layout
+from adafactor.core.files import PathLike, Refused, reading, replacing
+from adafactor.core.hyperparameters import message
 
 # Our names, to those of each peer.
 _THEIRS = {
@@ -138,7 +138,7 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
 
 
 def _read_group(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    found = words.read(format, {name: _plain(value) for name, value in group.items()})
+    found = dialects.read(format, {name: _plain(value) for name, value in group.items()})
     first, second = group["eps"]
     found["epsilon_1"], found["epsilon_2"] = 1e-30 if first is None else float(first), float(second)
     if format == TORCH and first is not None and first > _NO_FLOOR:
@@ -274,7 +274,7 @@ def write(
         listed = [name for group in groups for name in group.get("param_names") or map(str, group["params"])]
         target = dict.fromkeys(listed)
     state = rename(state, names, target, "torch", report, partial=True)
-    state = words.momentum_as(state, format, report)
+    state = dialects.momentum_as(state, format, report)
     if groups is None:
         groups = _own_groups(state, format)
     saved: dict[int, dict[str, Any]] = {}
@@ -296,7 +296,7 @@ def write(
                 if callable(wanted[0]):
                     del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
         if group.get("beta1"):
-            report.dropped("Momentum", [p.name for p in members if p.momentum is None], words.STARTS)
+            report.dropped("Momentum", [p.name for p in members if p.momentum is None], dialects.STARTS)
         for key, name in zip(group["params"], listed, strict=True):
             if name in known:
                 its_layout = (
@@ -375,7 +375,7 @@ def _choose(format: str, group: Mapping[str, Any], told: Mapping[str, Any], memb
 
 def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], report: Report) -> None:
     """Set a group's hyperparameters as far as the state knows them; what it does not know stays."""
-    own = words.write(format, told, report)
+    own = dialects.write(format, told, report)
     if own.get("relative_step") == "always":
         own["relative_step"] = True
     if "momentum_dtype" in own:

@@ -6,7 +6,7 @@ import math
 from numbers import Integral
 from typing import Any
 
-from adafactor.hyperparameters import in_range, message
+from adafactor.core.hyperparameters import in_range, message
 
 
 def validate(

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from adafactor.factoring import Layout
-from adafactor.hyperparameters import Hyperparameters
+from adafactor.core.factoring import Layout
+from adafactor.core.hyperparameters import Hyperparameters
+from adafactor.engine.xla import arrays
 from adafactor.keras.variables import dense, is_sparse, statistics_dtype
-from adafactor.kernels import array
 
 if keras.backend.backend() == "jax":
-    from adafactor.kernels import xla
+    from adafactor.engine.xla import primitives
 
-    _ops, _barrier = xla.ops, xla.barrier
+    _ops, _barrier = primitives.ops, primitives.barrier
 else:
-    _ops, _barrier = ops, array.identity
+    _ops, _barrier = ops, arrays.identity
 
 
 class Member(NamedTuple):
@@ -59,11 +59,11 @@ def update_one(
         g = dense(member.gradient, variable)
         t = ops.cast(optimizer.iterations + 1, dtype)
         learning_rate = ops.cast(learning_rate, dtype)
-        decay, rho = array.schedule(_ops, t, learning_rate, hp, scheduled)
+        decay, rho = arrays.schedule(_ops, t, learning_rate, hp, scheduled)
         keep = 1 - learning_rate * member.weight_decay if member.weight_decay else None
         values = {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()}
         asked = member.report is not None
-        update = array.measure(_ops, x, g, values, its_layout, hp, decay, rho, keep, _barrier, report=asked)
+        update = arrays.measure(_ops, x, g, values, its_layout, hp, decay, rho, keep, _barrier, report=asked)
         if member.sparse:
             first, second = update.direction
             if keep is not None:
@@ -73,7 +73,7 @@ def update_one(
             optimizer.assign_sub(variable, ops.cast(step, variable.dtype))
         else:
             average = None if member.momentum is None else ops.convert_to_tensor(member.momentum)
-            x, average = array.apply(_ops, x, g, update, average, hp.momentum, keep, _barrier)
+            x, average = arrays.apply(_ops, x, g, update, average, hp.momentum, keep, _barrier)
             optimizer.assign(variable, x)
             if member.momentum is not None:
                 optimizer.assign(member.momentum, average)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
-from adafactor.hyperparameters import Hyperparameters
+from adafactor.core.hyperparameters import Hyperparameters
+from adafactor.engine.xla import arrays, primitives
+from adafactor.engine.xla import sharded as shards
 from adafactor.keras.step import Member
-from adafactor.kernels import array, xla
-from adafactor.sharding import jax as shards
 
 
 def update(
@@ -35,7 +35,7 @@ def update(
         return False
     t = (jnp.asarray(ops.convert_to_tensor(iterations)) + 1).astype(jnp.result_type(float))
     rate = jnp.asarray(ops.convert_to_tensor(learning_rate), t.dtype)
-    decay, rho = array.schedule(xla.ops, t, rate, hp, scheduled)
+    decay, rho = arrays.schedule(primitives.ops, t, rate, hp, scheduled)
     report = any(member.report is not None for member in members)
     tensors = [_tensor(member, rate) for member in members]
     shardings = [_sharding_of(member.variable) for member in members]
@@ -43,11 +43,11 @@ def update(
     if all(split):
         measured = shards.measure(tensors, shardings, hp, decay, rho, True, report)
     elif not any(split):
-        measured = xla.measure(tensors, hp, decay, rho, True, report)
+        measured = primitives.measure(tensors, hp, decay, rho, True, report)
     else:
         return False
     for member, tensor, found in zip(members, tensors, measured, strict=True):
-        g, second = xla.barrier(tensor.g, found.second)
+        g, second = primitives.barrier(tensor.g, found.second)
         kept = tensor.x.astype(second.dtype) * jnp.asarray(tensor.keep, second.dtype)
         moved = kept - g.astype(second.dtype) * found.first * second
         optimizer.assign(member.variable, moved.astype(tensor.x.dtype))
@@ -58,8 +58,8 @@ def update(
     return True
 
 
-def _tensor(member: Member, rate: jax.Array) -> xla.Tensor:
-    return xla.Tensor(
+def _tensor(member: Member, rate: jax.Array) -> primitives.Tensor:
+    return primitives.Tensor(
         member.layout,
         ops.convert_to_tensor(member.variable),
         ops.convert_to_tensor(member.gradient, sparse=False),

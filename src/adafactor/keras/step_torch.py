@@ -10,11 +10,12 @@ import torch
 from keras import ops
 from torch import Tensor
 
-from adafactor.hyperparameters import Hyperparameters
+from adafactor.core import native
+from adafactor.core.hyperparameters import Hyperparameters
+from adafactor.engine.torch import eager
+from adafactor.engine.torch.cpu import Step
+from adafactor.engine.torch.work import Kernel, Settings, Work, new_report
 from adafactor.keras.step import Member
-from adafactor.kernels import aten, native
-from adafactor.kernels.native_torch import Step
-from adafactor.kernels.work import Kernel, Settings, Work, new_report
 
 
 class TorchStep:
@@ -51,7 +52,7 @@ class TorchStep:
             counts = done.to(device, torch.int64).repeat(len(items)).unbind()
             for item, count in zip(items, counts, strict=True):
                 item.state["step"] = count
-            kernel: Kernel = self._native if self._native is not None and device.type == "cpu" else aten.step
+            kernel: Kernel = self._native if self._native is not None and device.type == "cpu" else eager.step
             kernel(items, torch.zeros((), dtype=torch.int64, device=device))
             for item in items:
                 del item.grad
@@ -81,7 +82,7 @@ class TorchStep:
             state["momentum"] = member.momentum.value
         work = self._work.get(member.place)
         if work is None or any(work.state.get(name) is not tensor for name, tensor in state.items()):
-            work = Work(param, grad, state, member.layout, settings, learning_rate, member.place, aten.step)
+            work = Work(param, grad, state, member.layout, settings, learning_rate, member.place, eager.step)
             work.report = None if member.report is None else new_report(member.layout, param.device)
             self._work[member.place] = work
         work.param, work.grad, work.settings, work.lr = param, grad, settings, learning_rate

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adafactor.factoring import Factoring, Shape
-from adafactor.hyperparameters import Hyperparameters, RelativeStep, in_range, message
+from adafactor.core.factoring import Factoring, Shape
+from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, in_range, message
 from adafactor.optax.update import AdafactorState, Roles, Transformation, Tree
 
 Numeric = Any  # a number, or a scalar array under optax.inject_hyperparams

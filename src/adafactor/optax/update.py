@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
-from adafactor.factoring import Factored, Layout, Rule, Shape, layout, validate
-from adafactor.hyperparameters import Hyperparameters, is_traced, message
-from adafactor.kernels import array, xla
-from adafactor.sharding import jax as shards
+from adafactor.core.factoring import Factored, Layout, Rule, Shape, layout, validate
+from adafactor.core.hyperparameters import Hyperparameters, is_traced, message
+from adafactor.engine.xla import arrays, primitives
+from adafactor.engine.xla import sharded as shards
 
 Tree = Any  # a pytree, of what its context says
 
@@ -179,7 +179,7 @@ class Transformation:
             tensors = [
                 tensor._replace(keep=1 - work.decays[k]) for k, tensor in zip(work.where, work.tensors, strict=True)
             ]
-            for k, tensor in zip(work.where, xla.step(tensors, self.hp, decay, rho), strict=True):
+            for k, tensor in zip(work.where, primitives.step(tensors, self.hp, decay, rho), strict=True):
                 new[k] = tensor.x
                 work.keep(k, tensor.slots)
             return work.treedef.unflatten(new), work.state()
@@ -196,7 +196,7 @@ class Transformation:
         scheduled = callable(self.learning_rate)
         rho = self.learning_rate(state.count) if scheduled else self.learning_rate
         rho = jnp.asarray(1.0 if rho is None else rho, t.dtype)
-        return array.schedule(xla.ops, t, rho, self.hp, scheduled)
+        return arrays.schedule(primitives.ops, t, rho, self.hp, scheduled)
 
     def _decays(self, params: Tree, state: AdafactorState) -> list[Any]:
         """What every parameter loses of itself: 0 where it does not decay."""
@@ -224,23 +224,25 @@ class Transformation:
                 continue
             where.append(k)
             own = {name: slots[name][k] for name in its_layout.slots}
-            tensors.append(xla.Tensor(its_layout, x, g, own, momentum=momentum[k]))
+            tensors.append(primitives.Tensor(its_layout, x, g, own, momentum=momentum[k]))
         decays = self._decays(given, state)
         reports = [treedef.flatten_up_to(tree) for tree in state.diagnostics or ()]
         return _Work(
             treedef, leaves, flat, tensors, where, decays, self._placed(given), slots, momentum, reports, state
         )
 
-    def _measure(self, work: _Work, state: AdafactorState) -> list[xla.Measured]:
+    def _measure(self, work: _Work, state: AdafactorState) -> list[primitives.Measured]:
         decay, rho = self._numbers(state)
         if not any(work.placed):
-            return xla.measure(work.tensors, self.hp, decay, rho, report=self.diagnostics)
+            return primitives.measure(work.tensors, self.hp, decay, rho, report=self.diagnostics)
         placed = [work.placed[k] for k in work.where]
         return shards.measure(work.tensors, placed, self.hp, decay, rho, report=self.diagnostics)
 
-    def _loss(self, tensor: xla.Tensor, measured: xla.Measured, decay: Any) -> tuple[jax.Array, jax.Array | None]:
+    def _loss(
+        self, tensor: primitives.Tensor, measured: primitives.Measured, decay: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
         """What the parameter loses, in the dtype of the statistics, and the new momentum."""
-        g, second = xla.barrier(tensor.g, measured.second)
+        g, second = primitives.barrier(tensor.g, measured.second)
         loss = g.astype(second.dtype) * measured.first * second
         average = None
         if tensor.momentum is not None:
@@ -259,7 +261,7 @@ class _Work:
     treedef: Any
     params: list[Any]
     grads: list[Any]
-    tensors: list[xla.Tensor]
+    tensors: list[primitives.Tensor]
     where: list[int]
     decays: list[Any]
     placed: list[Any]

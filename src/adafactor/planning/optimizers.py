@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from adafactor.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
-from adafactor.hyperparameters import message
+from adafactor.core.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
+from adafactor.core.hyperparameters import message
 from adafactor.planning.parameters import BITS, Parameter, local_shape
 
 Framework = Literal["torch", "keras", "jax"]
@@ -25,7 +25,7 @@ MOMENTUM = (None, "float32", "bfloat16", "float16", "int8")
 #: Elements that share one float32 scale, in int8 momentum as in bitsandbytes' state.
 BLOCK = 256
 HALF = ("bfloat16", "float16")
-#: Elements of a block of torch operations on an accelerator (``kernels/aten_blocks.py``).
+#: Elements of a block of torch operations on an accelerator (``engine/torch/blocks.py``).
 DEVICE_BLOCK = 1 << 24
 
 

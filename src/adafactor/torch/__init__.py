@@ -7,7 +7,7 @@
 ``docs/torch.md`` has the migration tables, ``docs/low-precision.md`` what :func:`step_in_backward` is for.
 """
 
-from adafactor.factoring import Factored
+from adafactor.core.factoring import Factored
 from adafactor.torch.backward import StepInBackward, step_in_backward
 from adafactor.torch.optimizer import Adafactor
 

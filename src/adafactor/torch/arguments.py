@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor.factoring import validate
-from adafactor.hyperparameters import Hyperparameters, in_range, message
-from adafactor.kernels.work import DTYPES, Settings
+from adafactor.core.factoring import validate
+from adafactor.core.hyperparameters import Hyperparameters, in_range, message
+from adafactor.engine.torch.work import DTYPES, Settings
 
 # What a user of this module calls the hyperparameters.
 VOCABULARY = {

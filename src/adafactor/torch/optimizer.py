@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adafactor.convert import pytorch as checkpoint
-from adafactor.factoring import Factoring, Layout, layout
-from adafactor.hyperparameters import RelativeStep, message
-from adafactor.kernels import aten, int8, native, native_torch, opaque, triton
-from adafactor.kernels.work import Kernel, Settings, Work, is_sharded, math_dtype, new_report
+from adafactor.core import native
+from adafactor.core.factoring import Factoring, Layout, layout
+from adafactor.core.hyperparameters import RelativeStep, message
+from adafactor.engine.torch import compiled, cpu, cuda, eager, int8
+from adafactor.engine.torch.work import Kernel, Settings, Work, is_sharded, math_dtype, new_report
 from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
 
 if TYPE_CHECKING:
-    from adafactor.sharding.shard import Shard
-    from adafactor.sharding.torch import Sharded
+    from adafactor.engine.torch.sharded.shard import Shard
+    from adafactor.engine.torch.sharded.step import Sharded
     from adafactor.torch.backward import StepInBackward
 
 # Which parameters have a gradient varies little from step to step: what is derived from a list is kept for so many.
@@ -137,7 +138,7 @@ class Adafactor(Optimizer):
         self._forget()
         self._skipped: dict[torch.device, Tensor] = {}
         self._given: set[int] = set()  # ids of the parameters that came in through a group
-        self._handle = opaque.register(self)
+        self._handle = compiled.register(self)
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -148,22 +149,22 @@ class Adafactor(Optimizer):
         self._settings: dict[int, tuple[tuple[object, ...], Settings]] = {}
         # Stepped in the backward pass, every parameter is a list of its own.
         self._lists = LISTS if self._in_backward is None else max(LISTS, self._in_backward.lists)
-        self._native = native_torch.Step(self._lists) if native.available() else None
-        self._triton = triton.Step(self._lists)
+        self._native = cpu.Step(self._lists) if native.available() else None
+        self._triton = cuda.Step(self._lists)
 
     def _kernel(self, fused: bool | None, device: torch.device) -> Kernel:
         """The kernel for a device; see ``fused``."""
         if fused is False:
-            return aten.step
+            return eager.step
         if device.type == "cpu" and self._native is not None:
             return self._native
-        cause = native.why_not() if device.type == "cpu" else triton.why_not(device)
+        cause = native.why_not() if device.type == "cpu" else cuda.why_not(device)
         if cause is None and device.type != "cpu":
             return self._triton
         if fused:
             rule, remedy = "None or False here", f"{cause} Pass fused=None for the fastest kernel there is."
             raise RuntimeError(message(f"fused for {device.type} tensors", rule, fused, remedy))
-        return aten.step
+        return eager.step
 
     @property
     def skipped(self) -> int:
@@ -267,14 +268,14 @@ class Adafactor(Optimizer):
         # Every check comes before the first write: a step happens wholly or not at all.
         work = [w for number, positions in chosen for w in self._collect(number, positions)]
         shards = [shard for number, positions in chosen for shard in self._collect_shards(number, positions)]
-        if triton.is_capturing() and any(not {*w.slots} <= {*self.state.get(w.param, ())} for w in work):
+        if cuda.is_capturing() and any(not {*w.slots} <= {*self.state.get(w.param, ())} for w in work):
             remedy = "Call step once before the capture, so that no replay makes the state anew."
             raise RuntimeError(message("the state of a captured step", "complete", "none for some parameters", remedy))
         for w in work:
             w.state = self._state_of(w)
         if shards:
             if self._sharded is None:
-                from adafactor.sharding.torch import Sharded
+                from adafactor.engine.torch.sharded.step import Sharded
 
                 self._sharded = Sharded(self._lists)
             self._sharded.step(shards, self._count_of)
@@ -337,7 +338,7 @@ class Adafactor(Optimizer):
             param = group["params"][position]
             if not is_sharded(param) or not param.numel() or not (param.requires_grad or param.grad is not None):
                 continue
-            from adafactor.sharding.shard import gradient, shard_of
+            from adafactor.engine.torch.sharded.shard import gradient, shard_of
 
             settings, grad = self._group_settings(number, group), gradient(param)
             if settings.momentum_dtype == torch.int8 and settings.hyperparameters.momentum is not None:
@@ -477,7 +478,7 @@ class Adafactor(Optimizer):
         if "_given" not in self.__dict__:
             self._given = {id(param) for group in self.param_groups for param in group["params"]}
         if "_handle" not in self.__dict__:
-            self._handle = opaque.register(self)
+            self._handle = compiled.register(self)
         for values in self.state.values():
             for name, value in values.items():
                 if isinstance(value, checkpoint.Held):

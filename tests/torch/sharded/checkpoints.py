@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 import adafactor.torch
-from adafactor.factoring import layout
-from adafactor.sharding.dtensor import placement_of
+from adafactor.core.factoring import layout
+from adafactor.engine.torch.sharded.dtensor import placement_of
 
 
 def give_gradients(model: torch.nn.Module, step: int) -> None:

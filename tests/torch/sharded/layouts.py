@@ -68,8 +68,8 @@ def shard(whole: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]) ->
 
 def whole(tensor: torch.Tensor, like: DTensor) -> torch.Tensor:
     """This rank's part of a whole tensor, to compare with."""
-    from adafactor.factoring import Layout
-    from adafactor.sharding.dtensor import placement_of
+    from adafactor.core.factoring import Layout
+    from adafactor.engine.torch.sharded.dtensor import placement_of
 
     part = placement_of(like, Layout(tuple(like.shape), (), ())).part
     return tensor[tuple(slice(o, o + n) for o, n in zip(part.offset, part.shape, strict=True))]

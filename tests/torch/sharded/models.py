@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from adafactor.factoring import layout
-from adafactor.sharding.dtensor import placement_of
-from adafactor.sharding.placement import sums
+from adafactor.core.factoring import layout
+from adafactor.engine.torch.sharded.dtensor import placement_of
+from adafactor.engine.torch.sharded.placement import sums
 from adafactor.torch import Adafactor, Factored
 
 WIDTH, WORDS, LAYERS = 16, 24, 4

@@ -6,7 +6,7 @@ import pytest
 import ranks
 import torch
 
-from adafactor.kernels import native
+from adafactor.core import native
 
 CASES = str(Path(__file__).with_name("layouts.py"))
 

@@ -25,8 +25,8 @@ from adafactor.cli.bench.worker import SUITES
 from adafactor.cli.command import Refusal, integer, need
 from adafactor.cli.table import table
 from adafactor.cli.terminal import transient
-from adafactor.hyperparameters import message
-from adafactor.kernels import native
+from adafactor.core import native
+from adafactor.core.hyperparameters import message
 
 SUMMARY = "time a step of every installed framework's optimizers against ours"
 

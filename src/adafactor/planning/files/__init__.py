@@ -10,16 +10,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from adafactor.hyperparameters import message
-from adafactor.planning.files import child, folder, keras, safetensors, shapes
-from adafactor.planning.files.access import Unreadable, regular
+from adafactor.core.hyperparameters import message
+from adafactor.planning.files import folder, keras, safetensors, sandbox, shapes
+from adafactor.planning.files.untrusted import Unreadable, regular
 from adafactor.planning.parameters import Parameter
 
 __all__ = ["SUFFIXES", "Unreadable", "read"]
 
 
 def _torch(path: Path) -> list[Parameter]:
-    return child.read("pytorch", path)
+    return sandbox.read("pytorch", path)
 
 
 #: How a file of a name is read. The longest suffix that fits counts.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adafactor.hyperparameters import message
-from adafactor.planning.files import child, safetensors
-from adafactor.planning.files.access import Unreadable, content, inside, parse
+from adafactor.core.hyperparameters import message
+from adafactor.planning.files import safetensors, sandbox
+from adafactor.planning.files.untrusted import Unreadable, content, inside, parse
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, check_total, cut
 
 #: In the order in which transformers looks for them.
@@ -63,6 +63,6 @@ def _read(path: Path) -> list[Parameter]:
     if path.name.endswith(".safetensors"):
         return safetensors.read(path)
     if path.name.endswith((".bin", ".pt", ".pth")):
-        return child.read("pytorch", path)
+        return sandbox.read("pytorch", path)
     rule = "a .safetensors, .bin, .pt or .pth file"
     raise Unreadable(message("a file named in the index", rule, cut(path.name), "Give the file itself."))

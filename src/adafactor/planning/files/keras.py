@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adafactor.hyperparameters import message
-from adafactor.planning.files import child
-from adafactor.planning.files.access import Unreadable, parse
+from adafactor.core.hyperparameters import message
+from adafactor.planning.files import sandbox
+from adafactor.planning.files.untrusted import Unreadable, parse
 from adafactor.planning.parameters import Parameter, cut
 
 MAX_CONFIG = 32_000_000
@@ -25,11 +25,11 @@ _STATISTICS = {"BatchNormalization": 2, "Normalization": 3}
 
 
 def read(path: Path) -> list[Parameter]:
-    return child.read("keras", path)
+    return sandbox.read("keras", path)
 
 
 def read_weights(path: Path) -> list[Parameter]:
-    return child.read("weights_h5", path)
+    return sandbox.read("weights_h5", path)
 
 
 # -- in the child ------------------------------------------------------------------------------------------------------

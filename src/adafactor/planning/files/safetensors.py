@@ -14,8 +14,8 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
-from adafactor.hyperparameters import message
-from adafactor.planning.files.access import Unreadable, decode, parse_text, regular, shape_of
+from adafactor.core.hyperparameters import message
+from adafactor.planning.files.untrusted import Unreadable, decode, parse_text, regular, shape_of
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
 MAX_HEADER = 100_000_000

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from adafactor.hyperparameters import message
-from adafactor.planning.files.access import Unreadable, content, decode, parse, shape_of
+from adafactor.core.hyperparameters import message
+from adafactor.planning.files.untrusted import Unreadable, content, decode, parse, shape_of
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
 MAX_FILE = 32_000_000

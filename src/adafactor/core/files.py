@@ -1,0 +1,81 @@
+"""Files that are there whole or not at all, and refusals of files that are not what they should be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from adafactor.core.hyperparameters import message
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """A name in the folder of ``path`` to write a file or a folder under; it becomes ``path`` when the block ends well.
+
+    What was at ``path`` stays until everything is on the disk, and stays for good when the block raises.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(message("the target", "in a folder that exists", str(path), "Make the folder first."))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new = scratch / path.name
+        yield new
+        if new.is_file():
+            with open(new, "rb+") as file:
+                os.fsync(file.fileno())
+        old = scratch / f"{path.name}.old"
+        if new.is_dir() and path.exists():  # os.replace has no word for a folder that is not empty
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reading(path: object, what: str) -> Iterator[None]:
+    """Refuse in one sentence whatever goes wrong while a file is read: a stranger's file can make any library raise.
+
+    Args:
+        what: what the file should be, for the sentence.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except ImportError as error:
+        remedy = "Install what the format needs with: pip install 'adafactor[convert]'"
+        raise ImportError(f"{path} cannot be read without {error.name}. {remedy}.", name=error.name) from error
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and not os.path.exists(str(path)):
+            raise FileNotFoundError(message("the file", "there", str(path), "Check the name.")) from None
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Refused(f"{path} is not {what} that can be read: {cause.rstrip('.')}. Save it again.") from error
+
+
+class Refused(ValueError):
+    """A file or a state that cannot be read or converted; the text is one sentence with the remedy."""

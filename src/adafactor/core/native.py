@@ -1,0 +1,327 @@
+"""The native kernels: measure, apply and step for a whole list of CPU tensors in one call.
+
+The library is loaded with ctypes at the first question, never at import, and without it everything else works.
+``native/adafactor.h`` is the other side of this file. Two environment variables decide for every caller:
+
+    ADAFACTOR_ISA           baseline, avx2 or avx512: the instruction set. Default: the best that the processor has.
+    ADAFACTOR_NUM_THREADS   threads of a call, 1 and up. Default: what the caller asks for, else the processors
+                            that this process may use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adafactor.core.canonical import Canonical, canonical
+from adafactor.core.hyperparameters import Hyperparameters, message
+
+__all__ = ["DTYPES", "Canonical", "Table", "available", "canonical", "info", "path", "threads", "why_not"]
+
+ISAS = ("baseline", "avx2", "avx512")
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
+
+FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHASTIC_ROUNDING, Q_KNOWN, COLUMNS_FIRST = (
+    1 << bit for bit in range(8)
+)
+
+_ADDRESSES = ["param", "grad", "row", "column", "momentum", "residual", "Q", "finished", "S", "W", "report"]
+_NUMBERS = ["b0", "n", "B1", "m", "slices", "n_global", "N_global", "m_global", "row_offset", "column_offset"]
+_CODES = ["param_dtype", "grad_dtype", "momentum_dtype"]
+_SCALARS = ["rho", "decay", "eps1", "eps2", "clip", "keep", "beta1"]
+#: ``adafactor_tensor``, field by field.
+RECORD = np.dtype(
+    [(name, np.uint64) for name in _ADDRESSES]
+    + [(name, np.int64) for name in (*_NUMBERS, *_CODES)]
+    + [("flags", np.uint64)]
+    + [(name, np.float64) for name in _SCALARS]
+    + [("seed", np.uint64), ("step", np.uint64), ("id", np.uint64), ("skipped", np.int64)]
+)
+_ABI = 2 * 65536 + RECORD.itemsize
+
+Verb = Literal["measure", "apply", "step"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Which native kernels run: for ``adafactor doctor``."""
+
+    path: str
+    isa: str
+    built: tuple[str, ...]
+    supported: tuple[str, ...]
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Library:
+    path: str
+    verbs: dict[str, Any]
+    built: tuple[str, ...]
+    supported: tuple[str, ...]
+
+
+def available() -> bool:
+    """Whether the native kernels can run here. Raises ValueError where ``ADAFACTOR_ISA`` asks for the impossible."""
+    if isinstance(_load(), str):
+        return False
+    isa()
+    return True
+
+
+def why_not() -> str | None:
+    """One sentence that says why the native kernels cannot run, or ``None`` where they can."""
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def info() -> Info:
+    """Path, instruction sets and threads. Raises RuntimeError where the kernels are not available."""
+    library = _library()
+    return Info(library.path, ISAS[isa()], library.built, library.supported, threads())
+
+
+def isa() -> int:
+    """The code of the instruction set in use."""
+    library = _library()
+    asked = os.environ.get("ADAFACTOR_ISA", "").strip()
+    if not asked:
+        return ISAS.index(library.supported[-1])
+    if asked not in library.supported:
+        remedy = f"This machine runs {', '.join(library.supported)}; unset it for the best."
+        raise ValueError(message("ADAFACTOR_ISA", f"one of {', '.join(ISAS)}", asked, remedy))
+    return ISAS.index(asked)
+
+
+def threads(asked: int | None = None) -> int:
+    """How many threads a call uses: ``ADAFACTOR_NUM_THREADS``, else ``asked``, else the processors we may use."""
+    variable = os.environ.get("ADAFACTOR_NUM_THREADS", "").strip()
+    if variable:
+        if not (variable.isascii() and variable.isdigit() and 1 <= int(variable) <= 1024):
+            remedy = "Unset it to use every processor."
+            raise ValueError(message("ADAFACTOR_NUM_THREADS", "a whole number from 1 to 1024", variable, remedy))
+        return int(variable)
+    if asked is not None:
+        return asked
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Table:
+    """The descriptors of a list of tensors, kept from step to step.
+
+    ``records`` is a NumPy array of ``adafactor_tensor``, one per tensor. Set what never changes once, with `place`,
+    and every step only what does: ``table.records["grad"] = addresses``, and `configure` for the numbers of a group.
+
+    Args:
+        forms: the canonical form of each tensor.
+
+    Attributes:
+        records: the descriptors, of dtype `RECORD`.
+        Q: per tensor a view of its sums of x², one per slice. After a step: those of the new x, as stored.
+        sums: after `allocate_sums`, per dtype one flat array of S and W of all tensors, to be added over shards.
+    """
+
+    def __init__(self, forms: Sequence[Canonical]) -> None:
+        self.forms = tuple(forms)
+        self.records: NDArray[Any] = np.zeros(len(self.forms), RECORD)
+        ends = np.cumsum([form.slices for form in self.forms], dtype=np.int64)
+        self._Q = np.zeros(int(ends[-1]) if len(ends) else 0)
+        self.Q = np.split(self._Q, ends[:-1])
+        self.sums: dict[str, NDArray[Any]] = {}
+        self._finished: dict[str, NDArray[Any]] = {}
+        record = self.records
+        for name in ("b0", "n", "B1", "m", "slices"):
+            record[name] = [getattr(form, name) for form in self.forms]
+        record["n_global"], record["m_global"] = record["n"], record["m"]
+        record["N_global"] = [form.size // form.slices if form.slices else 0 for form in self.forms]
+        record["Q"] = self._Q.ctypes.data + 8 * (ends - record["slices"])
+        record["flags"] = [FACTORED * form.factored + COLUMNS_FIRST * form.columns_first for form in self.forms]
+        record["id"] = np.arange(len(self.forms))
+        record["clip"], record["keep"] = np.inf, 1.0
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    def place(
+        self,
+        k: int,
+        *,
+        param: int,
+        param_dtype: str,
+        second_moment: dict[str, int],
+        momentum: int = 0,
+        momentum_dtype: str = "float32",
+        residual: int = 0,
+        grad: int = 0,
+        grad_dtype: str | None = None,
+    ) -> None:
+        """Says where tensor ``k`` lives: addresses of dense memory that outlives the table's use.
+
+        Args:
+            second_moment: addresses of the statistics by the names of ``Layout.slots``, float32 (float64 for a
+                float64 parameter), dense in the order that `canonical` was told.
+            residual: of a bfloat16 or float16 parameter: bfloat16, in its order; what rounding has cut off.
+        """
+        record = self.records[k]
+        row, column = self.forms[k].slots
+        record["param"], record["grad"], record["momentum"], record["residual"] = param, grad, momentum, residual
+        record["row"], record["column"] = second_moment[row], second_moment[column] if column else 0
+        record["param_dtype"] = DTYPES[param_dtype]
+        record["grad_dtype"] = DTYPES[grad_dtype or param_dtype]
+        record["momentum_dtype"] = DTYPES[momentum_dtype]
+
+    def configure(
+        self,
+        hp: Hyperparameters,
+        t: int | NDArray[Any],
+        rho: float,
+        where: slice | NDArray[Any] = slice(None),
+        *,
+        keep: float = 1.0,
+        scale_after_decay: bool = False,
+        maximize: bool = False,
+        skip_nonfinite: bool = False,
+        stochastic_rounding: bool = False,
+        q_known: bool | NDArray[Any] = False,
+        seed: int = 0,
+    ) -> None:
+        """Sets the numbers of update ``t`` (from 1; one for all, or an array) for the tensors ``where``.
+
+        Args:
+            rho: ``hp.rho(...)``, eq. 8.
+            keep: what x is multiplied by before the step: 1 - learning rate · weight decay.
+            scale_after_decay: RMS(x) of the decayed parameter (Keras), not of the one before (PyTorch).
+            q_known: ``table.Q`` holds the sums of x² already, so measure need not read x.
+        """
+        record = self.records[where]
+        steps = np.asarray(t)
+        record["decay"] = hp.decay(int(steps)) if steps.ndim == 0 else [hp.decay(int(step)) for step in steps]
+        record["rho"], record["keep"] = rho, keep
+        record["eps1"], record["eps2"] = hp.epsilon_1, hp.epsilon_2
+        record["clip"] = np.inf if hp.clip_threshold is None else hp.clip_threshold
+        record["beta1"] = hp.momentum or 0.0
+        record["seed"], record["step"] = seed, steps
+        flags = SCALE_PARAMETER * hp.scale_parameter + SCALE_AFTER_DECAY * scale_after_decay + MAXIMIZE * maximize
+        flags += SKIP_NONFINITE * skip_nonfinite + STOCHASTIC_ROUNDING * stochastic_rounding
+        known = np.asarray(q_known, np.uint64) * np.uint64(Q_KNOWN)
+        record["flags"] = (record["flags"] & np.uint64(FACTORED | COLUMNS_FIRST)) | np.uint64(flags) | known
+        if not isinstance(where, slice):  # an index array gave a copy
+            self.records[where] = record
+
+    def allocate_sums(self) -> None:
+        """Gives measure and apply their buffers, all S and W in one array per dtype. `step` needs none."""
+        wide = self.records["param_dtype"] == DTYPES["float64"]
+        for dtype, chosen in (("float32", ~wide), ("float64", wide)):
+            where = np.flatnonzero(chosen)
+            rows = [self.forms[k].finished_size for k in where]
+            columns = [self.forms[k].sums_size for k in where]
+            finished = self._finished[dtype] = np.zeros(sum(rows), dtype)
+            sums = self.sums[dtype] = np.zeros(2 * sum(columns), dtype)
+            ends = np.cumsum(np.array(columns, np.int64)) if columns else np.zeros(0, np.int64)
+            size = finished.itemsize
+            self.records["finished"][where] = finished.ctypes.data + size * (np.cumsum(np.array(rows, np.int64)) - rows)
+            self.records["S"][where] = sums.ctypes.data + size * (ends - columns)
+            self.records["W"][where] = sums.ctypes.data + size * (ends - columns + sum(columns))
+
+    def run(self, verb: Verb, threads: int | None = None, where: slice = slice(None), isa: str | None = None) -> None:
+        """One call for the tensors ``where``. Releases the interpreter lock.
+
+        Args:
+            threads: as for `threads`.
+            isa: an instruction set instead of the one in use; for tests.
+        """
+        record = self.records[where]
+        if not record.flags.c_contiguous:
+            raise ValueError(message("where", "a slice of step 1", where, "Call once per run of tensors."))
+        code = _isa() if isa is None else ISAS.index(isa)
+        error = _library().verbs[verb](record.ctypes.data, len(record), _threads(threads), code)
+        if error == 1:
+            raise MemoryError("The native kernels found no memory for their row and column sums.")
+        if error:
+            raise RuntimeError(f"native {verb}: {_ERRORS.get(error, f'error {error}')}.")
+
+    def measure(self, threads: int | None = None) -> None:
+        """Fills the sums and commits nothing (eqs. 2, 4, 5, 6, 11). Needs `allocate_sums`."""
+        self.run("measure", threads)
+
+    def apply(self, threads: int | None = None) -> None:
+        """Commits the statistics and moves the parameters (eqs. 3, 7, 9, 10, 12, 13). Spends the sums."""
+        self.run("apply", threads)
+
+    def step(self, threads: int | None = None) -> None:
+        """Measure and apply, on one device."""
+        self.run("step", threads)
+
+    @property
+    def skipped(self) -> NDArray[Any]:
+        """Per tensor whether the last call left it alone because its gradient was not finite."""
+        skipped: NDArray[Any] = self.records["skipped"] != 0
+        return skipped
+
+
+_isa, _threads = isa, threads  # `run` has arguments of these names
+_ERRORS = {
+    2: "a dtype code must be one of 0 to 3",
+    3: "a tensor's param, grad, statistic, Q or sums buffer is missing, or its slices do not divide its stack",
+    4: "this machine or this build does not have that instruction set",
+    5: "columns can come first only in a factored tensor without a stack between its rows and columns",
+    6: "a residual belongs to a bfloat16 or float16 parameter that is rounded to nearest",
+}
+
+
+def _library() -> _Library:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+def path() -> Path | None:
+    """The library file, whether it can be loaded or not; ``None`` where there is none."""
+    return next((place for place in _places() if place.is_file()), None)
+
+
+def _places() -> list[Path]:
+    name = {"win32": "libadafactor.dll", "darwin": "libadafactor.dylib"}.get(sys.platform, "libadafactor.so")
+    chosen = os.environ.get("ADAFACTOR_LIBRARY")
+    import adafactor.core
+
+    # An editable install keeps the sources in one place and what was built in another: both are on __path__.
+    return [Path(chosen)] if chosen else [Path(place) / name for place in adafactor.core.__path__]
+
+
+@cache
+def _load() -> _Library | str:
+    """The loaded library, or the reason why there is none."""
+    file = path()
+    if file is None:
+        return (
+            f"The native kernels are not built: there is no {' or '.join(map(str, _places()))}. "
+            "Install a wheel, or install from source with a C++17 compiler and CMake."
+        )
+    try:
+        library = ctypes.CDLL(str(file))
+        abi = library.adafactor_abi
+    except (OSError, AttributeError) as error:
+        return f"The native kernels at {file} cannot be loaded: {error}."
+    abi.restype = ctypes.c_int64
+    if abi() != _ABI:
+        return f"The native kernels at {file} belong to another version of this package. Reinstall it."
+    verbs = {}
+    for verb in ("measure", "apply", "step"):
+        verbs[verb] = getattr(library, f"adafactor_{verb}")
+        verbs[verb].argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+        verbs[verb].restype = ctypes.c_int
+    library.adafactor_built.argtypes = library.adafactor_supported.argtypes = (ctypes.c_int64,)
+    built = tuple(name for code, name in enumerate(ISAS) if library.adafactor_built(code))
+    supported = tuple(name for code, name in enumerate(ISAS) if library.adafactor_supported(code))
+    return _Library(str(file), verbs, built, supported)

@@ -1,0 +1,1 @@
+"""The algorithm on arrays: one folder per array library."""

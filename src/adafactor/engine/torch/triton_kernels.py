@@ -1,0 +1,482 @@
+"""The Triton kernels: measure and apply for a whole list of CUDA tensors, whatever their number.
+
+A program finds its work in tables (``triton_table.py``): a block names a tensor, and the tensor's record holds its
+addresses and its numbers. A tile is K matrices × NP rows × M columns; a matrix has rows of ``m`` neighbours,
+``B1 * m`` apart. Equation numbers are those of ``docs/algorithm.md``.
+
+    begin     per tensor: t, eq. 1 and eq. 8
+    measure   rows, and per part of a matrix S and W, and Q (eqs. 2, 4, 5, 6); flat tensors eq. 11
+    columns   S and W over the parts, the columns (eq. 3), and what eq. 7 needs of them
+    slices    Σu² and Q of a clip factor
+    finish    per tensor: whether it is updated; per slice eqs. 9 and 10; t
+    apply     eqs. 11 to 13; the statistics are written here and not before
+
+No sum depends on the order in which programs run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adafactor.engine.torch.triton_numbers import move
+from adafactor.engine.torch.triton_table import BLOCK_FIELDS, FIELDS, FLAGS, NO_CLIP, NUMBERS, SLICE_FIELDS
+
+# A record's fields, as constants that a kernel may use.
+_F, _G = tl.constexpr(len(FIELDS)), tl.constexpr(len(NUMBERS))
+_B, _L = tl.constexpr(len(BLOCK_FIELDS)), tl.constexpr(len(SLICE_FIELDS))
+(
+    _PARAM, _FIRST, _SECOND, _MOMENTUM, _SCALES, _RESIDUAL, _REPORT, _STEP, _LR, _FLAGS, _SEED, _IDENTITY,
+    _N, _B1, _m, _MATRICES, _PER_SLICE, _SLICES, _SLICE_SIZE, _SIZE, _PARTS, _PART_ROWS, _CHUNKS,
+    _SUMS, _FINISHED, _ROOT_MU, _SLICE, _TILES, _PARTIAL, _SQUARES, _ROW_PARTS,
+) = (tl.constexpr(k) for k in range(len(FIELDS)))  # fmt: skip
+_EXPONENT, _LEAST, _EPS1, _EPS2, _CLIP, _DECAYS, _BETA1 = (tl.constexpr(k) for k in range(len(NUMBERS)))
+_CAPS, _SCALE, _AFTER_DECAY, _MAXIMIZE, _SKIP = (tl.constexpr(1 << k) for k in range(len(FLAGS)))
+_NONE = tl.constexpr(NO_CLIP)
+_TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
+
+
+def dtype(name: str) -> tl.dtype:
+    """Triton's word for a dtype."""
+    return getattr(tl, name)
+
+
+@triton.jit
+def _inverse_root(v):
+    """v^(-1/2); finite where v is 0, for then so is every gradient behind it. Not finite where v is not."""
+    return tl.rsqrt(tl.maximum(v, _TINY)) + (v - v)
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit(do_not_specialize=["count"])
+def begin(tensors, numbers, lrs, scalars, count, BLOCK: tl.constexpr):
+    """decay, 1 - decay, rho and 1 - lr * weight_decay of every tensor, from the update it is about to make."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = k < count
+    record, number = tensors + k * _F, numbers + k * _G
+    step = tl.load(record + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+    t = (tl.load(step, mask=mask, other=0) + 1).to(tl.float64)
+    decay = tl.exp2(tl.load(number + _EXPONENT, mask=mask, other=0) * tl.log2(t))
+    decay = tl.maximum(decay, tl.load(number + _LEAST, mask=mask, other=0))
+    rate = tl.load(lrs + tl.load(record + _LR, mask=mask, other=0), mask=mask, other=0)
+    caps = (tl.load(record + _FLAGS, mask=mask, other=0) & _CAPS) != 0
+    limit = 1.0 / tl.sqrt(t)
+    rho = tl.where(caps & (rate > limit), limit, rate)
+    keep = 1.0 - rate * tl.load(number + _DECAYS, mask=mask, other=0)
+    out = scalars + k * 4
+    tl.store(out, decay.to(tl.float32), mask=mask)
+    tl.store(out + 1, (1.0 - decay).to(tl.float32), mask=mask)
+    tl.store(out + 2, rho.to(tl.float32), mask=mask)
+    tl.store(out + 3, keep.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def row_parts(
+    tensors, grads, blocks, sums,
+    NP: tl.constexpr, M: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Row sums over one chunk of columns, for matrices wider than a tile; `measure` adds up the chunks."""
+    block = blocks + tl.program_id(0) * _B
+    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    record = tensors + tensor * _F
+    m, n, B1 = tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1)
+    if ALIGNED:
+        m = tl.multiple_of(m, 16)
+    chunks, part_rows = tl.load(record + _CHUNKS), tl.load(record + _PART_ROWS)
+    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    out = sums + tl.load(record + _ROW_PARTS)
+    j = chunk * M + tl.arange(0, M)
+    first = matrix // B1 * n * B1 + matrix % B1
+    for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
+        i = i0 + tl.arange(0, NP)
+        run = first + i * B1
+        inside = i < n
+        mask = inside[:, None] & (j < m)[None, :]
+        g = tl.load(grad + run[:, None] * m + j[None, :], mask=mask, other=0).to(tl.float32)
+        tl.store(out + run * chunks + chunk, tl.sum(g * g, axis=1), mask=inside)
+
+
+@triton.jit
+def measure(
+    tensors, numbers, grads, scalars, blocks, sums, squares,
+    K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    SCALE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One part of K matrices: finishes its rows, and leaves its share of S, W and Q in buffers. g is read once."""
+    block = blocks + tl.program_id(0) * _B
+    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    record = tensors + tensor * _F
+    m, n, B1, matrices = (
+        tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1), tl.load(record + _MATRICES),
+    )  # fmt: skip
+    if ALIGNED:
+        m = tl.multiple_of(m, 16)
+    parts, part_rows, chunks = (
+        tl.load(record + _PARTS), tl.load(record + _PART_ROWS), tl.load(record + _CHUNKS),
+    )  # fmt: skip
+    decay, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
+    row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
+    finished = sums + tl.load(record + _FINISHED)
+    width = m.to(tl.float32)
+    k = matrix + tl.arange(0, K)
+    first = k // B1 * n * B1 + k % B1  # the run of a matrix's row 0
+    j = chunk * M + tl.arange(0, M)
+    S = tl.zeros((K, M), tl.float32)
+    W = tl.zeros((K, M), tl.float32)
+    Q = tl.zeros((K,), tl.float32)
+    for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
+        i = i0 + tl.arange(0, NP)
+        run = first[:, None] + i[None, :] * B1
+        inside = (k < matrices)[:, None] & (i < n)[None, :]
+        place = run[:, :, None] * m + j[None, None, :]
+        mask = inside[:, :, None] & (j < m)[None, None, :]
+        g = tl.load(grad + place, mask=mask, other=0).to(tl.float32)
+        g2 = g * g
+        if WIDE:
+            total = tl.zeros((K, NP), tl.float32)
+            for c in range(chunks):
+                total += tl.load(sums + tl.load(record + _ROW_PARTS) + run * chunks + c, mask=inside, other=0)
+        else:
+            total = tl.sum(g2, axis=2)
+        r = past * tl.load(row + run, mask=inside, other=0) + decay * (total / width + eps1)  # eq. 2
+        tl.store(finished + run, r, mask=inside & (chunk == 0))
+        u = g * _inverse_root(r)[:, :, None]
+        S += tl.sum(g2, axis=1)  # eq. 4
+        W += tl.sum(u * u, axis=1)  # eq. 5
+        if SCALE:
+            x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
+            Q += tl.sum(tl.sum(x * x, axis=2), axis=1)  # eq. 6
+    slot = k * parts + part
+    share = tl.load(record + _SUMS)
+    if ALIGNED:
+        share = tl.multiple_of(share, 16)
+    out = sums + share + slot[:, None] * m + j[None, :]
+    known = (k < matrices)[:, None] & (j < m)[None, :]
+    tl.store(out, S, mask=known)
+    tl.store(out + matrices * parts * m, W, mask=known)
+    if SCALE:
+        tl.store(squares + tl.load(record + _SQUARES) + slot * chunks + chunk, Q, mask=k < matrices)
+
+
+@triton.jit
+def measure_flat(
+    tensors, numbers, grads, scalars, blocks, partials, squares,
+    BLOCK: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, SCALE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One piece of a slice of an unfactored tensor: its Σu² (eq. 11), a check, and its Σx²."""
+    block = blocks + tl.program_id(0) * _B
+    tensor, start, end, index = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    if ALIGNED:
+        start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
+    record = tensors + tensor * _F
+    decay, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
+    second_moment = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
+    u2 = tl.zeros((BLOCK,), tl.float32)
+    check = tl.zeros((BLOCK,), tl.float32)
+    Q = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, end, BLOCK):
+        e = first + tl.arange(0, BLOCK)
+        mask = e < end
+        g = tl.load(grad + e, mask=mask, other=0).to(tl.float32)
+        v = past * tl.load(second_moment + e, mask=mask, other=0) + decay * (g * g + eps1)
+        u = g * _inverse_root(v)
+        u2 += tl.where(mask, u * u, 0.0)
+        check += g * g
+        if SCALE:
+            x = tl.load(param + e, mask=mask, other=0).to(tl.float32)
+            Q += x * x
+    out = partials + (tl.load(record + _PARTIAL) + index) * 3
+    tl.store(out, tl.sum(u2))
+    tl.store(out + 2, tl.sum(check))
+    if SCALE:
+        tl.store(squares + tl.load(record + _SQUARES) + index, tl.sum(Q))
+
+
+@triton.jit
+def columns(
+    tensors, numbers, scalars, blocks, sums, partials, roots,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """C columns of K matrices: S and W over all parts, the finished columns in the place of the first part's S.
+
+    Where the tile holds all columns of its matrices their Σu² is known here; otherwise `slices` adds up the tiles.
+    """
+    block = blocks + tl.program_id(0) * _B
+    tensor, matrix, tile, end = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    record = tensors + tensor * _F
+    m, n, parts = tl.load(record + _m), tl.load(record + _N), tl.load(record + _PARTS)
+    matrices, tiles = tl.load(record + _MATRICES), tl.load(record + _TILES)
+    decay, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    old = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
+    k = matrix + tl.arange(0, K)
+    j = tile * C + tl.arange(0, C)
+    mask = (k < end)[:, None] & (j < m)[None, :]
+    source = sums + tl.load(record + _SUMS)
+    S = tl.zeros((K, C), tl.float32)
+    W = tl.zeros((K, C), tl.float32)
+    for p0 in range(0, parts, P):
+        p = p0 + tl.arange(0, P)
+        place = (k[:, None, None] * parts + p[None, :, None]) * m + j[None, None, :]
+        inside = mask[:, None, :] & (p < parts)[None, :, None]
+        S += tl.sum(tl.load(source + place, mask=inside, other=0), axis=1)
+        W += tl.sum(tl.load(source + matrices * parts * m + place, mask=inside, other=0), axis=1)
+    place = k[:, None] * m + j[None, :]
+    c = past * tl.load(old + place, mask=mask, other=0) + decay * (S / n.to(tl.float32) + eps1)  # eq. 3
+    c = tl.where(mask, c, 0.0)
+    # All of this column's parts have been added up: nobody reads its first one again.
+    tl.store(source + k[:, None] * parts * m + j[None, :], c, mask=mask)
+    total = tl.sum(c, axis=1)
+    weighted = tl.sum(tl.where(mask, W / tl.maximum(c, _TINY), 0.0), axis=1)
+    check = tl.sum(S) + tl.sum(W)
+    if tiles == 1:
+        index = tl.load(record + _PARTIAL) + tl.load(block + 4)
+        mu = total / m.to(tl.float32)
+        tl.store(roots + tl.load(record + _ROOT_MU) + k, tl.sqrt(mu), mask=k < end)
+        tl.store(partials + index * 3, tl.sum(mu * weighted))  # eq. 7
+        tl.store(partials + index * 3 + 2, check)
+    else:
+        out = partials + (tl.load(record + _PARTIAL) + tl.load(block + 4)) * 3
+        tl.store(out, tl.sum(total))
+        tl.store(out + 1, tl.sum(weighted))
+        tl.store(out + 2, check)
+
+
+@triton.jit
+def slices(tensors, table, partials, squares, roots, found, KB: tl.constexpr, TB: tl.constexpr, BLOCK: tl.constexpr):
+    """Σu², the check and Q of one slice, from what the programs before have left of it."""
+    which = tl.program_id(0)
+    entry = table + which * _L
+    tensor, k_begin, k_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    p_begin, p_end, q_begin, q_end = (
+        tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6),
+    )  # fmt: skip
+    record = tensors + tensor * _F
+    tiles, m = tl.load(record + _TILES), tl.load(record + _m)
+    start, root_mu = partials + tl.load(record + _PARTIAL) * 3, roots + tl.load(record + _ROOT_MU)
+    check = tl.zeros((BLOCK,), tl.float32)
+    u2 = tl.zeros((BLOCK,), tl.float32)
+    for p0 in range(p_begin, p_end, BLOCK):
+        p = p0 + tl.arange(0, BLOCK)
+        check += tl.load(start + p * 3 + 2, mask=p < p_end, other=0)
+        u2 += tl.load(start + p * 3, mask=(p < p_end) & (tiles == 1), other=0)
+    per_matrix = tl.zeros((KB,), tl.float32)
+    for k0 in range(k_begin, tl.where(tiles == 1, k_begin, k_end), KB):
+        k = k0 + tl.arange(0, KB)
+        total = tl.zeros((KB,), tl.float32)
+        weighted = tl.zeros((KB,), tl.float32)
+        for c0 in range(0, tiles, TB):
+            c = c0 + tl.arange(0, TB)
+            place = start + (k[:, None] * tiles + c[None, :]) * 3
+            mask = (k < k_end)[:, None] & (c < tiles)[None, :]
+            total += tl.sum(tl.load(place, mask=mask, other=0), axis=1)
+            weighted += tl.sum(tl.load(place + 1, mask=mask, other=0), axis=1)
+        mu = total / m.to(tl.float32)
+        tl.store(root_mu + k, tl.sqrt(mu), mask=k < k_end)
+        per_matrix += mu * weighted  # eq. 7
+    Q = tl.zeros((BLOCK,), tl.float32)
+    for q0 in range(q_begin, q_end, BLOCK):
+        q = q0 + tl.arange(0, BLOCK)
+        Q += tl.load(squares + tl.load(record + _SQUARES) + q, mask=q < q_end, other=0)
+    out = found + which * 3
+    tl.store(out, tl.sum(u2) + tl.sum(per_matrix))
+    tl.store(out + 1, tl.sum(Q))
+    tl.store(out + 2, tl.sum(check))
+
+
+@triton.jit
+def finish(tensors, numbers, scalars, found, moves, updated, skipped, BLOCK: tl.constexpr):
+    """Whether a tensor is updated, and how far its slices move: the factor of u, and alpha (eqs. 9 and 10)."""
+    tensor = tl.program_id(0)
+    record, number = tensors + tensor.to(tl.int64) * _F, numbers + tensor.to(tl.int64) * _G
+    first, count, flags = tl.load(record + _SLICE), tl.load(record + _SLICES), tl.load(record + _FLAGS)
+    N = tl.load(record + _SLICE_SIZE).to(tl.float32)
+    eps2, clip = tl.load(number + _EPS2).to(tl.float32), tl.load(number + _CLIP).to(tl.float32)
+    beta1 = tl.load(number + _BETA1).to(tl.float32)
+    rho, keep = tl.load(scalars + tensor * 4 + 2), tl.load(scalars + tensor * 4 + 3)
+    check = tl.zeros((BLOCK,), tl.float32)
+    for s0 in range(0, count, BLOCK):
+        s = s0 + tl.arange(0, BLOCK)
+        place, mask = found + (first + s) * 3, s < count
+        u2, Q = tl.load(place, mask=mask, other=0), tl.load(place + 1, mask=mask, other=0)
+        check += u2 + tl.load(place + 2, mask=mask, other=0)
+        alpha = tl.zeros((BLOCK,), tl.float32) + rho
+        scale = tl.sqrt(Q / N) * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(keep), 1.0)
+        alpha = tl.where((flags & _SCALE) != 0, alpha * tl.where(scale <= eps2, eps2, scale), alpha)  # eq. 9
+        excess = tl.sqrt(u2 / N) / clip
+        excess = tl.where(excess <= 1, 1.0, excess)  # NaN stays NaN
+        excess = tl.where(clip == _NONE, 1.0, excess)
+        factor = 1.0 / excess  # eq. 10
+        factor = tl.where((flags & _MAXIMIZE) != 0, -factor, factor)
+        factor = factor * tl.where(beta1 > 0, 1.0 - beta1, alpha)
+        tl.store(moves + (first + s) * 2, factor, mask=mask)
+        tl.store(moves + (first + s) * 2 + 1, alpha, mask=mask)
+    total = tl.sum(check)
+    goes_on = ((total - total) == 0) | ((flags & _SKIP) == 0)
+    counted = tl.where(goes_on, 1, 0).to(tl.int64)
+    tl.store(updated + tensor, counted)
+    step = tl.load(record + _STEP).to(tl.pointer_type(tl.int64))
+    tl.store(step, tl.load(step) + counted)
+    tl.atomic_add(skipped, 1 - counted)
+    report = tl.load(record + _REPORT)
+    if report != 0:
+        asked = report.to(tl.pointer_type(tl.float64))
+        for s0 in range(0, count, BLOCK):
+            s = s0 + tl.arange(0, BLOCK)
+            mask = s < count
+            out, made = asked + s * 4, mask & (counted != 0)
+            u2 = tl.load(found + (first + s) * 3, mask=mask, other=0)
+            Q = tl.load(found + (first + s) * 3 + 1, mask=mask, other=0)
+            excess = tl.sqrt(u2 / N) / clip
+            excess = tl.where(excess <= 1, 1.0, excess)
+            excess = tl.where(clip == _NONE, 1.0, excess)
+            scale = tl.sqrt(Q / N) * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(keep), 1.0)
+            scale = tl.where((flags & _SCALE) != 0, tl.where(scale <= eps2, eps2, scale), 1.0)
+            tl.store(out, tl.sqrt(u2 / N).to(tl.float64), mask=made)
+            tl.store(out + 1, excess.to(tl.float64), mask=made)
+            tl.store(out + 2, scale.to(tl.float64), mask=made)
+            left_alone = tl.load(out + 3, mask=mask, other=0) + (1 - counted).to(tl.float64)
+            tl.store(out + 3, left_alone, mask=mask)
+
+
+@triton.jit
+def apply(
+    tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
+    K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, HUGE: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One part of K matrices, as in `measure`: writes their statistics, momentum and parameters (eqs. 12, 13)."""
+    block = blocks + tl.program_id(0) * _B
+    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    record = tensors + tensor * _F
+    m, n, B1, matrices = (
+        tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1), tl.load(record + _MATRICES),
+    )  # fmt: skip
+    if ALIGNED:
+        m = tl.multiple_of(m, 16)
+    parts, part_rows = tl.load(record + _PARTS), tl.load(record + _PART_ROWS)
+    keep = tl.load(scalars + tensor * 4 + 3)
+    beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
+    seed, identity = tl.load(record + _SEED), tl.load(record + _IDENTITY)
+    t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
+    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
+    momentum, scales, residual = param, param, param
+    if COMPENSATED:
+        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
+    if MOMENTUM is not None:
+        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
+        scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
+    row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
+    column = _pointer(tl.load(record + _SECOND), tl.float32, ALIGNED)
+    k = matrix + tl.arange(0, K)
+    j = chunk * M + tl.arange(0, M)
+    here = k < matrices
+    first = k // B1 * n * B1 + k % B1
+    slice_ = moves + (tl.load(record + _SLICE) + k // tl.load(record + _PER_SLICE)) * 2
+    factor, alpha = tl.load(slice_, mask=here, other=0), tl.load(slice_ + 1, mask=here, other=0)
+    known = here[:, None] & (j < m)[None, :]
+    share = tl.load(record + _SUMS)
+    if ALIGNED:
+        share = tl.multiple_of(share, 16)
+    c = tl.load(sums + share + k[:, None] * parts * m + j[None, :], mask=known, other=0)
+    goes_on = tl.load(updated + tensor) != 0
+    tl.store(column + k[:, None] * m + j[None, :], c, mask=known & goes_on & (part == 0))
+    root_mu = tl.load(roots + tl.load(record + _ROOT_MU) + k, mask=here, other=0)
+    c = root_mu[:, None] * _inverse_root(c)
+    end = tl.where(goes_on, tl.minimum((part + 1) * part_rows, n), 0)
+    for i0 in tl.range(part * part_rows, end, NP, num_stages=STAGES):
+        i = i0 + tl.arange(0, NP)
+        run = first[:, None] + i[None, :] * B1
+        inside = here[:, None] & (i < n)[None, :]
+        place = run[:, :, None] * m + j[None, None, :]
+        mask = inside[:, :, None] & (j < m)[None, None, :]
+        r = tl.load(sums + tl.load(record + _FINISHED) + run, mask=inside, other=0)
+        tl.store(row + run, r, mask=inside & (chunk == 0))
+        a = _inverse_root(r) * factor[:, None]
+        u = tl.load(grad + place, mask=mask, other=0).to(tl.float32) * a[:, :, None] * c[:, None, :]
+        move(
+            param, momentum, scales, residual, place, mask, u, keep, alpha[:, None, None], beta1, seed, t, identity,
+            PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, K * NP * M,
+        )  # fmt: skip
+
+
+@triton.jit
+def apply_flat(
+    tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
+    BLOCK: tl.constexpr, FACTORED: tl.constexpr, SLICED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, HUGE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One run of elements, for tensors that are not factored, and where blocks of 8-bit momentum cross rows."""
+    block = blocks + tl.program_id(0) * _B
+    tensor, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    record = tensors + tensor * _F
+    decay, past, keep = (
+        tl.load(scalars + tensor * 4),
+        tl.load(scalars + tensor * 4 + 1),
+        tl.load(scalars + tensor * 4 + 3),
+    )
+    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
+    seed, identity = tl.load(record + _SEED), tl.load(record + _IDENTITY)
+    t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
+    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
+    momentum, scales, residual = param, param, param
+    if COMPENSATED:
+        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
+    if MOMENTUM is not None:
+        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
+        scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
+    statistic = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
+    column = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
+    m, n, B1, parts = (
+        tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1), tl.load(record + _PARTS),
+    )  # fmt: skip
+    size, slice0, slice_size = tl.load(record + _SIZE), tl.load(record + _SLICE), tl.load(record + _SLICE_SIZE)
+    end = tl.where(tl.load(updated + tensor) != 0, tl.minimum(end, size), 0)
+    if ALIGNED:
+        end = tl.multiple_of(end, 16)
+    for first in range(start, end, BLOCK):
+        e = first + tl.arange(0, BLOCK)
+        mask = e < end
+        g = tl.load(grad + e, mask=mask, other=0).to(tl.float32)
+        if SLICED:
+            slice_ = moves + (slice0 + e // slice_size) * 2
+            factor, alpha = tl.load(slice_, mask=mask, other=0), tl.load(slice_ + 1, mask=mask, other=0)
+        else:
+            factor, alpha = tl.load(moves + slice0 * 2), tl.load(moves + slice0 * 2 + 1)
+        if FACTORED:
+            run, j = e // m, e % m
+            k = run // (n * B1) * B1 + run % B1
+            r = tl.load(sums + tl.load(record + _FINISHED) + run, mask=mask, other=0)
+            c = tl.load(sums + tl.load(record + _SUMS) + k * parts * m + j, mask=mask, other=0)
+            tl.store(statistic + run, r, mask=mask & (j == 0))
+            tl.store(column + k * m + j, c, mask=mask & (run // B1 % n == 0))
+            root_mu = tl.load(roots + tl.load(record + _ROOT_MU) + k, mask=mask, other=0)
+            u = g * (_inverse_root(r) * factor) * (root_mu * _inverse_root(c))
+        else:
+            v = past * tl.load(statistic + e, mask=mask, other=0) + decay * (g * g + eps1)  # eq. 11
+            tl.store(statistic + e, v, mask=mask)
+            u = g * _inverse_root(v) * factor
+        move(
+            param, momentum, scales, residual, e, mask, u, keep, alpha, beta1, seed, t, identity,
+            PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, BLOCK,
+        )  # fmt: skip

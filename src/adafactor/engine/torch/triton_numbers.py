@@ -1,0 +1,148 @@
+"""Triton device functions: how one number is stored. Counted random bits, stochastic rounding, 8-bit momentum.
+
+The bits and the roundings are those of ``rounding.py``, the 8-bit code is that of ``int8.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adafactor.engine.torch.int8 import BLOCK, LARGEST
+
+_GOLDEN = tl.constexpr(0x9E3779B9)
+_BLOCK = tl.constexpr(BLOCK)
+_SQUARE = tl.constexpr(float(LARGEST * LARGEST))
+
+
+# The interpreter cuts bfloat16 instead of rounding it; what a device does is compiled.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x rounded to nearest, ties to even."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        u = x.to(tl.uint32, bitcast=True)
+        nearest = tl.where((u & 0x7FFFFFFF) > 0x7F800000, u | 0x400000, u + 0x7FFF + ((u >> 16) & 1))
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def _mix(h, key):
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15) ^ key) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def random_bits(seed, t, identity, place, HUGE: tl.constexpr):
+    """32 random bits per element; ``place``: int64, its row-major place. HUGE: places beyond 2**32 exist."""
+    none = tl.full((), 0, tl.uint32)
+    k = _mix(seed.to(tl.uint32), none) + _GOLDEN
+    k = _mix(k ^ (seed >> 32).to(tl.uint32), none) + _GOLDEN
+    k = _mix(k ^ t.to(tl.uint32), none) + _GOLDEN
+    k = _mix(k ^ identity.to(tl.uint32), none) + _GOLDEN
+    if HUGE:
+        k = k ^ (place >> 32).to(tl.uint32)
+    k = _mix(k, none) + _GOLDEN
+    return _mix(place.to(tl.uint32) + k, _mix(k ^ 0x85EBCA6B, none))
+
+
+@triton.jit
+def stochastic_bfloat16(x, bits):
+    """The 16 bits of x, rounded up with the probability of what is cut off. Finite numbers stay finite."""
+    u = x.to(tl.uint32, bitcast=True)
+    magnitude = u & 0x7FFFFFFF
+    total = magnitude + (bits >> 16)
+    total = tl.where((magnitude < 0x7F800000) & (total > 0x7F7FFFFF), 0x7F7FFFFF, total)
+    total = tl.where(magnitude > 0x7F800000, magnitude | 0x400000, total)
+    return ((total | (u & 0x80000000)) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def stochastic_float16(x, bits):
+    """The same for float16, whose subnormal numbers are counted in steps of 2**-24 with 13 bits behind the point."""
+    u = x.to(tl.uint32, bitcast=True)
+    magnitude = u & 0x7FFFFFFF
+    r = bits >> 19
+    small = magnitude < 0x38800000
+    fixed = (tl.where(small, magnitude, 0).to(tl.float32, bitcast=True) * 137438953472.0).to(tl.uint32)  # 2**37
+    h = tl.where(small, (fixed + r) >> 13, (magnitude + r - 0x38000000) >> 13)
+    h = tl.where(magnitude >= 0x477FE000, 0x7BFF, h)
+    h = tl.where(magnitude == 0x7F800000, 0x7C00, h)
+    h = tl.where(magnitude > 0x7F800000, 0x7E00 | ((magnitude >> 13) & 0x3FF), h)
+    return (h | ((u >> 16) & 0x8000)).to(tl.uint16)
+
+
+@triton.jit
+def decode(code, scale):
+    q = code.to(tl.float32)
+    return q * tl.abs(q) * (scale / _SQUARE)
+
+
+@triton.jit
+def encode(value, bits, SIZE: tl.constexpr):
+    """The code of every number of a tile, and the scale of its block; 256 neighbours of the tile are a block."""
+    blocks = tl.reshape(value, (SIZE // _BLOCK, _BLOCK))
+    # A number that is not finite makes the scale, and so the whole block, NaN.
+    scale = tl.max(tl.abs(blocks), axis=1) + tl.sum(blocks * 0.0, axis=1)
+    wide = tl.broadcast_to(tl.expand_dims(scale, 1), (SIZE // _BLOCK, _BLOCK))
+    wide = tl.reshape(wide, value.shape)
+    square = tl.where(wide > 0, tl.abs(value) / tl.where(wide > 0, wide, 1.0), 0.0) * _SQUARE
+    below = tl.floor(tl.sqrt(square))
+    share = (square - below * below) / (2 * below + 1)
+    q = below + tl.where((bits & 0xFFFF).to(tl.float32) * 0.0000152587890625 < share, 1.0, 0.0)  # 2**-16
+    return tl.where(value < 0, -q, q).to(tl.int8), scale
+
+
+@triton.jit
+def move(
+    param, momentum, scales, residual, place, mask, u, keep, alpha, beta1, seed, t, identity,
+    PARAM: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr,
+    HUGE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Equations 12 and 13 for one tile: average the update, add it to the parameter, store both.
+
+    Args:
+        param, momentum, scales, residual: where the tensors begin.
+        place: int64, every element's place in them.
+        u: the normalised update times 1 - beta1, or without momentum times alpha.
+        SIZE: elements of the tile.
+    """
+    if STOCHASTIC or MOMENTUM == tl.int8:
+        bits = random_bits(seed, t, identity, place, HUGE)
+    if MOMENTUM == tl.int8:
+        old = decode(
+            tl.load(momentum + place, mask=mask, other=0), tl.load(scales + place // _BLOCK, mask=mask, other=0)
+        )
+        u = tl.where(mask, beta1 * old + u, 0.0)
+        code, scale = encode(u, bits, SIZE)
+        tl.store(momentum + place, code, mask=mask)
+        where = tl.max(tl.reshape(tl.where(mask, place // _BLOCK, -1), (SIZE // _BLOCK, _BLOCK)), axis=1)
+        tl.store(scales + where, scale, mask=where >= 0)
+        u = alpha * u
+    elif MOMENTUM is not None:
+        u = beta1 * tl.load(momentum + place, mask=mask, other=0).to(tl.float32) + u
+        tl.store(momentum + place, narrow(u, MOMENTUM), mask=mask)
+        u = alpha * u
+    x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
+    if COMPENSATED:
+        x += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
+    x = keep * x - u
+    if COMPENSATED:
+        rounded = narrow(x, PARAM)
+        wide = rounded.to(tl.float32)
+        rest = tl.where(wide - wide == 0, x - wide, 0.0)  # of what is not finite nothing is left
+        tl.store(param + place, rounded, mask=mask)
+        tl.store(residual + place, narrow(rest, tl.bfloat16), mask=mask)
+    elif STOCHASTIC:
+        if PARAM == tl.bfloat16:
+            h = stochastic_bfloat16(x, bits)
+        else:
+            h = stochastic_float16(x, bits)
+        tl.store(param + place, h.to(PARAM, bitcast=True), mask=mask)
+    else:
+        tl.store(param + place, narrow(x, PARAM), mask=mask)

@@ -1,0 +1,288 @@
+"""The tables of the Triton kernels: which program works on which part of which tensor. NumPy alone, no device.
+
+Everything follows from the tensors' canonical forms (``canonical.py``), and is made once for a list of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adafactor.core.canonical import Canonical
+from adafactor.engine.torch.int8 import BLOCK as INT8_BLOCK
+
+#: int64 fields of a tensor's record: addresses; what a user has said; the form; where its share of a buffer begins.
+FIELDS = (
+    *("param", "first", "second", "momentum", "scales", "residual", "report"),
+    *("step", "lr", "flags", "seed", "identity"),
+    *("n", "B1", "m", "matrices", "per_slice", "slices", "slice_size", "size", "parts", "part_rows", "chunks"),
+    *("sums", "finished", "root_mu", "slice", "tiles", "partial", "squares", "row_parts"),
+)
+#: float64 numbers of a tensor.
+NUMBERS = ("exponent", "least", "eps1", "eps2", "clip", "decays", "beta1")
+NO_CLIP = 2.0**127  # beyond any root mean square of float32 numbers
+FLAGS = ("caps", "scale", "after_decay", "maximize", "skip")
+BLOCK_FIELDS = ("tensor", "a", "b", "c", "d")  # what a to d are, each kernel says
+SLICE_FIELDS = ("tensor", "k_begin", "k_end", "p_begin", "p_end", "q_begin", "q_end")
+
+TILE = 4096  # elements that 8 warps work on at a time
+WIDEST = 16384  # columns up to which a row's sum and the column sums of its part stay in registers
+FLAT = 16384  # elements of one program over an unfactored tensor, FLAT_TILE at a time
+FLAT_TILE = 1024
+COLUMNS = 128  # of one tile where the sums over parts are added up
+# S and W of a part take 8 bytes per column, its rows R times the parameter's bytes: 1.6 % of it. A list of few
+# programs is cut finer, up to four times, so that it does not leave most of a device idle.
+PART_ROWS = {4: 128, 2: 256}
+PROGRAMS = 264
+SHARED = 64 * 1024
+
+
+class Tile(NamedTuple):
+    """The tile of a factored tensor: K matrices × NP rows × M columns, and the warps that share it."""
+
+    K: int
+    NP: int
+    M: int
+    warps: int
+    wide: bool
+
+    @property
+    def of_apply(self) -> Tile:
+        """The tile of the second pass, which needs no whole rows."""
+        if self.M <= TILE:
+            return self
+        return Tile(1, 1, TILE, max(4, TILE // 512), True)
+
+    def stages(self, *itemsizes: int) -> int:
+        """How many tiles of tensors of these item sizes are on their way at a time, 3 at most.
+
+        All but one of them wait in shared memory, of which every device gives a program 64 KB or more. Rows of a few
+        elements do not get there in wide words, and their addresses fill the registers.
+        """
+        if self.M < 16:
+            return 1
+        return max(1, min(3, 1 + SHARED // (self.K * self.NP * self.M * sum(itemsizes))))
+
+
+class Launch(NamedTuple):
+    """What the programs of one launch have in common; dtypes by name, ``momentum`` "" for none."""
+
+    tile: Tile | None  # None: an unfactored tensor
+    param: str
+    grad: str
+    momentum: str
+    scale: bool
+    stochastic: bool
+    compensated: bool
+    huge: bool
+    aligned: bool
+    flat: bool  # apply walks elements, not rows
+    sliced: bool
+
+
+@dataclass
+class Tensor:
+    """What the tables must know of one tensor; ``itemsize`` is the parameter's."""
+
+    form: Canonical
+    launch: Launch
+    itemsize: int
+
+
+@dataclass
+class Tables:
+    """The records of a list of tensors and the blocks of every launch.
+
+    Attributes:
+        records: int64 (tensors, FIELDS); addresses and what a user has said are still 0.
+        slices: int64 (slices, SLICE_FIELDS).
+        measure, apply: per launch its blocks, int64 (programs, BLOCK_FIELDS).
+        columns: per (K, P, C) of the tile its blocks.
+        sums, partials, squares, roots: numbers in each buffer, float32.
+    """
+
+    records: NDArray[np.int64]
+    slices: NDArray[np.int64]
+    measure: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
+    apply: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
+    columns: dict[tuple[int, int, int], NDArray[np.int64]] = field(default_factory=dict)
+    sums: int = 0
+    partials: int = 0
+    squares: int = 0
+    roots: int = 0
+
+
+def power(n: int, base: int = 2) -> int:
+    """The least power of ``base`` that is at least n."""
+    result = 1
+    while result < n:
+        result *= base
+    return result
+
+
+def _width(m: int, coarse: int) -> int:
+    """Columns of a tile for m columns: a power of two, and of four up to ``coarse``."""
+    return max(4, power(m, 4) if m <= coarse else power(m))
+
+
+def tile_of(form: Canonical) -> Tile:
+    """The tile of a factored tensor. Few different ones, for each is a launch and a compilation."""
+    matrices = form.b0 * form.B1
+    wide = form.m > WIDEST
+    M = TILE if wide else _width(form.m, TILE // 4)
+    rows = max(TILE // M, 1)
+    warps = max(4, min(32, max(TILE, M) // 512))
+    if matrices == 1 or form.n >= rows:
+        return Tile(1, rows, M, warps, wide)
+    NP = min(power(form.n, 4), rows)
+    return Tile(rows // NP, NP, M, warps, wide)
+
+
+def tables(tensors: Sequence[Tensor]) -> Tables:
+    """Cut every tensor into the work of programs, and give it its place in the buffers."""
+    result = Tables(np.zeros((len(tensors), len(FIELDS)), np.int64), np.zeros((0, len(SLICE_FIELDS)), np.int64))
+    division = _division(tensors)
+    measured: dict[Launch, list[NDArray[np.int64]]] = {}
+    applied: dict[Launch, list[NDArray[np.int64]]] = {}
+    summed: dict[tuple[int, int, int], list[NDArray[np.int64]]] = {}
+    slices = []
+    first_slice = 0
+    for number, tensor in enumerate(tensors):
+        form, launch = tensor.form, tensor.launch
+        record = dict.fromkeys(FIELDS, 0)
+        record.update(n=form.n, B1=form.B1, m=form.m, matrices=form.b0 * form.B1, size=form.size)
+        record.update(slices=form.slices, slice=first_slice, slice_size=form.size // form.slices, tiles=1)
+        record.update(partial=result.partials, squares=result.squares)
+        first_slice += form.slices
+        if launch.tile is None:
+            blocks, entries = _flat(number, form)
+            moved = blocks
+            result.partials += len(blocks)
+            result.squares += len(blocks)
+        else:
+            _place(record, result, form, launch.tile, _part_rows(tensor, division))
+            key, sums, ends = _columns(number, form, record)
+            summed.setdefault(key, []).append(sums)
+            result.partials += len(sums)
+            blocks = _parts(number, record, launch.tile)
+            moved = _parts(number, record, launch.tile.of_apply)
+            entries = _factored_slices(number, form, record, ends)
+        if len(blocks):
+            measured.setdefault(launch, []).append(blocks)
+        applied.setdefault(launch, []).append(_runs(number, form) if launch.flat else moved)
+        slices.append(entries)
+        result.records[number] = [record[name] for name in FIELDS]
+    result.slices = np.concatenate(slices)
+    result.measure = {launch: np.concatenate(blocks) for launch, blocks in measured.items()}
+    result.apply = {launch: np.concatenate(blocks) for launch, blocks in applied.items()}
+    result.columns = {key: np.concatenate(blocks) for key, blocks in summed.items()}
+    return result
+
+
+def _part_rows(tensor: Tensor, division: int) -> int:
+    tile = tensor.launch.tile
+    assert tile is not None
+    rows = max(PART_ROWS[tensor.itemsize] // division, 4 * TILE // tile.M)
+    return -(-min(rows, tensor.form.n) // tile.NP) * tile.NP
+
+
+def _division(tensors: Sequence[Tensor]) -> int:
+    """1, 2 or 4: how much finer than ``PART_ROWS`` the parts of this list are."""
+    factored = [tensor for tensor in tensors if tensor.launch.tile is not None]
+    for division in (1, 2):
+        programs = 0
+        for tensor in factored:
+            assert tensor.launch.tile is not None
+            matrices = -(-tensor.form.b0 * tensor.form.B1 // tensor.launch.tile.K)
+            programs += matrices * -(-tensor.form.n // _part_rows(tensor, division))
+        if programs >= PROGRAMS:
+            return division
+    return 4
+
+
+def _place(record: dict[str, int], result: Tables, form: Canonical, tile: Tile, part_rows: int) -> None:
+    """The parts of a factored tensor, and its share of every buffer."""
+    matrices = form.b0 * form.B1
+    parts = -(-form.n // part_rows)
+    chunks = -(-form.m // tile.M)
+    tiles = -(-form.m // COLUMNS)
+    record.update(per_slice=matrices // form.slices, parts=parts, part_rows=part_rows, chunks=chunks, tiles=tiles)
+    runs = form.b0 * form.n * form.B1
+    record["sums"] = -(-result.sums // 16) * 16  # as far apart as wide loads need
+    record["finished"] = record["sums"] + 2 * matrices * parts * form.m
+    record["row_parts"] = record["finished"] + runs
+    result.sums = record["row_parts"] + (runs * chunks if tile.wide else 0)
+    record["root_mu"] = result.roots
+    result.roots += matrices
+    result.squares += matrices * parts * chunks
+
+
+def _grid(*axes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """All combinations, the last axis changing fastest."""
+    return [values.ravel() for values in np.meshgrid(*axes, indexing="ij")]
+
+
+def _blocks(number: int, *values: Any) -> NDArray[np.int64]:
+    result = np.zeros((len(values[0]), len(BLOCK_FIELDS)), np.int64)
+    result[:, 0] = number
+    for place, value in enumerate(values, start=1):
+        result[:, place] = value
+    return result
+
+
+def _parts(number: int, record: dict[str, int], tile: Tile) -> NDArray[np.int64]:
+    """tensor, first matrix, part, chunk of columns."""
+    matrices = np.arange(0, record["matrices"], tile.K)
+    chunks = np.arange(-(-record["m"] // tile.M))
+    return _blocks(number, *_grid(matrices, np.arange(record["parts"]), chunks))
+
+
+def _columns(
+    number: int, form: Canonical, record: dict[str, int]
+) -> tuple[tuple[int, int, int], NDArray[np.int64], NDArray[np.int64]]:
+    """tensor, first matrix, tile, end of the matrices, place of the partial sums; and where each slice's end.
+
+    With one tile per matrix a program takes several matrices, all of one slice.
+    """
+    tiles, per_slice = record["tiles"], record["per_slice"]
+    if tiles > 1:
+        matrix, tile = _grid(np.arange(record["matrices"]), np.arange(tiles))
+        blocks = _blocks(number, matrix, tile, matrix + 1, np.arange(len(matrix)))
+        return (1, 8, COLUMNS), blocks, np.arange(form.slices + 1) * per_slice * tiles
+    C = _width(form.m, COLUMNS // 2)
+    K = 1 if per_slice == 1 else max(1, 1024 // C)
+    slice_, first = _grid(np.arange(form.slices), np.arange(0, per_slice, K))
+    end = np.minimum(first + K, per_slice) + slice_ * per_slice
+    blocks = _blocks(number, first + slice_ * per_slice, 0, end, np.arange(len(first)))
+    return (K, 8 if K == 1 else 1, C), blocks, np.arange(form.slices + 1) * (len(first) // form.slices)
+
+
+def _factored_slices(
+    number: int, form: Canonical, record: dict[str, int], ends: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    k = np.arange(form.slices + 1) * record["per_slice"]
+    q = k * record["parts"] * record["chunks"]
+    return np.stack([np.full(form.slices, number), k[:-1], k[1:], ends[:-1], ends[1:], q[:-1], q[1:]], axis=1)
+
+
+def _flat(number: int, form: Canonical) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """tensor, first element, end, place of the sums; and the slices."""
+    size = form.size // form.slices
+    slice_, start = _grid(np.arange(form.slices), np.arange(0, size, FLAT))
+    end = np.minimum(start + FLAT, size)
+    index = np.arange(len(start))
+    p = np.arange(form.slices + 1) * (len(start) // form.slices)
+    zeros = np.zeros(form.slices, np.int64)
+    entries = np.stack([np.full(form.slices, number), zeros, zeros, p[:-1], p[1:], p[:-1], p[1:]], axis=1)
+    return _blocks(number, start + slice_ * size, end + slice_ * size, index), entries
+
+
+def _runs(number: int, form: Canonical) -> NDArray[np.int64]:
+    """tensor, first element, end: whole blocks of 8-bit momentum, whatever the slices."""
+    assert FLAT % INT8_BLOCK == 0
+    start = np.arange(0, form.size, FLAT)
+    return _blocks(number, start, start + FLAT)
