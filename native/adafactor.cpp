@@ -70,11 +70,11 @@ int check(const adafactor_tensor& t, adafactor::Verb verb) {
   if (t.residual && (!half(t.param_dtype) || (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING))) return 6;
   const bool factored = t.flags & ADAFACTOR_FACTORED;
   if ((t.flags & ADAFACTOR_SCALE_PARAMETER) && !t.Q) return 3;
-  if (t.b0 * t.n * t.B1 * t.m == 0) return 0;
+  if (t.outer * t.rows * t.inner * t.columns == 0) return 0;
   if (!t.param || !t.grad || !t.row || (factored && !t.column)) return 3;
-  if ((t.flags & ADAFACTOR_COLUMNS_FIRST) && (!factored || t.B1 != 1)) return 5;
+  if ((t.flags & ADAFACTOR_COLUMNS_FIRST) && (!factored || t.inner != 1)) return 5;
   if (verb != adafactor::kStep && (!t.S || !t.W || (factored && !t.finished))) return 3;
-  return t.slices > 0 && t.b0 % t.slices == 0 ? 0 : 3;
+  return t.slices > 0 && t.outer % t.slices == 0 ? 0 : 3;
 }
 
 int perform(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa, adafactor::Verb verb) {

@@ -1,10 +1,10 @@
 /* Adafactor's measure and apply for CPU tensors: the C interface of the native kernels.
  *
  * Equation numbers are those of docs/algorithm.md. All pointers are to dense memory, aligned to their element. A
- * factored parameter is seen as x[b0][n][B1][m]: b0 and B1 index a stack of matrices with n rows and m columns, m is
- * contiguous. The row statistic is [b0][n][B1], the column statistic [b0][B1][m]. A parameter that is not factored is
- * x[b0][m] with n = B1 = 1 and b0 = slices. A slice, b0 / slices consecutive blocks, has a clip factor and a scale of
- * its own.
+ * factored parameter is seen as x[outer][rows][inner][columns], the columns contiguous: outer and inner index a stack
+ * of matrices. The row statistic is [outer][rows][inner], the column statistic [outer][inner][columns]. A parameter
+ * that is not factored is x[outer][columns] with rows = inner = 1 and outer = slices. A slice, outer / slices
+ * consecutive blocks, has a clip factor and a scale of its own.
  *
  * Measure finishes the rows, of which it needs whole ones, and adds up the columns. With COLUMNS_FIRST it is the other
  * way round, for a shard that has whole columns and pieces of rows: wherever "row" stands below, read "column" and the
@@ -39,7 +39,7 @@ enum {
   ADAFACTOR_SKIP_NONFINITE = 16,    /* leave a tensor alone whose gradient is not finite */
   ADAFACTOR_STOCHASTIC_ROUNDING = 32, /* of a bfloat16 or float16 parameter; see random.h */
   ADAFACTOR_Q_KNOWN = 64,           /* Q holds the sums of x^2 already: measure does not read x */
-  ADAFACTOR_COLUMNS_FIRST = 128     /* a factored tensor with B1 = 1 only */
+  ADAFACTOR_COLUMNS_FIRST = 128     /* a factored tensor with inner = 1 only */
 };
 
 enum { ADAFACTOR_BASELINE, ADAFACTOR_AVX2, ADAFACTOR_AVX512, ADAFACTOR_ISAS };
@@ -48,8 +48,8 @@ enum { ADAFACTOR_BASELINE, ADAFACTOR_AVX2, ADAFACTOR_AVX512, ADAFACTOR_ISAS };
 typedef struct adafactor_tensor {
   void* param;
   const void* grad;
-  void* row;         /* T[b0][n][B1], or the second moment T[b0][m] if not factored */
-  void* column;      /* T[b0][B1][m]; unused if not factored */
+  void* row;         /* T[outer][rows][inner], or the second moment T[outer][columns] if not factored */
+  void* column;      /* T[outer][inner][columns]; unused if not factored */
   void* momentum;    /* of momentum_dtype, or NULL for none */
   void* residual;    /* bfloat16, like param: what rounding the bfloat16 or float16 param has cut off, or NULL for none.
                         Not with STOCHASTIC_ROUNDING */
@@ -60,24 +60,24 @@ typedef struct adafactor_tensor {
   void* S;           /* T, like column (eq. 4), overwritten by apply; T[slices], sums of g^2, if not factored */
   void* W;           /* T, like column (eq. 5); T[slices], sums of u^2 (eq. 11), if not factored.
                         step takes NULL for finished, S and W, and keeps them to itself */
-  double* report;    /* [slices][4], or NULL for none. apply: of the update it makes RMS(u) before clipping (eq. 7), what
-                        clipping divides by (eq. 10) and the parameter scale (eq. 9); if it makes none it adds 1 to the
-                        fourth */
-  int64_t b0, n, B1, m, slices;
-  int64_t n_global;      /* rows of the whole matrix, of which a shard holds n; 1 if not factored */
-  int64_t N_global;      /* elements behind one clip factor, over all shards */
-  int64_t m_global;      /* columns of the whole matrix; of a whole slice if not factored */
-  int64_t row_offset;    /* first row and column of the shard: they number elements for stochastic rounding only */
+  double* diagnostics; /* [slices][4], or NULL for none. apply: of the update it makes RMS(u) before clipping (eq. 7),
+                        what clipping divides by (eq. 10) and the parameter scale (eq. 9); if it makes none it adds 1
+                        to the fourth */
+  int64_t outer, rows, inner, columns, slices;
+  int64_t global_rows;      /* rows of the whole matrix, of which a shard holds some; 1 if not factored */
+  int64_t global_size;      /* elements behind one clip factor, over all shards */
+  int64_t global_columns;   /* columns of the whole matrix; of a whole slice if not factored */
+  int64_t row_offset;       /* first row and column of the shard: they number elements for stochastic rounding only */
   int64_t column_offset;
   int64_t param_dtype, grad_dtype, momentum_dtype;
   uint64_t flags;
   double rho;        /* step size before the parameter scale, eq. 8 */
-  double decay;      /* 1 - beta(t), eq. 1 */
+  double ema_weight; /* 1 - beta(t), eq. 1 */
   double eps1, eps2;
   double clip;       /* d of eq. 10; infinity switches clipping off */
-  double keep;       /* x is multiplied by this before the step: 1 - learning_rate * weight_decay */
+  double decay_factor; /* x is multiplied by this before the step: 1 - learning_rate * weight_decay */
   double beta1;      /* momentum, eq. 12 */
-  uint64_t seed, step, id; /* name the random numbers of this tensor in this update */
+  uint64_t seed, step, rng_stream; /* name the random numbers of this tensor in this update */
   int64_t skipped;   /* out: 1 where SKIP_NONFINITE left the tensor alone, else 0 */
 } adafactor_tensor;
 

@@ -55,7 +55,7 @@ bool prepare(Work& work, Buffer& buffer) {
   Workspace& space = work.space;
   const bool factored = t.flags & ADAFACTOR_FACTORED;
   const int64_t element = t.param_dtype == ADAFACTOR_FLOAT64 ? 8 : 4;
-  int64_t rows = t.b0 * t.n * t.B1, columns = t.b0 * t.B1 * t.m;
+  int64_t rows = t.outer * t.rows * t.inner, columns = t.outer * t.inner * t.columns;
   if (t.flags & ADAFACTOR_COLUMNS_FIRST) std::swap(rows, columns);
   const int64_t sums = factored ? columns : t.slices;
   const size_t finished = factored && !t.finished ? padded(rows * element) : 0;
@@ -78,7 +78,7 @@ bool prepare(Work& work, Buffer& buffer) {
   space.g2 = reinterpret_cast<double*>(take(units));
   space.u2 = reinterpret_cast<double*>(take(units));
   space.alpha = reinterpret_cast<double*>(take(slices));
-  space.shrink = reinterpret_cast<double*>(take(slices));
+  space.inverse_clip = reinterpret_cast<double*>(take(slices));
   space.parts = plan.sum_parts;
   space.units_per_slice = plan.units_per_slice;
   return true;
@@ -112,7 +112,7 @@ class Schedule {
     int64_t last = count;
     for (int64_t k = count; k-- > 0;) {
       Work work(tensors[k]);
-      elements_ += work.plan.units ? tensors[k].b0 * tensors[k].n * tensors[k].B1 * tensors[k].m : 0;
+      elements_ += work.plan.units ? tensors[k].outer * tensors[k].rows * tensors[k].inner * tensors[k].columns : 0;
       if (work.plan.chunks <= 1) new (works_ + --last) Work(work);
     }
     small_ = count - last;
@@ -175,7 +175,7 @@ class Schedule {
         task.work = works_ + large_ + next_small_;
         for (int64_t elements = 0; next_small_ < small_ && elements < kGrain / 2; ++next_small_) {
           const adafactor_tensor& t = works_[large_ + next_small_].t;
-          elements += t.b0 * t.n * t.B1 * t.m + 256;  // and something for the call itself
+          elements += t.outer * t.rows * t.inner * t.columns + 256;  // and something for the call itself
         }
         task.chunk = large_ + next_small_;
         return task;

@@ -32,7 +32,9 @@ inline bool finite(double x) { return x - x == 0; }
 inline bool columns_first(const adafactor_tensor& t) { return t.flags & ADAFACTOR_COLUMNS_FIRST; }
 
 // Numbers in each of S and W of one block.
-inline size_t sums_of_a_block(const adafactor_tensor& t) { return size_t(columns_first(t) ? t.n : t.B1 * t.m); }
+inline size_t sums_of_a_block(const adafactor_tensor& t) {
+  return size_t(columns_first(t) ? t.rows : t.inner * t.columns);
+}
 
 // A tile of a factored parameter is a piece of one long run, or several short runs: how many of them.
 inline size_t runs_of_a_tile(size_t m, size_t left) { return m < kTile ? least(kTile / m, left) : 1; }
@@ -71,7 +73,7 @@ double sum_squares(const adafactor_tensor& t, size_t begin, size_t end) {
 // sums[r] = sum_j g[r][j]^2 over runs [first, last).
 template <class T>
 void sum_rows(const adafactor_tensor& t, T* sums, size_t first, size_t last) {
-  const size_t m = size_t(t.m);
+  const size_t m = size_t(t.columns);
   T tile[kTile];
   if (m <= kTile) {
     for (size_t r = first; r < last;) {
@@ -136,7 +138,7 @@ Rows<T> load_rows(const adafactor_tensor& t, size_t first, size_t stride, size_t
 template <int R, class T>
 void add_columns(const adafactor_tensor& t, size_t first, size_t stride, const T* inverse_roots, T* S, T* W) {
   T tile[R * kColumns];
-  const size_t m = size_t(t.m), width = t.grad_dtype == Own<T>::dtype ? m : kColumns;
+  const size_t m = size_t(t.columns), width = t.grad_dtype == Own<T>::dtype ? m : kColumns;
   for (size_t j = 0; j < m; j += width) {
     const size_t n = least(width, m - j);
     const Rows<T> rows = load_rows(t, first + j, stride, R, n, tile);
@@ -153,9 +155,9 @@ inline T weight(T row) {
 
 template <class T>
 void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
-  const size_t n = size_t(t.n), m = size_t(t.m), B1 = size_t(t.B1), stride = B1 * m;
+  const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner), stride = inner * m;
   const T* row = at<T>(t.row, 0);
-  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
   memset(S, 0, stride * sizeof(T));
   memset(W, 0, stride * sizeof(T));
 
@@ -163,16 +165,17 @@ void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b,
   rows = rows >= 64 ? 64 : rows >= 8 ? rows / 8 * 8 : rows >= 4 ? 4 : 1;
   for (size_t i = begin; i < end; i += rows) {
     const size_t i_end = least(i + rows, end);
-    const size_t first = (b * n + i) * B1, last = (b * n + i_end) * B1;
+    const size_t first = (b * n + i) * inner, last = (b * n + i_end) * inner;
     sum_rows(t, finished, first, last);
-    for (size_t r = first; r < last; ++r) finished[r] = past * row[r] + decay * (finished[r] / T(m) + eps1);  // eq. 2
-    for (size_t b1 = 0; b1 < B1; ++b1) {
+    for (size_t r = first; r < last; ++r)
+      finished[r] = past * row[r] + ema_weight * (finished[r] / T(m) + eps1);  // eq. 2
+    for (size_t k_inner = 0; k_inner < inner; ++k_inner) {
       T weights[8];
       for (size_t k = i; k < i_end;) {
         const size_t count = i_end - k >= 8 ? 8 : i_end - k >= 4 ? 4 : 1;
-        const size_t run = (b * n + k) * B1 + b1;
-        for (size_t q = 0; q < count; ++q) weights[q] = weight(finished[run + q * B1]);
-        T *s = S + b1 * m, *w = W + b1 * m;
+        const size_t run = (b * n + k) * inner + k_inner;
+        for (size_t q = 0; q < count; ++q) weights[q] = weight(finished[run + q * inner]);
+        T *s = S + k_inner * m, *w = W + k_inner * m;
         if (count == 8) add_columns<8>(t, run * m, stride, weights, s, w);
         else if (count == 4) add_columns<4>(t, run * m, stride, weights, s, w);
         else add_columns<1>(t, run * m, stride, weights, s, w);
@@ -185,7 +188,7 @@ void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b,
 // Calls visit(g, i) for every row i, with its n elements from column j on; n <= kTile.
 template <class T, class Visit>
 inline void visit_rows(const adafactor_tensor& t, size_t b, size_t j, size_t n, const Visit& visit) {
-  const size_t m = size_t(t.m), end = size_t(t.n), first = b * end * m + j;
+  const size_t m = size_t(t.columns), end = size_t(t.rows), first = b * end * m + j;
   const size_t most = n == m ? kTile / m : 1;  // whole rows lie side by side: a tile of several
   T tile[kTile];
   for (size_t i = 0; i < end; i += most) {
@@ -201,8 +204,8 @@ inline void visit_rows(const adafactor_tensor& t, size_t b, size_t j, size_t n, 
 // that memory likes two reads of wide ones better.
 template <class T>
 void measure_columns(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
-  const size_t rows = size_t(t.n), m = size_t(t.m);
-  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  const size_t rows = size_t(t.rows), m = size_t(t.columns);
+  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
   memset(S, 0, rows * sizeof(T));
   memset(W, 0, rows * sizeof(T));
   T weights[kTile], u[kTile];
@@ -214,7 +217,7 @@ void measure_columns(const adafactor_tensor& t, T* finished, T* S, T* W, size_t 
     visit_rows<T>(t, b, j, n, [=](const T* g, size_t) {
       for (size_t k = 0; k < n; ++k) sums[k] += g[k] * g[k];
     });
-    for (size_t k = 0; k < n; ++k) sums[k] = past * column[k] + decay * (sums[k] / T(rows) + eps1);  // eq. 3
+    for (size_t k = 0; k < n; ++k) sums[k] = past * column[k] + ema_weight * (sums[k] / T(rows) + eps1);  // eq. 3
     for (size_t k = 0; k < n; ++k) weights[k] = weight(sums[k]);
     visit_rows<T>(t, b, j, n, [&, n](const T* g, size_t i) {
       for (size_t k = 0; k < n; ++k) u[k] = g[k] * weights[k];
@@ -228,9 +231,9 @@ void measure_columns(const adafactor_tensor& t, T* finished, T* S, T* W, size_t 
 template <class T>
 inline void normalise(const adafactor_tensor& t, const T* g, const T* second_moment, T* v, T* ADAFACTOR_RESTRICT u,
                       size_t n) {
-  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
   for (size_t j = 0; j < n; ++j) {
-    const T finished = past * second_moment[j] + decay * (g[j] * g[j] + eps1);
+    const T finished = past * second_moment[j] + ema_weight * (g[j] * g[j] + eps1);
     const T normalised = g[j] / root(finished);
     v[j] = finished;
     u[j] = finished == 0 ? T(0) : normalised;
@@ -270,10 +273,11 @@ void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const bool reads_x = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
   if (t.flags & ADAFACTOR_FACTORED) {
     measure_factored<T>(t, w, unit);
-    const size_t first = size_t((unit.b * t.n + unit.begin) * t.B1), last = size_t(((unit.b_end - 1) * t.n + unit.end) * t.B1);
-    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, first, last, size_t(t.m));  // eq. 6
+    const size_t first = size_t((unit.b * t.rows + unit.begin) * t.inner);
+    const size_t last = size_t(((unit.b_end - 1) * t.rows + unit.end) * t.inner);
+    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, first, last, size_t(t.columns));  // eq. 6
   } else {
-    const size_t begin = size_t(unit.b * t.m + unit.begin), end = size_t(unit.b * t.m + unit.end);
+    const size_t begin = size_t(unit.b * t.columns + unit.begin), end = size_t(unit.b * t.columns + unit.end);
     measure_whole<T>(t, w, unit, begin, end);
     if (reads_x) w.Q[unit.index] = sum_squares<T>(t, begin, end);
   }
@@ -297,8 +301,8 @@ void combine(const adafactor_tensor& t, const Workspace& w) {
   const bool measured = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
   if (factored && w.parts > 1) {
     const size_t n = sums_of_a_block(t), count = size_t(w.parts);
-    add_parts(at<T>(w.S, 0), at<T>(w.partial_S, 0), size_t(t.b0), count, n);
-    add_parts(at<T>(w.W, 0), at<T>(w.partial_W, 0), size_t(t.b0), count, n);
+    add_parts(at<T>(w.S, 0), at<T>(w.partial_S, 0), size_t(t.outer), count, n);
+    add_parts(at<T>(w.W, 0), at<T>(w.partial_W, 0), size_t(t.outer), count, n);
   }
   for (int64_t s = 0; s < t.slices; ++s) {
     double Q = 0, g2 = 0, u2 = 0;
@@ -315,13 +319,13 @@ void combine(const adafactor_tensor& t, const Workspace& w) {
 // sqrt(mu) col^(-1/2) in S and returns the matrix's sum of u^2 (eq. 7).
 template <class T>
 double finish_columns(const adafactor_tensor& t, T* column, T* ADAFACTOR_RESTRICT S, const T* W, size_t m, T rows) {
-  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
   T tile[kTile];
   double total = 0, weighted = 0;
   for (size_t j = 0; j < m; j += kTile) {
     const size_t n = least(kTile, m - j);
     T* c = column + j;
-    for (size_t k = 0; k < n; ++k) c[k] = past * c[k] + decay * (S[j + k] / rows + eps1);
+    for (size_t k = 0; k < n; ++k) c[k] = past * c[k] + ema_weight * (S[j + k] / rows + eps1);
     for (size_t k = 0; k < n; ++k) {
       const T ratio = W[j + k] / c[k];
       tile[k] = c[k] == 0 ? T(0) : ratio;
@@ -345,11 +349,11 @@ double total(const T* x, size_t count) {
 template <class T>
 bool finish(const adafactor_tensor& t, const Workspace& w) {
   const bool factored = t.flags & ADAFACTOR_FACTORED;
-  const size_t sums = factored ? size_t(t.b0) * sums_of_a_block(t) : size_t(t.slices);
+  const size_t sums = factored ? size_t(t.outer) * sums_of_a_block(t) : size_t(t.slices);
   T *S = at<T>(w.S, 0), *W = at<T>(w.W, 0);
   // A gradient that is not finite shows in its sums: no pass over it just to look.
   if ((t.flags & ADAFACTOR_SKIP_NONFINITE) && !(finite(total(S, sums)) && finite(total(W, sums)))) {
-    for (int64_t s = 0; t.report && s < t.slices; ++s) t.report[4 * s + 3] += 1;
+    for (int64_t s = 0; t.diagnostics && s < t.slices; ++s) t.diagnostics[4 * s + 3] += 1;
     return false;
   }
 
@@ -357,29 +361,30 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
     double u2 = 0;
     if (factored) {
       void* statistic = columns_first(t) ? t.row : t.column;
-      const size_t length = size_t(columns_first(t) ? t.n : t.m), blocks = size_t(t.b0 / t.slices) * size_t(t.B1);
-      const T divisor = T(columns_first(t) ? t.m_global : t.n_global);
+      const size_t length = size_t(columns_first(t) ? t.rows : t.columns);
+      const size_t blocks = size_t(t.outer / t.slices) * size_t(t.inner);
+      const T divisor = T(columns_first(t) ? t.global_columns : t.global_rows);
       for (size_t k = size_t(s) * blocks; k < size_t(s + 1) * blocks; ++k)
         u2 += finish_columns(t, at<T>(statistic, k * length), S + k * length, W + k * length, length, divisor);
     } else {
       u2 = double(W[s]);
     }
-    const double N = double(t.N_global);
+    const double N = double(t.global_size);
     const double rms_u = root(u2 / N), excess = rms_u / t.clip;
     const double divisor = !finite(t.clip) || excess <= 1 ? 1 : excess;  // eq. 10; NaN stays NaN
     double scale = 1;
     if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
       scale = root(t.Q[s] / N);
-      if (t.flags & ADAFACTOR_SCALE_AFTER_DECAY) scale *= t.keep < 0 ? -t.keep : t.keep;
+      if (t.flags & ADAFACTOR_SCALE_AFTER_DECAY) scale *= t.decay_factor < 0 ? -t.decay_factor : t.decay_factor;
       if (scale <= t.eps2) scale = t.eps2;  // eq. 9
     }
-    w.shrink[s] = 1 / divisor;
+    w.inverse_clip[s] = 1 / divisor;
     w.alpha[s] = t.rho * scale;
-    if (double* report = t.report ? t.report + 4 * s : nullptr) report[0] = rms_u, report[1] = divisor, report[2] = scale;
+    if (double* d = t.diagnostics ? t.diagnostics + 4 * s : nullptr) d[0] = rms_u, d[1] = divisor, d[2] = scale;
   }
   if (columns_first(t)) {  // apply takes the columns ready to multiply by; row by row, they would be made n times
     T* finished = at<T>(w.finished, 0);
-    for (size_t j = 0; j < size_t(t.b0 * t.m); ++j) {
+    for (size_t j = 0; j < size_t(t.outer * t.columns); ++j) {
       *at<T>(t.column, j) = finished[j];
       finished[j] = inverse_root(finished[j]);
     }
@@ -392,12 +397,12 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
 // The scalars of one slice. Without momentum `normalised` holds alpha, with momentum (1 - beta1), beside the clip.
 template <class T>
 struct Step {
-  T normalised, keep, beta1, alpha;
+  T normalised, decay_factor, beta1, alpha;
   Step(const adafactor_tensor& t, const Workspace& w, int64_t slice) {
     const double sign = (t.flags & ADAFACTOR_MAXIMIZE) ? -1 : 1;
     const double scale = t.momentum ? 1 - t.beta1 : w.alpha[slice];
-    normalised = T(sign * w.shrink[slice] * scale);
-    keep = T(t.keep);
+    normalised = T(sign * w.inverse_clip[slice] * scale);
+    decay_factor = T(t.decay_factor);
     beta1 = T(t.beta1);
     alpha = T(w.alpha[slice]);
   }
@@ -405,13 +410,13 @@ struct Step {
 
 // x -= a * g * c (eq. 13), where a holds everything but the columns.
 template <class T>
-inline void descend(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n) {
-  for (size_t j = 0; j < n; ++j) x[j] = keep * x[j] - g[j] * a * c[j];
+inline void descend(const T* g, const T* c, T a, T decay_factor, T* ADAFACTOR_RESTRICT x, size_t n) {
+  for (size_t j = 0; j < n; ++j) x[j] = decay_factor * x[j] - g[j] * a * c[j];
 }
 
 // The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes.
 template <class T>
-inline T descend_squares(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTRICT x, size_t n) {
+inline T descend_squares(const T* g, const T* c, T a, T decay_factor, T* ADAFACTOR_RESTRICT x, size_t n) {
   Lanes<T> squares;
   T s[4][kLanes] = {};
   size_t j = 0;
@@ -423,13 +428,13 @@ inline T descend_squares(const T* g, const T* c, T a, T keep, T* ADAFACTOR_RESTR
     for (size_t q = 0; q < 4; ++q)
       for (size_t k = 0; k < kLanes; ++k) {
         const size_t i = j + q * kLanes + k;
-        const T moved = keep * x[i] - g[i] * a * c[i];
+        const T moved = decay_factor * x[i] - g[i] * a * c[i];
         x[i] = moved;
         s[q][k] += moved * moved;
       }
   }
   memcpy(squares.group, s, sizeof(s));
-  descend(g + j, c + j, a, keep, x + j, n - j);
+  descend(g + j, c + j, a, decay_factor, x + j, n - j);
   squares.template add<Square>(x + j, n - j);
   return squares.total();
 }
@@ -441,7 +446,7 @@ inline void descend_momentum(const T* u, const Step<T>& step, T* ADAFACTOR_RESTR
   for (size_t j = 0; j < n; ++j) {
     const T average = step.beta1 * momentum[j] + u[j];
     momentum[j] = average;
-    x[j] = step.keep * x[j] - step.alpha * average;
+    x[j] = step.decay_factor * x[j] - step.alpha * average;
   }
 }
 
@@ -454,7 +459,8 @@ struct Target {
   T x_tile[kTile], momentum_tile[kTile], residual_tile[kTile];
   T *x, *momentum;
 
-  Target(const adafactor_tensor& tensor, size_t first_element, size_t count) : t(tensor), first(first_element), n(count) {
+  Target(const adafactor_tensor& tensor, size_t first_element, size_t count)
+      : t(tensor), first(first_element), n(count) {
     const bool half = t.param_dtype == ADAFACTOR_BFLOAT16 || t.param_dtype == ADAFACTOR_FLOAT16;
     stochastic = half && (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING);
     x = open(t.param_dtype, t.param, first, x_tile, n);
@@ -489,29 +495,29 @@ struct Target {
   }
 };
 
-// Walks over the runs of x[b0][n][B1][m]; `columns` is where the run's columns start.
+// Walks over the runs of x[outer][rows][inner][columns]; `columns` is where the run's columns start.
 struct Cursor {
-  size_t n, B1, m, i, b1, block;
+  size_t n, inner, m, i, k_inner, block;
   void next() {
-    if (++b1 < B1) return;
-    b1 = 0;
+    if (++k_inner < inner) return;
+    k_inner = 0;
     if (++i < n) return;
     i = 0;
-    block += B1 * m;
+    block += inner * m;
   }
-  size_t columns() const { return block + b1 * m; }
+  size_t columns() const { return block + k_inner * m; }
 };
 
 // Index of an element in the whole parameter, of which this may be a shard.
 inline uint64_t global_index(const adafactor_tensor& t, uint64_t run, uint64_t column) {
-  const uint64_t n = uint64_t(t.n), B1 = uint64_t(t.B1), b = run / (n * B1);
-  run += (b * (uint64_t(t.n_global) - n) + uint64_t(t.row_offset)) * B1;
-  return run * uint64_t(t.m_global) + uint64_t(t.column_offset) + column;
+  const uint64_t n = uint64_t(t.rows), inner = uint64_t(t.inner), b = run / (n * inner);
+  run += (b * (uint64_t(t.global_rows) - n) + uint64_t(t.row_offset)) * inner;
+  return run * uint64_t(t.global_columns) + uint64_t(t.column_offset) + column;
 }
 
 template <class T>
 double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
-  const size_t n = size_t(t.n), m = size_t(t.m), B1 = size_t(t.B1);
+  const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner);
   const Step<T> step(t, w, unit.slice);
   // Where columns come first, finish has committed both sides: the rows are in S and the columns in finished.
   const bool turned = columns_first(t);
@@ -526,9 +532,9 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
   double Q = 0;
   const bool plain = t.param_dtype == Own<T>::dtype && t.grad_dtype == Own<T>::dtype && !t.momentum && m >= kTile;
 
-  const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * B1;
-  const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * B1;
-  Cursor cursor = {n, B1, m, size_t(unit.begin), 0, size_t(unit.b) * B1 * m};
+  const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * inner;
+  const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * inner;
+  Cursor cursor = {n, inner, m, size_t(unit.begin), 0, size_t(unit.b) * inner * m};
   for (size_t r = first; r < last;) {
     if (plain) {  // nothing to convert and no momentum: no tile, and one look at everything
       const T a = factor(r);
@@ -538,9 +544,9 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
         T* x = at<T>(t.param, r * m + j);
         const T* g = static_cast<const T*>(t.grad) + r * m + j;
         if (count >= kLanes) {
-          Q += double(descend_squares(g, c + j, a, step.keep, x, count));
+          Q += double(descend_squares(g, c + j, a, step.decay_factor, x, count));
         } else {
-          descend(g, c + j, a, step.keep, x, count);
+          descend(g, c + j, a, step.decay_factor, x, count);
           Q += double(sum<Square>(x, count));
         }
       }
@@ -561,7 +567,7 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
         if (target.momentum) {
           for (size_t k = 0; k < count; ++k) u[q * count + k] = h[k] * a * c[k];
         } else {
-          descend(h, c, a, step.keep, target.x + q * count, count);
+          descend(h, c, a, step.decay_factor, target.x + q * count, count);
         }
       }
       if (target.momentum) descend_momentum(u, step, target.momentum, target.x, runs * count);
@@ -576,7 +582,7 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
 
 template <class T>
 double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
-  const size_t m = size_t(t.m);
+  const size_t m = size_t(t.columns);
   const Step<T> step(t, w, unit.slice);
   T tile[kTile], u[kTile];
   double Q = 0;
@@ -590,7 +596,7 @@ double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& un
     if (target.momentum) {
       descend_momentum(u, step, target.momentum, target.x, n);
     } else {
-      for (size_t k = 0; k < n; ++k) target.x[k] = step.keep * target.x[k] - u[k];
+      for (size_t k = 0; k < n; ++k) target.x[k] = step.decay_factor * target.x[k] - u[k];
     }
     if (target.stochastic) target.round(0, n, global_index(t, uint64_t(unit.b), j));
     Q += target.finish();

@@ -13,13 +13,13 @@ struct Workspace {
   void* finished;   // these three as in adafactor_tensor
   void* S;
   void* W;
-  void* partial_S;  // [b0][parts] times S of a block, where a matrix is measured in several parts
+  void* partial_S;  // [outer][parts] times S of a block, where a matrix is measured in several parts
   void* partial_W;
   double* Q;        // [units] sums of x^2, before or after the step
   double* g2;       // [units] if not factored: sums of g^2 and of u^2
   double* u2;
   double* alpha;    // [slices] eq. 9
-  double* shrink;   // [slices] 1 / max(1, RMS(u) / d), eq. 10
+  double* inverse_clip;   // [slices] 1 / max(1, RMS(u) / d), eq. 10
   int64_t parts;
   int64_t units_per_slice;
 };

@@ -34,21 +34,21 @@ struct Plan {
 
   explicit Plan(const adafactor_tensor& t) {
     const bool factored = t.flags & ADAFACTOR_FACTORED;
-    const int64_t block = t.n * t.B1 * t.m, length = factored ? t.n : t.m;
-    if (block == 0 || t.b0 == 0) return;
-    const int64_t most = factored ? most_parts(t.n) : kMostParts;
+    const int64_t block = t.rows * t.inner * t.columns, length = factored ? t.rows : t.columns;
+    if (block == 0 || t.outer == 0) return;
+    const int64_t most = factored ? most_parts(t.rows) : kMostParts;
     parts = std::max<int64_t>(1, std::min(most, block / kPart));
     part_length = (length + parts - 1) / parts;
     if (parts > 1) part_length = (part_length + 15) / 16 * 16;
     parts = (length + part_length - 1) / part_length;
     sum_parts = parts;
     if (t.flags & ADAFACTOR_COLUMNS_FIRST) {
-      const int64_t most_columns = std::max<int64_t>(1, std::min(parts, t.m / kColumnPart));
-      column_length = ((t.m + most_columns - 1) / most_columns + 63) / 64 * 64;
-      sum_parts = (t.m + column_length - 1) / column_length;
+      const int64_t most_columns = std::max<int64_t>(1, std::min(parts, t.columns / kColumnPart));
+      column_length = ((t.columns + most_columns - 1) / most_columns + 63) / 64 * 64;
+      sum_parts = (t.columns + column_length - 1) / column_length;
     }
 
-    blocks_per_slice = t.b0 / t.slices;
+    blocks_per_slice = t.outer / t.slices;
     if (parts == 1) blocks_per_unit = std::max<int64_t>(1, std::min(blocks_per_slice, kGrain / block));
     units_per_slice = (blocks_per_slice + blocks_per_unit - 1) / blocks_per_unit * parts;
     units = t.slices * units_per_slice;
@@ -58,7 +58,7 @@ struct Plan {
   }
 
   Unit unit(int64_t index, const adafactor_tensor& t) const {
-    const int64_t length = (t.flags & ADAFACTOR_FACTORED) ? t.n : t.m;
+    const int64_t length = (t.flags & ADAFACTOR_FACTORED) ? t.rows : t.columns;
     Unit u;
     u.index = index;
     u.slice = index / units_per_slice;
@@ -68,8 +68,8 @@ struct Plan {
     u.b_end = std::min(u.b + blocks_per_unit, (u.slice + 1) * blocks_per_slice);
     u.begin = u.part * part_length;
     u.end = std::min(u.begin + part_length, length);
-    u.column = std::min(u.part * column_length, t.m);
-    u.column_end = std::min(u.column + column_length, t.m);
+    u.column = std::min(u.part * column_length, t.columns);
+    u.column_end = std::min(u.column + column_length, t.columns);
     return u;
   }
 };

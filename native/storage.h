@@ -192,7 +192,7 @@ ADAFACTOR_CALLED void narrow_stochastic(const adafactor_tensor& t, const float* 
     narrow_stochastic(t, tile + left, at + size_t(left), n - size_t(left), index + left);
     n = size_t(left);
   }
-  const Key key = make_key(t.seed, t.step, t.id, index);
+  const Key key = make_key(t.seed, t.step, t.rng_stream, index);
   const uint32_t low = uint32_t(index);
   if (t.param_dtype == ADAFACTOR_BFLOAT16) {
     for (size_t j = 0; j < n; ++j) out[j] = stochastic_bfloat16(tile[j], random_bits(low + uint32_t(j), key));

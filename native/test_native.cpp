@@ -53,14 +53,14 @@ struct Model {
     return data;
   }
 
-  void add(bool factored, bool columns_first, int64_t b0, int64_t n, int64_t B1, int64_t m, int64_t slices, int64_t dtype, int64_t grad,
+  void add(bool factored, bool columns_first, int64_t outer, int64_t n, int64_t inner, int64_t m, int64_t slices, int64_t dtype, int64_t grad,
            int64_t momentum, bool separate) {
     adafactor_tensor t = {};
-    const size_t N = size_t(b0 * n * B1 * m), element = dtype == ADAFACTOR_FLOAT64 ? 8 : 4;
-    const size_t rows = factored ? size_t(b0 * n * B1) : N, columns = factored ? size_t(b0 * B1 * m) : 0;
+    const size_t N = size_t(outer * n * inner * m), element = dtype == ADAFACTOR_FLOAT64 ? 8 : 4;
+    const size_t rows = factored ? size_t(outer * n * inner) : N, columns = factored ? size_t(outer * inner * m) : 0;
     const size_t whole = columns_first ? columns : rows, sums = !factored ? size_t(slices) : columns_first ? rows : columns;
-    t.b0 = b0, t.n = t.n_global = n, t.B1 = B1, t.m = t.m_global = m, t.slices = slices;
-    t.N_global = slices ? int64_t(N) / slices : 0;
+    t.outer = outer, t.rows = t.global_rows = n, t.inner = inner, t.columns = t.global_columns = m, t.slices = slices;
+    t.global_size = slices ? int64_t(N) / slices : 0;
     t.param_dtype = dtype, t.grad_dtype = grad, t.momentum_dtype = momentum < 0 ? 0 : momentum;
     t.param = numbers(N, dtype);
     t.grad = numbers(N, grad);
@@ -73,8 +73,8 @@ struct Model {
       t.S = zeros(sums * element);
       t.W = zeros(sums * element);
     }
-    t.rho = 0.01, t.decay = 0.5, t.eps1 = 1e-30, t.eps2 = 1e-3, t.clip = 1, t.keep = 0.99, t.beta1 = 0.9;
-    t.seed = 7, t.id = tensors.size();
+    t.rho = 0.01, t.ema_weight = 0.5, t.eps1 = 1e-30, t.eps2 = 1e-3, t.clip = 1, t.decay_factor = 0.99, t.beta1 = 0.9;
+    t.seed = 7, t.rng_stream = tensors.size();
     t.flags = ADAFACTOR_SCALE_PARAMETER | ADAFACTOR_SKIP_NONFINITE | (factored ? ADAFACTOR_FACTORED : 0u);
     if (columns_first) t.flags |= ADAFACTOR_COLUMNS_FIRST;
     const bool half = dtype == ADAFACTOR_BFLOAT16 || dtype == ADAFACTOR_FLOAT16;
@@ -85,7 +85,7 @@ struct Model {
 
   explicit Model(bool separate) {
     const int64_t shapes[][6] = {
-        // 0: not factored, 1: factored, 2: columns first; b0, n, B1, m, slices
+        // 0: not factored, 1: factored, 2: columns first; outer, n, inner, m, slices
         {0, 1, 1, 1, 1, 1},      {0, 1, 1, 1, 70001, 1}, {0, 5, 1, 1, 33, 5},    {0, 1, 1, 1, 530000, 1},
         {0, 0, 1, 1, 5, 0},      {0, 1, 1, 1, 0, 1},     {1, 1, 1, 1, 1, 1},     {1, 1, 7, 1, 5, 1},
         {1, 1, 1300, 1, 410, 1}, {1, 1, 40, 1, 2051, 1}, {1, 3, 17, 4, 19, 1},   {1, 6, 30, 1, 31, 3},
@@ -102,7 +102,7 @@ struct Model {
   std::string contents() const {
     std::string all;
     for (const adafactor_tensor& t : tensors) {  // what a step leaves behind, not its scratch
-      const size_t N = size_t(t.b0 * t.n * t.B1 * t.m);
+      const size_t N = size_t(t.outer * t.rows * t.inner * t.columns);
       all.append(static_cast<const char*>(t.param), N * bytes_of(t.param_dtype));
       all.append(reinterpret_cast<const char*>(t.Q), size_t(t.slices) * 8);
       if (t.residual) all.append(static_cast<const char*>(t.residual), N * 2);

@@ -40,12 +40,13 @@ char* advance(void* buffer, int64_t bytes) { return static_cast<char*>(buffer) +
 adafactor_tensor record(const int64_t* words, int64_t models, const double* numbers) {
   adafactor_tensor t;
   std::memset(&t, 0, sizeof t);
-  t.b0 = words[kB0] / models, t.n = words[kN], t.B1 = words[kB1], t.m = words[kM], t.slices = words[kSlices] / models;
-  t.n_global = t.n, t.m_global = t.m;
-  t.N_global = t.slices ? t.b0 * t.n * t.B1 * t.m / t.slices : 0;
+  t.outer = words[kB0] / models, t.rows = words[kN], t.inner = words[kB1], t.columns = words[kM];
+  t.slices = words[kSlices] / models;
+  t.global_rows = t.rows, t.global_columns = t.columns;
+  t.global_size = t.slices ? t.outer * t.rows * t.inner * t.columns / t.slices : 0;
   t.flags = words[kFactored] ? ADAFACTOR_FACTORED : 0;
-  t.decay = numbers[kDecay], t.rho = numbers[kRho], t.eps1 = numbers[kEps1], t.eps2 = numbers[kEps2];
-  t.clip = numbers[kClip], t.beta1 = numbers[kBeta1], t.keep = 1;
+  t.ema_weight = numbers[kDecay], t.rho = numbers[kRho], t.eps1 = numbers[kEps1], t.eps2 = numbers[kEps2];
+  t.clip = numbers[kClip], t.beta1 = numbers[kBeta1], t.decay_factor = 1;
   return t;
 }
 
@@ -57,9 +58,9 @@ std::vector<double> doubles(const ffi::AnyBuffer& buffer) {
   return values;
 }
 
-int64_t size_of(const adafactor_tensor& t) { return t.b0 * t.n * t.B1 * t.m; }
-int64_t rows_of(const adafactor_tensor& t) { return t.b0 * t.n * t.B1; }
-int64_t columns_of(const adafactor_tensor& t) { return t.b0 * t.B1 * t.m; }
+int64_t size_of(const adafactor_tensor& t) { return t.outer * t.rows * t.inner * t.columns; }
+int64_t rows_of(const adafactor_tensor& t) { return t.outer * t.rows * t.inner; }
+int64_t columns_of(const adafactor_tensor& t) { return t.outer * t.inner * t.columns; }
 
 template <class T>
 T inverse_root(T v) {
@@ -70,11 +71,11 @@ T inverse_root(T v) {
 // report is of RMS(u), the divisor and the scale.
 template <class T>
 double factor(const adafactor_tensor& t, double Q, double u2, T* report) {
-  const double N = double(t.N_global), rms_u = std::sqrt(u2 / N), excess = rms_u / t.clip;
+  const double N = double(t.global_size), rms_u = std::sqrt(u2 / N), excess = rms_u / t.clip;
   const double divisor = std::isinf(t.clip) || excess <= 1 ? 1 : excess;
   double scale = 1;
   if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
-    scale = std::sqrt(Q / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.keep) : 1);
+    scale = std::sqrt(Q / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.decay_factor) : 1);
     if (scale <= t.eps2) scale = t.eps2;
   }
   if (report) report[0] = T(rms_u), report[1] = T(divisor), report[2] = T(scale);
@@ -94,16 +95,16 @@ struct Finish {
 // column_factor (which holds S). The step size is in row_factor.
 template <class T>
 void finish(const adafactor_tensor& t, const Finish<T>& f) {
-  const int64_t m = t.m, matrices = t.b0 / t.slices * t.B1;
+  const int64_t m = t.columns, matrices = t.outer / t.slices * t.inner;
   std::vector<double> root_mu(static_cast<size_t>(matrices));
-  const T decay = T(t.decay), past = T(1 - t.decay), eps1 = T(t.eps1);
+  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
   for (int64_t s = 0; s < t.slices; ++s) {
     double u2 = 0;
     for (int64_t k = 0; k < matrices; ++k) {
       const int64_t at = (s * matrices + k) * m;
       double total = 0, weighted = 0;
       for (int64_t j = at; j < at + m; ++j) {
-        const T c = past * f.old_column[j] + decay * (f.S[j] / T(t.n) + eps1);
+        const T c = past * f.old_column[j] + ema_weight * (f.S[j] / T(t.rows) + eps1);
         f.column[j] = c;
         total += c;
         weighted += c == 0 ? 0 : f.W[j] / c;
@@ -160,7 +161,7 @@ ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<doub
       adafactor_tensor t = record(words, models, numbers.data() + model * kNumbers);
       if (scale) t.flags |= ADAFACTOR_SCALE_PARAMETER;
       if (scale_after_decay) t.flags |= ADAFACTOR_SCALE_AFTER_DECAY;
-      t.keep = keep[size_t(model * count + k)];
+      t.decay_factor = keep[size_t(model * count + k)];
       t.param_dtype = dtype_of(x.element_type()), t.grad_dtype = dtype_of(g.element_type());
       const int64_t rows = factored ? rows_of(t) : size_of(t), sums_size = factored ? columns_of(t) : t.slices;
       t.param = advance(x.untyped_data(), model * size_of(t) * int64_t(ffi::ByteWidth(x.element_type())));
@@ -232,7 +233,7 @@ ffi::Error step(ffi::AnyBuffer numbers_buffer, ffi::AnyBuffer keep_buffer, ffi::
     for (int64_t model = 0; model < models; ++model) {
       adafactor_tensor t = record(words, models, numbers.data() + model * kNumbers);
       if (scale) t.flags |= ADAFACTOR_SCALE_PARAMETER;
-      t.keep = keep[size_t(model * count + k)];
+      t.decay_factor = keep[size_t(model * count + k)];
       t.param_dtype = dtype_of(x.element_type()), t.grad_dtype = dtype_of(g.element_type());
       t.momentum_dtype = dtype_of(average_type);
       const int64_t size = size_of(t), rows = column ? rows_of(t) : size;

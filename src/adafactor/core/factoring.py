@@ -137,7 +137,7 @@ class Part(Layout):
         return math.prod(self.whole_shape[axis] for axis in self.whole)
 
     @property
-    def turned(self) -> Part:
+    def transposed(self) -> Part:
         """The same part with rows and columns in each other's place."""
         return replace(self, rows=self.columns, columns=self.rows)
 

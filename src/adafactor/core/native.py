@@ -34,17 +34,28 @@ FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHAST
     1 << bit for bit in range(8)
 )
 
-_ADDRESSES = ["param", "grad", "row", "column", "momentum", "residual", "Q", "finished", "S", "W", "report"]
-_NUMBERS = ["b0", "n", "B1", "m", "slices", "n_global", "N_global", "m_global", "row_offset", "column_offset"]
+_ADDRESSES = ["param", "grad", "row", "column", "momentum", "residual", "Q", "finished", "S", "W", "diagnostics"]
+_NUMBERS = [
+    "outer",
+    "rows",
+    "inner",
+    "columns",
+    "slices",
+    "global_rows",
+    "global_size",
+    "global_columns",
+    "row_offset",
+    "column_offset",
+]
 _CODES = ["param_dtype", "grad_dtype", "momentum_dtype"]
-_SCALARS = ["rho", "decay", "eps1", "eps2", "clip", "keep", "beta1"]
+_SCALARS = ["rho", "ema_weight", "eps1", "eps2", "clip", "decay_factor", "beta1"]
 #: ``adafactor_tensor``, field by field.
 RECORD = np.dtype(
     [(name, np.uint64) for name in _ADDRESSES]
     + [(name, np.int64) for name in (*_NUMBERS, *_CODES)]
     + [("flags", np.uint64)]
     + [(name, np.float64) for name in _SCALARS]
-    + [("seed", np.uint64), ("step", np.uint64), ("id", np.uint64), ("skipped", np.int64)]
+    + [("seed", np.uint64), ("step", np.uint64), ("rng_stream", np.uint64), ("skipped", np.int64)]
 )
 _ABI = 2 * 65536 + RECORD.itemsize
 
@@ -139,14 +150,14 @@ class Table:
         self.sums: dict[str, NDArray[Any]] = {}
         self._finished: dict[str, NDArray[Any]] = {}
         record = self.records
-        for name in ("b0", "n", "B1", "m", "slices"):
+        for name in ("outer", "rows", "inner", "columns", "slices"):
             record[name] = [getattr(form, name) for form in self.forms]
-        record["n_global"], record["m_global"] = record["n"], record["m"]
-        record["N_global"] = [form.size // form.slices if form.slices else 0 for form in self.forms]
+        record["global_rows"], record["global_columns"] = record["rows"], record["columns"]
+        record["global_size"] = [form.size // form.slices if form.slices else 0 for form in self.forms]
         record["Q"] = self._Q.ctypes.data + 8 * (ends - record["slices"])
         record["flags"] = [FACTORED * form.factored + COLUMNS_FIRST * form.columns_first for form in self.forms]
-        record["id"] = np.arange(len(self.forms))
-        record["clip"], record["keep"] = np.inf, 1.0
+        record["rng_stream"] = np.arange(len(self.forms))
+        record["clip"], record["decay_factor"] = np.inf, 1.0
 
     def __len__(self) -> int:
         return len(self.forms)
@@ -186,7 +197,7 @@ class Table:
         rho: float,
         where: slice | NDArray[Any] = slice(None),
         *,
-        keep: float = 1.0,
+        decay_factor: float = 1.0,
         scale_after_decay: bool = False,
         maximize: bool = False,
         skip_nonfinite: bool = False,
@@ -198,14 +209,14 @@ class Table:
 
         Args:
             rho: ``hp.rho(...)``, eq. 8.
-            keep: what x is multiplied by before the step: 1 - learning rate · weight decay.
+            decay_factor: what x is multiplied by before the step: 1 - learning rate · weight decay.
             scale_after_decay: RMS(x) of the decayed parameter (Keras), not of the one before (PyTorch).
             q_known: ``table.Q`` holds the sums of x² already, so measure need not read x.
         """
         record = self.records[where]
         steps = np.asarray(t)
-        record["decay"] = hp.decay(int(steps)) if steps.ndim == 0 else [hp.decay(int(step)) for step in steps]
-        record["rho"], record["keep"] = rho, keep
+        record["ema_weight"] = hp.decay(int(steps)) if steps.ndim == 0 else [hp.decay(int(step)) for step in steps]
+        record["rho"], record["decay_factor"] = rho, decay_factor
         record["eps1"], record["eps2"] = hp.epsilon_1, hp.epsilon_2
         record["clip"] = np.inf if hp.clip_threshold is None else hp.clip_threshold
         record["beta1"] = hp.momentum or 0.0
@@ -232,18 +243,15 @@ class Table:
             self.records["S"][where] = sums.ctypes.data + size * (ends - columns)
             self.records["W"][where] = sums.ctypes.data + size * (ends - columns + sum(columns))
 
-    def run(self, verb: Verb, threads: int | None = None, where: slice = slice(None), isa: str | None = None) -> None:
-        """One call for the tensors ``where``. Releases the interpreter lock.
+    def run(self, verb: Verb, threads: int | None = None, isa: str | None = None) -> None:
+        """One call for all tensors. Releases the interpreter lock.
 
         Args:
             threads: as for `threads`.
             isa: an instruction set instead of the one in use; for tests.
         """
-        record = self.records[where]
-        if not record.flags.c_contiguous:
-            raise ValueError(message("where", "a slice of step 1", where, "Call once per run of tensors."))
         code = _isa() if isa is None else ISAS.index(isa)
-        error = _library().verbs[verb](record.ctypes.data, len(record), _threads(threads), code)
+        error = _library().verbs[verb](self.records.ctypes.data, len(self.records), _threads(threads), code)
         if error == 1:
             raise MemoryError("The native kernels found no memory for their row and column sums.")
         if error:

@@ -200,7 +200,7 @@ def sent(model: nn.Module, optimizer: Adafactor) -> dict[str, Any]:
     columns = 0
     for place in placements:
         if place.mode == "rows":
-            shape = place.roles.row_shape if place.turned else place.roles.column_shape
+            shape = place.roles.row_shape if place.transposed else place.roles.column_shape
             columns += torch.Size(shape).numel()
     return {
         "collectives": counted.get_total_counts(),

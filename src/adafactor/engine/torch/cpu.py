@@ -119,7 +119,7 @@ class Prepared:
             int(t[0]) if same else t,
             rho,  # type: ignore[arg-type]
             where,
-            keep=1.0 - lr * settings.weight_decay,
+            decay_factor=1.0 - lr * settings.weight_decay,
             scale_after_decay=settings.scale_after_decay,
             maximize=settings.maximize,
             skip_nonfinite=settings.skip_nonfinite,
@@ -147,8 +147,8 @@ def prepare(work: Sequence[Work]) -> Prepared:
         )
         if isinstance(w.layout, Part):
             _globalise(table.records[k : k + 1], _in_memory(w.layout, table.forms[k]))
-    table.records["id"] = [w.tensor for w in chosen]
-    table.records["report"] = [0 if w.report is None else w.report.data_ptr() for w in chosen]
+    table.records["rng_stream"] = [w.tensor for w in chosen]
+    table.records["diagnostics"] = [0 if w.report is None else w.report.data_ptr() for w in chosen]
     return Prepared(
         work=chosen,
         other=[w for w, form in zip(work, forms, strict=True) if form is None],
@@ -161,15 +161,15 @@ def prepare(work: Sequence[Work]) -> Prepared:
 
 def _in_memory(part: Part, form: native.Canonical) -> Part:
     """The part with the kernel's rows as its rows."""
-    return part.turned if form.swapped else part
+    return part.transposed if form.transposed else part
 
 
 def _globalise(record: NDArray[Any], part: Part) -> None:
     """The numbers of the whole parameter for a table row that holds a part of it."""
     whole, offset = part.whole_shape, part.offset
-    record["n_global"] = part.n if part.factored else 1
-    record["m_global"] = part.m if part.factored else part.slice_size
-    record["N_global"] = part.slice_size
+    record["global_rows"] = part.n if part.factored else 1
+    record["global_columns"] = part.m if part.factored else part.slice_size
+    record["global_size"] = part.slice_size
 
     def first(axes: Sequence[int]) -> int:
         place = 0
@@ -195,8 +195,8 @@ def _numbered(part: Part) -> bool:
         return False
     if not part.factored:
         return True
-    # Columns that stand before their rows, matrices of a stack inside one another (B1 of the kernels' form), or a split
-    # stack behind a batch leave gaps.
+    # Columns that stand before their rows, matrices of a stack inside one another (`inner` of the kernels' form), or
+    # a split stack behind a batch leave gaps.
     first, last = min(part.rows), max(part.rows)
     in_order = last < min(part.columns) and all(axis < first for axis in (*stack, *part.batch))
     return in_order and not (part.batch and any(axis in split for axis in stack))
@@ -225,7 +225,7 @@ def form_of(w: Work) -> native.Canonical | None:
         return form
     if w.settings.stochastic_rounding and not _numbered(_in_memory(w.layout, form)):
         return None
-    if not form.swapped:
+    if not form.transposed:
         return form
     # A part's rows are whole and its columns may not be: its rows, the kernel's columns, are what measure must finish.
-    return form._replace(columns_first=True) if form.B1 == 1 else None
+    return form._replace(columns_first=True) if form.inner == 1 else None

@@ -253,8 +253,8 @@ def launch_of(w: Work, form: Canonical, aligned: bool) -> Launch:
         stochastic=settings.stochastic_rounding and w.param.dtype in (torch.bfloat16, torch.float16),
         compensated=w.compensated,
         huge=form.size > 1 << 32,
-        aligned=aligned and form.m % 16 == 0,
-        flat=not form.factored or (int8 and form.m % BLOCK != 0),
+        aligned=aligned and form.columns % 16 == 0,
+        flat=not form.factored or (int8 and form.columns % BLOCK != 0),
         sliced=form.slices > 1,
     )
 

@@ -131,14 +131,14 @@ def _width(m: int, coarse: int) -> int:
 
 def tile_of(form: Canonical) -> Tile:
     """The tile of a factored tensor. Few different ones, for each is a launch and a compilation."""
-    matrices = form.b0 * form.B1
-    wide = form.m > WIDEST
-    M = TILE if wide else _width(form.m, TILE // 4)
+    matrices = form.outer * form.inner
+    wide = form.columns > WIDEST
+    M = TILE if wide else _width(form.columns, TILE // 4)
     rows = max(TILE // M, 1)
     warps = max(4, min(32, max(TILE, M) // 512))
-    if matrices == 1 or form.n >= rows:
+    if matrices == 1 or form.rows >= rows:
         return Tile(1, rows, M, warps, wide)
-    NP = min(power(form.n, 4), rows)
+    NP = min(power(form.rows, 4), rows)
     return Tile(rows // NP, NP, M, warps, wide)
 
 
@@ -154,7 +154,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
     for number, tensor in enumerate(tensors):
         form, launch = tensor.form, tensor.launch
         record = dict.fromkeys(FIELDS, 0)
-        record.update(n=form.n, B1=form.B1, m=form.m, matrices=form.b0 * form.B1, size=form.size)
+        record.update(n=form.rows, B1=form.inner, m=form.columns, matrices=form.outer * form.inner, size=form.size)
         record.update(slices=form.slices, slice=first_slice, slice_size=form.size // form.slices, tiles=1)
         record.update(partial=result.partials, squares=result.squares)
         first_slice += form.slices
@@ -187,7 +187,7 @@ def _part_rows(tensor: Tensor, division: int) -> int:
     tile = tensor.launch.tile
     assert tile is not None
     rows = max(PART_ROWS[tensor.itemsize] // division, 4 * TILE // tile.M)
-    return -(-min(rows, tensor.form.n) // tile.NP) * tile.NP
+    return -(-min(rows, tensor.form.rows) // tile.NP) * tile.NP
 
 
 def _division(tensors: Sequence[Tensor]) -> int:
@@ -197,8 +197,8 @@ def _division(tensors: Sequence[Tensor]) -> int:
         programs = 0
         for tensor in factored:
             assert tensor.launch.tile is not None
-            matrices = -(-tensor.form.b0 * tensor.form.B1 // tensor.launch.tile.K)
-            programs += matrices * -(-tensor.form.n // _part_rows(tensor, division))
+            matrices = -(-tensor.form.outer * tensor.form.inner // tensor.launch.tile.K)
+            programs += matrices * -(-tensor.form.rows // _part_rows(tensor, division))
         if programs >= PROGRAMS:
             return division
     return 4
@@ -206,14 +206,14 @@ def _division(tensors: Sequence[Tensor]) -> int:
 
 def _place(record: dict[str, int], result: Tables, form: Canonical, tile: Tile, part_rows: int) -> None:
     """The parts of a factored tensor, and its share of every buffer."""
-    matrices = form.b0 * form.B1
-    parts = -(-form.n // part_rows)
-    chunks = -(-form.m // tile.M)
-    tiles = -(-form.m // COLUMNS)
+    matrices = form.outer * form.inner
+    parts = -(-form.rows // part_rows)
+    chunks = -(-form.columns // tile.M)
+    tiles = -(-form.columns // COLUMNS)
     record.update(per_slice=matrices // form.slices, parts=parts, part_rows=part_rows, chunks=chunks, tiles=tiles)
-    runs = form.b0 * form.n * form.B1
+    runs = form.outer * form.rows * form.inner
     record["sums"] = -(-result.sums // 16) * 16  # as far apart as wide loads need
-    record["finished"] = record["sums"] + 2 * matrices * parts * form.m
+    record["finished"] = record["sums"] + 2 * matrices * parts * form.columns
     record["row_parts"] = record["finished"] + runs
     result.sums = record["row_parts"] + (runs * chunks if tile.wide else 0)
     record["root_mu"] = result.roots
@@ -253,7 +253,7 @@ def _columns(
         matrix, tile = _grid(np.arange(record["matrices"]), np.arange(tiles))
         blocks = _blocks(number, matrix, tile, matrix + 1, np.arange(len(matrix)))
         return (1, 8, COLUMNS), blocks, np.arange(form.slices + 1) * per_slice * tiles
-    C = _width(form.m, COLUMNS // 2)
+    C = _width(form.columns, COLUMNS // 2)
     K = 1 if per_slice == 1 else max(1, 1024 // C)
     slice_, first = _grid(np.arange(form.slices), np.arange(0, per_slice, K))
     end = np.minimum(first + K, per_slice) + slice_ * per_slice

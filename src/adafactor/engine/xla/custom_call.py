@@ -63,12 +63,12 @@ def lower_measure(
         return None
     order, results, aliases = [0, 1], list[int](), dict[int, int]()
     at, out = 2, 0
-    for layout, (_, swapped) in zip(layouts, tensors, strict=True):
+    for layout, (_, transposed) in zip(layouts, tensors, strict=True):
         taken = list(range(at, at + 1 + scale + len(layout.slots)))
         at += len(taken)
         given = list(range(out, out + (4 if layout.factored else 1) + report))
         out += len(given)
-        if swapped:  # the kernel's row is our column
+        if transposed:  # the kernel's row is our column
             taken[-2:] = taken[:-3:-1]
             given = [given[1], given[0], given[3], given[2], *given[4:]]
         if layout.factored:  # the statistics are replaced in place
@@ -96,12 +96,12 @@ def lower_step(
         return None
     order, results, aliases = [0, 1], list[int](), dict[int, int]()
     at, out = 2, 0
-    for layout, (_, swapped) in zip(layouts, tensors, strict=True):
+    for layout, (_, transposed) in zip(layouts, tensors, strict=True):
         taken = list(range(at, at + 2 + len(layout.slots) + momentum))
         at += len(taken)
         given = list(range(out, out + len(taken) - 1))
         out += len(given)
-        if swapped:
+        if transposed:
             taken[2], taken[3] = taken[3], taken[2]
             given[1], given[2] = given[2], given[1]
         aliases |= {len(order) + 1 + k: len(results) + k for k in range(len(given))}
@@ -123,7 +123,9 @@ def _tensors(context: Any, layouts: tuple[Layout, ...]) -> list[tuple[list[int],
     for form in forms:
         if form is None or not form.size:
             return None
-        words.append(([int(form.factored), form.b0, form.n, form.B1, form.m, form.slices], form.swapped))
+        words.append(
+            ([int(form.factored), form.outer, form.rows, form.inner, form.columns, form.slices], form.transposed)
+        )
     return words
 
 

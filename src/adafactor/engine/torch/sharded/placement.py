@@ -6,7 +6,7 @@ follows from that for a matrix:
     split are        complete here    sums to add up                       rounds
     nothing          everything       -                                    0
     rows             rows             S, W, Q                              1
-    columns          columns          the same, rows and columns turned    1
+    columns          columns          the same, rows and columns transposed    1
     only a stack     rows, columns    Σu², Q                               1
     only the batch   everything       -                                    0
     more than one    nothing          row sums, S, Q; then Σu²             2
@@ -115,7 +115,7 @@ class Placement:
         return "rows" if len(sides) == 1 and elsewhere <= set(roles.batch) else "both"
 
     @cached_property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether rows and columns change places, so that the rows are what is split."""
         return self.mode == "rows" and bool(self.split & set(self.roles.columns))
 
@@ -168,7 +168,7 @@ def sums(placement: Placement, group: Shape, scale_parameter: bool) -> tuple[int
     first = 2 + (size(roles.whole) if scale_parameter else 0)
     if placement.mode == "stack":
         return first + size(roles.whole), 0
-    sides = (roles.columns, roles.rows) if placement.turned else (roles.rows, roles.columns)
+    sides = (roles.columns, roles.rows) if placement.transposed else (roles.rows, roles.columns)
     if placement.mode == "rows":
         return first + 2 * size(sides[0]), 0
     if placement.split & set(roles.rows):

@@ -24,7 +24,7 @@ class Shard:
 
     Attributes:
         param: the parameter.
-        work: of the local tensors; rows and columns have changed places where ``placement.turned``.
+        work: of the local tensors; rows and columns have changed places where ``placement.transposed``.
         placement: where the part lies.
         name: what errors and the comparison of ranks call it.
         fused: whether native kernels may step it.
@@ -63,7 +63,7 @@ class Shard:
             w.grad = grad.to_local()
             if isinstance(w.grad, AsyncCollectiveTensor):
                 w.grad = w.grad.wait()
-        other = {"row": "column", "column": "row"} if self.placement.turned else {}
+        other = {"row": "column", "column": "row"} if self.placement.transposed else {}
         made = {slot: old[slot] if slot in old else self._zeros(slot) for slot in w.slots}
         self.made = made
         w.state = {
@@ -98,7 +98,7 @@ def shard_of(param: DTensor, roles: Layout, settings: Settings, lr: float | Tens
         RuntimeError: the placements do not fit; see `dtensor.placement_of`.
     """
     place = placement_of(param, roles)
-    part = place.part.turned if place.turned else place.part
+    part = place.part.transposed if place.transposed else place.part
     local = param.to_local()
     return Shard(param, Work(local, local, {}, part, settings, lr, tensor, eager.step), place, name, fused=True)
 
