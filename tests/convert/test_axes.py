@@ -9,8 +9,8 @@ from adafactor.convert.jax import largest_two
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter
 from adafactor.core import reference
+from adafactor.core.errors import Refused
 from adafactor.core.factoring import Layout
-from adafactor.core.files import Refused
 
 SHAPE = (3, 4, 5, 2)
 

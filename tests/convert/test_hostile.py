@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adafactor import convert
-from adafactor.core.files import Refused
+from adafactor.core.errors import Refused
 
 SECONDS, BYTES = 5.0, 16e6
 

@@ -14,7 +14,7 @@ from adafactor.convert import state
 from adafactor.convert import torch as torch_files
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter, State
-from adafactor.core.files import Refused
+from adafactor.core.errors import Refused
 from adafactor.keras import Adafactor as OurKeras
 from adafactor.optax import adafactor as our_optax
 from adafactor.torch import Adafactor as OurTorch

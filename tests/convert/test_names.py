@@ -12,7 +12,7 @@ from adafactor.convert.dialects import FORMATS
 from adafactor.convert.names import load, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter, State
-from adafactor.core.files import Refused
+from adafactor.core.errors import Refused
 
 
 def made(framework, shapes, groups=({},), **counts):

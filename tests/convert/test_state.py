@@ -9,7 +9,8 @@ import pytest
 from adafactor import Factored, layout
 from adafactor.convert import state
 from adafactor.convert.state import Parameter, State
-from adafactor.core.files import Refused, replacing
+from adafactor.core.errors import Refused
+from adafactor.core.files import replacing
 
 RNG = np.random.default_rng(0)
 

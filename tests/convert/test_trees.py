@@ -14,7 +14,7 @@ from adafactor.convert import jax as jax_files
 from adafactor.convert import torch as torch_files
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter, State
-from adafactor.core.files import Refused
+from adafactor.core.errors import Refused
 from adafactor.optax import adafactor
 
 RNG = np.random.default_rng(0)

@@ -14,14 +14,15 @@ import pytest
 from architectures import PUBLIC, llama_7b, write_header
 
 from adafactor import plan
+from adafactor.core.errors import Refused
 from adafactor.planning import Parameter
-from adafactor.planning.files import Unreadable, read
+from adafactor.planning.files import read
 
 SENTENCE = r"^[^\n]{1,1200}\.$"
 
 
 def refused(path, words=""):
-    with pytest.raises(Unreadable, match=SENTENCE) as caught:
+    with pytest.raises(Refused, match=SENTENCE) as caught:
         read(path)
     assert words in str(caught.value)
 

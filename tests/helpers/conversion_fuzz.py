@@ -23,7 +23,7 @@ from adafactor import convert, layout
 from adafactor.convert import msgpack as flax_files
 from adafactor.convert import state
 from adafactor.convert.state import Parameter, State
-from adafactor.core.files import Refused
+from adafactor.core.errors import Refused
 from adafactor.torch import Adafactor
 
 

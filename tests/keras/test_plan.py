@@ -11,8 +11,9 @@ from architectures import PUBLIC, SMALL
 
 import adafactor.keras
 from adafactor import plan
+from adafactor.core.errors import Refused
 from adafactor.planning import optimizers as rules
-from adafactor.planning.files import Unreadable, read
+from adafactor.planning.files import read
 
 BACKEND = keras.backend.backend()
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "float64": 8, "int64": 8}
@@ -126,7 +127,7 @@ def test_damaged_and_hostile_files_end_in_one_sentence(model, tmp_path):
     files.remove(whole)
     assert len(files) == 12
     for path in files:
-        with pytest.raises(Unreadable, match=r"^[^\n]* must be [^\n]*\.$"):
+        with pytest.raises(Refused, match=r"^[^\n]* must be [^\n]*\.$"):
             read(path)
 
 

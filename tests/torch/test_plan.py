@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import adafactor.torch
 from adafactor import plan
+from adafactor.core.errors import Refused
 from adafactor.planning import optimizers as rules
-from adafactor.planning.files import Unreadable, read
+from adafactor.planning.files import read
 from adafactor.torch.arguments import MOMENTUM_DTYPES
 
 POLICIES = ["last_two", "largest_two", "smallest"]
@@ -317,5 +318,5 @@ def test_what_torch_cannot_load_safely_is_refused_in_one_sentence(tmp_path):
             if not info.filename.endswith("data/0"):  # the weights themselves are gone
                 target.writestr(info.filename, source.read(info))
     for name in ("module.pt", "list.pt", "old.pt", "cut.pt", "hollow.pt"):
-        with pytest.raises(Unreadable, match=r"^[^\n]* must be [^\n]*\.$"):
+        with pytest.raises(Refused, match=r"^[^\n]* must be [^\n]*\.$"):
             read(tmp_path / name)

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 
 
 class Refusal(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adafactor.cli.command import Refusal, need
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 
 SUMMARY = "move a checkpoint's optimizer state to another framework"
 

@@ -24,8 +24,8 @@ from adafactor.convert.dialects import FORMATS, KNOWN
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Change, Report
 from adafactor.convert.state import State
-from adafactor.core.files import PathLike, Refused, reading
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import Refused, message
+from adafactor.core.files import PathLike, reading
 
 STATE = "state"
 #: Everything that ``format`` and ``--to`` can be.

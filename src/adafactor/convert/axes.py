@@ -16,9 +16,8 @@ import numpy as np
 
 from adafactor.convert.report import Change, Report
 from adafactor.convert.state import Array, Parameter
+from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Factored, Layout, Shape, layout
-from adafactor.core.files import Refused
-from adafactor.core.hyperparameters import message
 
 Axes = Mapping[str, Factored | None]  # by a parameter's name
 Shapes = Mapping[str, Shape]

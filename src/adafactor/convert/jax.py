@@ -31,9 +31,9 @@ from adafactor.convert.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
+from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Factored, Layout, Shape, layout
-from adafactor.core.files import PathLike, Refused, reading, replacing
-from adafactor.core.hyperparameters import message
+from adafactor.core.files import PathLike, reading, replacing
 
 Tree = Any
 Flat = dict[str, Any]  # leaves by path

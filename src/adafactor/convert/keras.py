@@ -32,9 +32,9 @@ from adafactor.convert.dialects import KERAS, OUR_KERAS
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
+from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Factored, Layout, Shape, layout
-from adafactor.core.files import PathLike, Refused, reading, replacing
-from adafactor.core.hyperparameters import message
+from adafactor.core.files import PathLike, reading, replacing
 
 VERSION_KEY = "state_version"
 _VARS, _WEIGHTS, _CONFIG = "optimizer/vars", "model.weights.h5", "config.json"

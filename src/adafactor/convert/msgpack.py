@@ -9,8 +9,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from adafactor.core.files import PathLike, Refused, reading, replacing
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import Refused, message
+from adafactor.core.files import PathLike, reading, replacing
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"

@@ -19,9 +19,9 @@ from typing import Any
 from adafactor.convert.axes import permuted
 from adafactor.convert.report import Report, some
 from adafactor.convert.state import Parameter, State
+from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Shape
-from adafactor.core.files import PathLike, Refused, reading
-from adafactor.core.hyperparameters import message
+from adafactor.core.files import PathLike, reading
 
 #: ``names`` of a conversion: a names file's content, or a word (``WORDS``).
 Names = Mapping[str, Any] | str

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Factored, Layout, Shape, layout
-from adafactor.core.files import PathLike, Refused, reading, replacing
-from adafactor.core.hyperparameters import message
+from adafactor.core.files import PathLike, reading, replacing
 
 Array = NDArray[Any]
 Group = Mapping[str, Any]

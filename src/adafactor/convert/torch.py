@@ -25,9 +25,9 @@ from adafactor.convert.names import Names, rename
 from adafactor.convert.pytorch import NAMES
 from adafactor.convert.report import Report
 from adafactor.convert.state import STATISTICS, Array, Parameter, State
+from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Layout, Shape, layout
-from adafactor.core.files import PathLike, Refused, reading, replacing
-from adafactor.core.hyperparameters import message
+from adafactor.core.files import PathLike, reading, replacing
 
 # Our names, to those of each peer.
 _THEIRS = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 
 Shape = tuple[int, ...]
 

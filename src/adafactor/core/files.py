@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import Refused, message
 
 PathLike = str | os.PathLike[str]
 
@@ -75,7 +75,3 @@ def reading(path: object, what: str) -> Iterator[None]:
             raise FileNotFoundError(message("the file", "there", str(path), "Check the name.")) from None
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise Refused(f"{path} is not {what} that can be read: {cause.rstrip('.')}. Save it again.") from error
-
-
-class Refused(ValueError):
-    """A file or a state that cannot be read or converted; the text is one sentence with the remedy."""

@@ -12,6 +12,8 @@ from dataclasses import InitVar, dataclass
 from numbers import Real
 from typing import Literal
 
+from adafactor.core.errors import message
+
 RelativeStep = bool | Literal["always"]
 
 
@@ -110,8 +112,3 @@ def in_range(value: object, low: float, high: float) -> bool | None:
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     return math.isfinite(value) and low <= float(value) <= high
-
-
-def message(argument: str, rule: str, value: object, remedy: str) -> str:
-    """The one form of every refusal: the argument, the rule, the value, the remedy."""
-    return f"{argument} must be {rule}, got {value!r}. {remedy}"

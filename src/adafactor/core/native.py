@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adafactor.core.canonical import Canonical, canonical
-from adafactor.core.hyperparameters import Hyperparameters, message
+from adafactor.core.errors import message
+from adafactor.core.hyperparameters import Hyperparameters
 
 __all__ = ["DTYPES", "Canonical", "Table", "available", "canonical", "info", "path", "threads", "why_not"]
 

@@ -6,7 +6,8 @@ import math
 from numbers import Integral
 from typing import Any
 
-from adafactor.core.hyperparameters import in_range, message
+from adafactor.core.errors import message
+from adafactor.core.hyperparameters import in_range
 
 
 def validate(

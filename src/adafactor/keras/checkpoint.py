@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, layout
-from adafactor.core.hyperparameters import message
 from adafactor.keras.variables import path_of
 
 #: Written beside the variables of every saved optimizer. Its absence marks a file of ``keras.optimizers.Adafactor``.

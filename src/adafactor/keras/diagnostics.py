@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 from adafactor.keras.optimizer import Adafactor
 
 

@@ -14,8 +14,9 @@ from keras import ops
 from keras.src.backend import in_stateless_scope  # not public, and nothing public tells
 
 from adafactor.core import factoring as _factoring
+from adafactor.core.errors import message
 from adafactor.core.factoring import Factoring, Layout, layout
-from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, message
+from adafactor.core.hyperparameters import Hyperparameters, RelativeStep
 from adafactor.keras import arguments, checkpoint
 from adafactor.keras.step import Member, update_one
 from adafactor.keras.variables import dense, is_sparse, path_of, reduced_layout, static_shape, statistics_dtype

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Shape
-from adafactor.core.hyperparameters import message
 
 
 def statistics_dtype(variable: Any) -> str:

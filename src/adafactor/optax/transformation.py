@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Factoring, Shape
-from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, in_range, message
+from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, in_range
 from adafactor.optax.update import AdafactorState, Roles, Transformation, Tree
 
 Numeric = Any  # a number, or a scalar array under optax.inject_hyperparams

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Factored, Layout, Rule, Shape, layout, validate
-from adafactor.core.hyperparameters import Hyperparameters, is_traced, message
+from adafactor.core.hyperparameters import Hyperparameters, is_traced
 from adafactor.engine.xla import arrays, primitives
 from adafactor.engine.xla import sharded as shards
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
-from adafactor.core.hyperparameters import message
 from adafactor.planning.parameters import BITS, Parameter, local_shape
 
 Framework = Literal["torch", "keras", "jax"]

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Shape
-from adafactor.core.hyperparameters import message
 
 #: Bits of one number.
 BITS = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 from adafactor.planning.optimizers import HALF, Framework, Optimizer, defaults
 from adafactor.planning.parameters import Parameter, parameters
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import validate
-from adafactor.core.hyperparameters import Hyperparameters, in_range, message
+from adafactor.core.hyperparameters import Hyperparameters, in_range
 from adafactor.engine.torch.work import DTYPES, Settings
 
 # What a user of this module calls the hyperparameters.

@@ -25,7 +25,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 from adafactor.engine.torch.work import is_sharded
 from adafactor.torch.arguments import is_flat
 from adafactor.torch.optimizer import Adafactor

@@ -16,8 +16,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from adafactor.convert import pytorch as checkpoint
 from adafactor.core import native
+from adafactor.core.errors import message
 from adafactor.core.factoring import Factoring, Layout, layout
-from adafactor.core.hyperparameters import RelativeStep, message
+from adafactor.core.hyperparameters import RelativeStep
 from adafactor.engine.torch import compiled, cpu, cuda, eager, int8
 from adafactor.engine.torch.work import Kernel, Settings, Work, is_sharded, math_dtype, new_report
 from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_tensors, translate

@@ -26,7 +26,7 @@ from adafactor.cli.command import Refusal, integer, need
 from adafactor.cli.table import table
 from adafactor.cli.terminal import transient
 from adafactor.core import native
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 
 SUMMARY = "time a step of every installed framework's optimizers against ours"
 

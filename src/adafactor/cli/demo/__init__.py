@@ -23,7 +23,7 @@ from adafactor.cli.command import Refusal, integer, need
 from adafactor.cli.demo import text
 from adafactor.cli.demo.settings import BACKENDS, CONTEXT, FILES, SIZES, STEPS, Settings
 from adafactor.cli.terminal import transient
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 
 SUMMARY = "train a Transformer with three optimizers and compare memory, loss and speed"
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adafactor.cli.command import Refusal
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 
 #: Bytes read at most: beyond what any run of the demo can look at.
 CAP = 64 * 2**20

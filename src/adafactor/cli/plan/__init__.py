@@ -13,7 +13,7 @@ from pathlib import Path
 
 from adafactor.cli.command import Refusal, integer, need
 from adafactor.cli.plan import report
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 from adafactor.planning import Plan, plan
 from adafactor.planning.files import shapes
 from adafactor.planning.optimizers import FRAMEWORKS, Framework

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
-from adafactor.core.hyperparameters import Hyperparameters, message
+from adafactor.core.hyperparameters import Hyperparameters
 from adafactor.engine.xla import arrays
 from adafactor.engine.xla.primitives import Measured, Tensor, barrier, ops, reported
 

@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import Refused, message
 from adafactor.planning.files import folder, keras, safetensors, sandbox, shapes
-from adafactor.planning.files.untrusted import Unreadable, regular
+from adafactor.planning.files.untrusted import regular
 from adafactor.planning.parameters import Parameter
 
-__all__ = ["SUFFIXES", "Unreadable", "read"]
+__all__ = ["SUFFIXES", "read"]
 
 
 def _torch(path: Path) -> list[Parameter]:
@@ -43,7 +43,7 @@ def read(path: str | os.PathLike[str]) -> list[Parameter]:
         path: a file with a suffix of ``SUFFIXES``, or a folder with one of ``folder.NAMES``.
 
     Raises:
-        Unreadable: there is no such file, or its content is not what its suffix says.
+        Refused: there is no such file, or its content is not what its suffix says.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,9 +51,9 @@ def read(path: str | os.PathLike[str]) -> list[Parameter]:
     suffix = max((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), key=len, default=None)
     if suffix is None:
         rule = f"a folder, or a file that ends in {', '.join(SUFFIXES)}"
-        raise Unreadable(message("the model", rule, str(path), "Or give shapes: 4096x4096*32 4096."))
+        raise Refused(message("the model", rule, str(path), "Or give shapes: 4096x4096*32 4096."))
     regular(path)
     found = SUFFIXES[suffix](path)
     if not found:
-        raise Unreadable(message(path.name, "a file with tensors", "none", "Check that it is the right file."))
+        raise Refused(message(path.name, "a file with tensors", "none", "Check that it is the right file."))
     return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import Refused, message
 from adafactor.planning.files import safetensors, sandbox
-from adafactor.planning.files.untrusted import Unreadable, content, inside, parse
+from adafactor.planning.files.untrusted import content, inside, parse
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, check_total, cut
 
 #: In the order in which transformers looks for them.
@@ -27,7 +27,7 @@ def read(folder: Path) -> list[Parameter]:
     name = next((name for name in NAMES if (folder / name).is_file()), None)
     if name is None:
         remedy = "Give the file itself."
-        raise Unreadable(message("the folder", f"one that holds {', '.join(NAMES)}", str(folder), remedy))
+        raise Refused(message("the folder", f"one that holds {', '.join(NAMES)}", str(folder), remedy))
     return read_index(folder / name) if name.endswith(".json") else _read(inside(folder, name, "the folder"))
 
 
@@ -37,13 +37,9 @@ def read_index(path: Path) -> list[Parameter]:
     index = parse(content(path, MAX_INDEX), source)
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:
-        raise Unreadable(
-            message(f"weight_map in {source}", "an object of tensors and files", cut(weights), "Check it.")
-        )
+        raise Refused(message(f"weight_map in {source}", "an object of tensors and files", cut(weights), "Check it."))
     if len(weights) > MAX_TENSORS:
-        raise Unreadable(
-            message(f"weight_map in {source}", f"at most {MAX_TENSORS:,} tensors", len(weights), "Check it.")
-        )
+        raise Refused(message(f"weight_map in {source}", f"at most {MAX_TENSORS:,} tensors", len(weights), "Check it."))
     wanted: dict[str, set[str]] = {}
     for tensor, file in weights.items():
         wanted.setdefault(inside(path.parent, file, source).name, set()).add(tensor)
@@ -53,7 +49,7 @@ def read_index(path: Path) -> list[Parameter]:
         missing = names - {parameter.name for parameter in here}
         if missing:
             rule = f"in {cut(file)}, as {source} says"
-            raise Unreadable(message(f"{cut(min(missing))}", rule, "nothing there", "Fetch the folder again."))
+            raise Refused(message(f"{cut(min(missing))}", rule, "nothing there", "Fetch the folder again."))
         found += here
     check_total(found)
     return found
@@ -65,4 +61,4 @@ def _read(path: Path) -> list[Parameter]:
     if path.name.endswith((".bin", ".pt", ".pth")):
         return sandbox.read("pytorch", path)
     rule = "a .safetensors, .bin, .pt or .pth file"
-    raise Unreadable(message("a file named in the index", rule, cut(path.name), "Give the file itself."))
+    raise Refused(message("a file named in the index", rule, cut(path.name), "Give the file itself."))

@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import Refused, message
 from adafactor.planning.files import sandbox
-from adafactor.planning.files.untrusted import Unreadable, parse
+from adafactor.planning.files.untrusted import parse
 from adafactor.planning.parameters import Parameter, cut
 
 MAX_CONFIG = 32_000_000
@@ -43,20 +43,20 @@ def open_archive(path: Path) -> list[Parameter]:
             archive = zipfile.ZipFile(file)
             config = parse(_member(archive, "config.json", name), f"config.json in {name}")
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, ValueError) as error:
-            if isinstance(error, Unreadable):
+            if isinstance(error, Refused):
                 raise
-            raise Unreadable(message(name, f"a zip archive ({cut(str(error))})", "something else", damaged)) from None
+            raise Refused(message(name, f"a zip archive ({cut(str(error))})", "something else", damaged)) from None
         info = _only(archive, WEIGHTS, name)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             remedy = "Save it again with model.save."
-            raise Unreadable(message(f"{WEIGHTS} in {name}", "stored as it is", "compressed or encrypted", remedy))
+            raise Refused(message(f"{WEIGHTS} in {name}", "stored as it is", "compressed or encrypted", remedy))
         file.seek(info.header_offset)
         local = file.read(30)
         if len(local) < 30 or local[:4] != b"PK\3\4":
-            raise Unreadable(message(f"{WEIGHTS} in {name}", "where the archive says", info.header_offset, damaged))
+            raise Refused(message(f"{WEIGHTS} in {name}", "where the archive says", info.header_offset, damaged))
         start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
         if start + info.file_size > file.seek(0, io.SEEK_END):
-            raise Unreadable(message(f"{WEIGHTS} in {name}", "inside the archive", info.file_size, damaged))
+            raise Refused(message(f"{WEIGHTS} in {name}", "inside the archive", info.file_size, damaged))
         return _variables(Window(file, start, info.file_size), name, _layers(config))
 
 
@@ -100,7 +100,7 @@ def _only(archive: zipfile.ZipFile, member: str, name: str) -> zipfile.ZipInfo:
     found = [info for info in archive.infolist() if info.filename == member]
     if len(found) != 1 or stat.S_ISLNK(found[0].external_attr >> 16):
         remedy = "The file is damaged or not Keras's."
-        raise Unreadable(message(f"{member} in {name}", "there once, as a file", f"{len(found)} times", remedy))
+        raise Refused(message(f"{member} in {name}", "there once, as a file", f"{len(found)} times", remedy))
     return found[0]
 
 
@@ -108,7 +108,7 @@ def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
     info = _only(archive, member, name)
     if info.file_size > MAX_CONFIG:
         rule = f"at most {MAX_CONFIG:,} bytes"
-        raise Unreadable(message(f"{member} in {name}", rule, info.file_size, "The file is damaged."))
+        raise Refused(message(f"{member} in {name}", rule, info.file_size, "The file is damaged."))
     return archive.read(info)
 
 
@@ -133,7 +133,7 @@ def _variables(file: Any, name: str, layers: dict[str, tuple[str, bool] | None])
     try:
         import h5py
     except ImportError:
-        raise Unreadable(f"Reading {name} needs h5py. Install with: pip install h5py") from None
+        raise Refused(f"Reading {name} needs h5py. Install with: pip install h5py") from None
     groups: dict[str, list[tuple[int, Parameter]]] = {}
 
     def visit(path: str, item: Any) -> None:
@@ -160,7 +160,5 @@ def _variables(file: Any, name: str, layers: dict[str, tuple[str, bool] | None])
                     found.append(Parameter(p.name, p.shape, p.dtype, trainable and position < last))
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         remedy = "The file is damaged or not Keras's."
-        raise Unreadable(
-            message(name, f"HDF5 as Keras writes it ({cut(str(error))})", "something else", remedy)
-        ) from None
+        raise Refused(message(name, f"HDF5 as Keras writes it ({cut(str(error))})", "something else", remedy)) from None
     return found

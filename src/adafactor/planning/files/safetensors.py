@@ -14,8 +14,8 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
-from adafactor.core.hyperparameters import message
-from adafactor.planning.files.untrusted import Unreadable, decode, parse_text, regular, shape_of
+from adafactor.core.errors import Refused, message
+from adafactor.planning.files.untrusted import decode, parse_text, regular, shape_of
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
 MAX_HEADER = 100_000_000
@@ -36,31 +36,31 @@ def read(path: Path) -> list[Parameter]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise Unreadable(message(f"the header of {name}", "inside the file", f"{length} bytes", damaged))
+                raise Refused(message(f"the header of {name}", "inside the file", f"{length} bytes", damaged))
             if length > MAX_HEADER:
-                raise Unreadable(message(f"the header of {name}", f"at most {MAX_HEADER:,} bytes", length, damaged))
+                raise Refused(message(f"the header of {name}", f"at most {MAX_HEADER:,} bytes", length, damaged))
             data = file.read(length)
     except OSError as error:
-        raise Unreadable(message(name, f"readable ({error.strerror})", cut(str(path)), "Check its rights.")) from None
+        raise Refused(message(name, f"readable ({error.strerror})", cut(str(path)), "Check its rights.")) from None
     if data[:1] != b"{":
-        raise Unreadable(message(f"the header of {name}", "a JSON object", cut(repr(data[:8])), damaged))
+        raise Refused(message(f"the header of {name}", "a JSON object", cut(repr(data[:8])), damaged))
     found: dict[str, tuple[int, int, Parameter]] = {}
     for key, value in _Header(data, f"the header of {name}"):
         if key in found:
-            raise Unreadable(message(f"a key in the header of {name}", "unique", cut(key), damaged))
+            raise Refused(message(f"a key in the header of {name}", "unique", cut(key), damaged))
         if len(found) == MAX_TENSORS:
-            raise Unreadable(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", "more", damaged))
+            raise Refused(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", "more", damaged))
         found[key] = _entry(key, value, name)
     entries = sorted(found.values(), key=lambda entry: entry[:2])
     end = 0
     for start, stop, parameter in entries:
         if start != end:
             rule = f"where the tensor before it ends ({end})"
-            raise Unreadable(message(f"the first byte of {cut(parameter.name)}", rule, start, damaged))
+            raise Refused(message(f"the first byte of {cut(parameter.name)}", rule, start, damaged))
         end = stop
     if end != size - 8 - length:
         rule = f"{end:,} bytes after its header, as that says"
-        raise Unreadable(message(name, rule, f"{size - 8 - length:,}", "It is cut short, or not safetensors."))
+        raise Refused(message(name, rule, f"{size - 8 - length:,}", "It is cut short, or not safetensors."))
     return [parameter for _, _, parameter in entries]
 
 
@@ -123,9 +123,9 @@ class _Header:
         self._at = match.end()
         return self._at
 
-    def _error(self, rule: str) -> Unreadable:
+    def _error(self, rule: str) -> Refused:
         got = cut(self._text[self._at : self._at + 20])
-        return Unreadable(message(self._name, rule, got, "The file is damaged or not safetensors."))
+        return Refused(message(self._name, rule, got, "The file is damaged or not safetensors."))
 
 
 def _entry(key: str, value: Any, name: str) -> tuple[int, int, Parameter]:
@@ -133,19 +133,19 @@ def _entry(key: str, value: Any, name: str) -> tuple[int, int, Parameter]:
     damaged = "The file is damaged or not safetensors."
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         rule = "an object of dtype, shape and data_offsets"
-        raise Unreadable(message(f"{cut(key)} in {name}", rule, cut(value), damaged))
+        raise Refused(message(f"{cut(key)} in {name}", rule, cut(value), damaged))
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Unreadable(message(f"the dtype of {cut(key)}", f"one of {', '.join(DTYPES)}", cut(dtype), damaged))
+        raise Refused(message(f"the dtype of {cut(key)}", f"one of {', '.join(DTYPES)}", cut(dtype), damaged))
     try:
         parameter = Parameter(key, shape_of(value["shape"], key), DTYPES[dtype])
     except ValueError as error:
-        raise Unreadable(str(error)) from None
+        raise Refused(str(error)) from None
     offsets = value["data_offsets"]
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
-        raise Unreadable(message(f"the data_offsets of {cut(key)}", "two integers", cut(offsets), damaged))
+        raise Refused(message(f"the data_offsets of {cut(key)}", "two integers", cut(offsets), damaged))
     start, stop = offsets
     if start < 0 or stop - start != parameter.nbytes:
         rule = f"{parameter.nbytes} bytes apart, as its shape and dtype say"
-        raise Unreadable(message(f"the data_offsets of {cut(key)}", rule, cut(offsets), damaged))
+        raise Refused(message(f"the data_offsets of {cut(key)}", rule, cut(offsets), damaged))
     return start, stop, parameter

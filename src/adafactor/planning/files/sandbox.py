@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adafactor.core.hyperparameters import message
-from adafactor.planning.files.untrusted import Unreadable, regular
+from adafactor.core.errors import Refused, message
+from adafactor.planning.files.untrusted import regular
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
 SECONDS = 120
@@ -31,7 +31,7 @@ def read(kind: str, path: Path) -> list[Parameter]:
     """The tensors that a child finds in a file.
 
     Raises:
-        Unreadable: the child refused, crashed, or was stopped.
+        Refused: the child refused, crashed, or was stopped.
     """
     regular(path)
     # -P: a torch.py that lies beside a hostile model is not imported.
@@ -42,13 +42,13 @@ def read(kind: str, path: Path) -> list[Parameter]:
     try:
         done = subprocess.run(command, capture_output=True, env=environment, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise Unreadable(message(name, f"read within {SECONDS} seconds", "no answer", remedy)) from None
+        raise Refused(message(name, f"read within {SECONDS} seconds", "no answer", remedy)) from None
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        raise Unreadable(message(name, "readable", f"exit code {done.returncode} of its reader", remedy)) from None
+        raise Refused(message(name, "readable", f"exit code {done.returncode} of its reader", remedy)) from None
     if "refused" in answer:
-        raise Unreadable(answer["refused"])
+        raise Refused(answer["refused"])
     return [Parameter(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in answer["tensors"]]
 
 
@@ -61,25 +61,25 @@ def pytorch(path: Path) -> list[Parameter]:
         with zipfile.ZipFile(path) as archive:
             pickles = [info.file_size for info in archive.infolist() if info.filename.endswith("/data.pkl")]
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        raise Unreadable(message(name, "a zip archive, as torch.save writes it", "something else", remedy)) from None
+        raise Refused(message(name, "a zip archive, as torch.save writes it", "something else", remedy)) from None
     if len(pickles) != 1 or pickles[0] > MAX_PICKLE:
         rule = f"an archive of one data.pkl of at most {MAX_PICKLE:,} bytes"
-        raise Unreadable(message(name, rule, cut(pickles), remedy))
+        raise Refused(message(name, rule, cut(pickles), remedy))
     try:
         import torch
     except ImportError:
-        raise Unreadable(f"Reading {name} needs PyTorch. Install with: pip install torch") from None
+        raise Refused(f"Reading {name} needs PyTorch. Install with: pip install torch") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
     except Exception as error:  # whatever its unpickler trips over
         first = cut(str(error).strip().partition("\n")[0])
-        raise Unreadable(message(name, f"a state dict of tensors ({first})", type(error).__name__, remedy)) from None
+        raise Refused(message(name, f"a state dict of tensors ({first})", type(error).__name__, remedy)) from None
     tensors = _tensors(loaded)
     if tensors is None:
         rule = f"a state dict, or one under {', '.join(_MODELS)}"
-        raise Unreadable(message(name, rule, type(loaded).__name__, remedy))
+        raise Refused(message(name, rule, type(loaded).__name__, remedy))
     found, seen = list[Parameter](), set[tuple[Any, ...]]()
     for key, tensor in tensors.items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
@@ -123,9 +123,9 @@ def main() -> None:
     try:
         found = reader(path)
         if len(found) > MAX_TENSORS:
-            raise Unreadable(message(cut(path.name), f"at most {MAX_TENSORS:,} tensors", len(found), "Plan one part."))
+            raise Refused(message(cut(path.name), f"at most {MAX_TENSORS:,} tensors", len(found), "Plan one part."))
         answer: dict[str, Any] = {"tensors": [(p.name, p.shape, p.dtype, p.trained) for p in found]}
-    except ValueError as error:  # Unreadable, or a shape or dtype that Parameter refuses
+    except ValueError as error:  # Refused, or a shape or dtype that Parameter refuses
         answer = {"refused": str(error)}
     except (MemoryError, RecursionError) as error:
         rule = f"readable with {MEMORY[kind] >> 30} GiB of memory"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from adafactor.core.hyperparameters import message
-from adafactor.planning.files.untrusted import Unreadable, content, decode, parse, shape_of
+from adafactor.core.errors import Refused, message
+from adafactor.planning.files.untrusted import content, decode, parse, shape_of
 from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
 
 MAX_FILE = 32_000_000
@@ -27,12 +27,12 @@ def parse_words(words: Iterable[str]) -> list[Parameter]:
     for word in words:
         match = _WORD.fullmatch(word)
         if match is None:
-            raise Unreadable(message("a shape", _RULE, cut(word), "Separate shapes by spaces."))
+            raise Refused(message("a shape", _RULE, cut(word), "Separate shapes by spaces."))
         shape = tuple(int(n) for n in (match["shape"] or "").split("x") if n)
         count = int(match["count"] or 1)
         if len(found) + count > MAX_TENSORS:
             remedy = "Plan one part at a time."
-            raise Unreadable(message("the shapes", f"at most {MAX_TENSORS:,}", f"{len(found) + count:,}", remedy))
+            raise Refused(message("the shapes", f"at most {MAX_TENSORS:,}", f"{len(found) + count:,}", remedy))
         found += [Parameter(f"shape {len(found) + i} ({match['shape'] or 'scalar'})", shape) for i in range(count)]
     return found
 
@@ -54,7 +54,7 @@ def read_json(path: Path) -> list[Parameter]:
     elif isinstance(value, list):
         pairs = [(f"shape {position}", shape) for position, shape in enumerate(value)]
     else:
-        raise Unreadable(message(source, "an object or a list of shapes", cut(value), "docs/planning.md has examples."))
+        raise Refused(message(source, "an object or a list of shapes", cut(value), "docs/planning.md has examples."))
     if len(pairs) > MAX_TENSORS:
-        raise Unreadable(message(f"the shapes in {source}", f"at most {MAX_TENSORS:,}", len(pairs), "Plan one part."))
+        raise Refused(message(f"the shapes in {source}", f"at most {MAX_TENSORS:,}", len(pairs), "Plan one part."))
     return [Parameter(name, shape_of(shape, name)) for name, shape in pairs]

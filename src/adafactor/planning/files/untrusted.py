@@ -9,12 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import Refused, message
 from adafactor.planning.parameters import cut
-
-
-class Unreadable(ValueError):
-    """A model file is missing, damaged or not what it says it is; the text is one sentence."""
 
 
 def regular(path: Path) -> int:
@@ -24,9 +20,9 @@ def regular(path: Path) -> int:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         rule = f"a file that can be read ({reason})"
-        raise Unreadable(message("the model", rule, cut(str(path)), "Check the path.")) from None
+        raise Refused(message("the model", rule, cut(str(path)), "Check the path.")) from None
     if not stat.S_ISREG(status.st_mode):
-        raise Unreadable(message("the model", "a regular file", cut(str(path)), "Copy it to a file first."))
+        raise Refused(message("the model", "a regular file", cut(str(path)), "Copy it to a file first."))
     return status.st_size
 
 
@@ -34,12 +30,12 @@ def content(path: Path, limit: int) -> bytes:
     """All of a small file."""
     size = regular(path)
     if size > limit:
-        raise Unreadable(message(cut(path.name), f"at most {limit:,} bytes long", size, "Check the file."))
+        raise Refused(message(cut(path.name), f"at most {limit:,} bytes long", size, "Check the file."))
     try:
         return path.read_bytes()
     except OSError as error:
         rule = f"readable ({error.strerror})"
-        raise Unreadable(message(cut(path.name), rule, cut(str(path)), "Check its rights.")) from None
+        raise Refused(message(cut(path.name), rule, cut(str(path)), "Check its rights.")) from None
 
 
 def decode(data: bytes, name: str) -> str:
@@ -47,7 +43,7 @@ def decode(data: bytes, name: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         got = f"something else at byte {error.start}"
-        raise Unreadable(message(name, "text in UTF-8", got, "The file is damaged.")) from None
+        raise Refused(message(name, "text in UTF-8", got, "The file is damaged.")) from None
 
 
 def parse(data: bytes, name: str) -> Any:
@@ -60,25 +56,25 @@ def parse_text(text: str, name: str) -> Any:
         made = dict(found)
         if len(made) != len(found):
             twice = Counter(key for key, _ in found).most_common(1)[0][0]
-            raise Unreadable(message(f"a key in {name}", "unique", cut(twice), "The file is damaged."))
+            raise Refused(message(f"a key in {name}", "unique", cut(twice), "The file is damaged."))
         return made
 
     def constant(word: str) -> Any:
-        raise Unreadable(message(f"a number in {name}", "finite", word, "The file is damaged."))
+        raise Refused(message(f"a number in {name}", "finite", word, "The file is damaged."))
 
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except Unreadable:
+    except Refused:
         raise
     except (ValueError, RecursionError) as error:
         rule = f"JSON ({cut(str(error))})"
-        raise Unreadable(message(name, rule, cut(text[:20]), "The file is damaged.")) from None
+        raise Refused(message(name, rule, cut(text[:20]), "The file is damaged.")) from None
 
 
 def shape_of(value: Any, name: str) -> tuple[int, ...]:
     """A JSON list of numbers as a shape; ``Parameter`` checks the numbers."""
     if not isinstance(value, list) or not all(type(n) is int for n in value):
-        raise Unreadable(message(f"the shape of {cut(name)}", "a list of integers", cut(value), "Check the file."))
+        raise Refused(message(f"the shape of {cut(name)}", "a list of integers", cut(value), "Check the file."))
     return tuple(value)
 
 
@@ -91,7 +87,7 @@ def inside(folder: Path, name: object, source: str) -> Path:
     plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", ":"}
     if not isinstance(name, str) or not plain:
         remedy = "Do not trust this folder."
-        raise Unreadable(message(f"a file named in {source}", "the name of a file beside it", cut(name), remedy))
+        raise Refused(message(f"a file named in {source}", "the name of a file beside it", cut(name), remedy))
     path = folder / name
     regular(path)
     places = [folder.resolve()]
@@ -99,5 +95,5 @@ def inside(folder: Path, name: object, source: str) -> Path:
         places.append((folder.absolute().parent.parent / "blobs").resolve())
     if not any(os.path.commonpath([place, path.resolve()]) == str(place) for place in places):
         remedy = "Do not trust this folder, or replace the link by the file."
-        raise Unreadable(message(f"a file named in {source}", "inside its folder", cut(name), remedy))
+        raise Refused(message(f"a file named in {source}", "inside its folder", cut(name), remedy))
     return path

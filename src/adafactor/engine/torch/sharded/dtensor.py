@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
-from adafactor.core.hyperparameters import message
 from adafactor.engine.torch.sharded.placement import Placement, Split
 
 

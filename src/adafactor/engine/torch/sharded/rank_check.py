@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 
-from adafactor.core.hyperparameters import message
+from adafactor.core.errors import message
 
 
 def check(descriptions: Sequence[str], group: dist.ProcessGroup, device: torch.device) -> None:

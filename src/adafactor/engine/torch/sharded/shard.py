@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
+from adafactor.core.errors import message
 from adafactor.core.factoring import Layout
-from adafactor.core.hyperparameters import message
 from adafactor.engine.torch import eager
 from adafactor.engine.torch.sharded.dtensor import kept_axes, placement_of, statistic
 from adafactor.engine.torch.sharded.placement import Placement
