@@ -16,7 +16,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 # An editable install knows the modules that were there when it was made: another list of files is another install.
-MODULES := $(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
+FILES := $(sort $(shell find src -name '*.py'))
+MODULES := $(shell echo $(FILES) | cksum | cut -d' ' -f1)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 PYTEST := $(BIN)/python -m pytest --quiet
 ARGS ?=
@@ -29,7 +30,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/demo.$(MODULES)
-	$(BIN)/adafactor demo $(ARGS)
+	$(BIN)/python examples/demo $(ARGS)
 
 doctor: $(VENV)/test.$(MODULES)
 	$(BIN)/adafactor doctor
@@ -38,7 +39,7 @@ test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-
       test-robustness
 
 test-core: $(VENV)/test.$(MODULES)
-	$(PYTEST) tests/core tests/cli
+	$(PYTEST) tests/core tests/cli tests/examples
 
 test-torch: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/torch
@@ -94,7 +95,8 @@ sanitize: $(VENV)/lint.$(MODULES)
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
 
-# A file per set of packages, touched when it is installed; newer requirements install again.
+# A file per set of packages, touched when it is installed; newer requirements install again. The demo's figures are of
+# the package as users install it, everything else runs the sources in place: each of the two takes the other's place.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"Python must be 3.11 or later, got {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
@@ -102,14 +104,16 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
 # jaxlib before the package: its headers turn the native kernels into XLA custom calls.
-$(VENV)/demo.$(MODULES): $(SOURCES) | $(BIN)/python
+$(VENV)/demo.$(MODULES): $(SOURCES) $(FILES) | $(BIN)/python
 	$(PIP) jaxlib
-	$(PIP) -e '.[demo]'
+	$(PIP) . --group demo
+	@rm -f $(VENV)/*.$(MODULES)
 	@touch $@
 
 $(VENV)/test.$(MODULES): $(SOURCES) | $(BIN)/python
 	$(PIP) jaxlib
-	$(PIP) -e '.[demo,tensorflow,jax,torch,convert]' --group test --group stacks
+	$(PIP) -e '.[keras,tensorflow,jax,torch,convert]' --group test --group stacks
+	@rm -f $(VENV)/demo.$(MODULES)
 	@touch $@
 
 $(VENV)/docs.$(MODULES): $(VENV)/test.$(MODULES)

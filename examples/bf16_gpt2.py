@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import text as corpus
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adafactor.cli.demo import text as corpus
 from adafactor.torch import Adafactor, step_in_backward
 
 CONTEXT, BATCH, WINDOWS = 96, 12, 64

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adafactor.cli.demo import text
 from adafactor.optax import adafactor
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo import text
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 3, 4, 64, 16
 Tree = Any

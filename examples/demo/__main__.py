@@ -15,58 +15,64 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from adafactor.cli.command import Refusal, integer, need
-from adafactor.cli.demo import text
-from adafactor.cli.demo.settings import BACKENDS, CONTEXT, FILES, SIZES, STEPS, Settings
+import text
+
+from adafactor.cli.command import Parser, Refusal, exit_code, integer, need
 from adafactor.cli.terminal import transient
 from adafactor.core.errors import message
 
-SUMMARY = "train a Transformer with three optimizers and compare memory, loss and speed"
+# Width, layers, heads: few and wide, because an n x m matrix's state shrinks by the factor nm / (n + m).
+SIZES = {"tiny": (64, 1, 2), "small": (512, 2, 8), "medium": (1024, 4, 16)}
+FILES = ("demo.json", "demo.png", "adamw.keras", "keras-adafactor.keras", "adafactor.keras")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sizes = ", ".join(f"{name} {size.layers} x {size.width}" for name, size in SIZES.items())
-    add = parser.add_argument
-    add("--text", metavar="PATH", help="a file or folder to learn (default: the Python standard library's sources)")
-    add("--steps", type=integer("--steps", 1), default=STEPS, help="per optimizer (default: %(default)s)")
-    add("--size", choices=SIZES, default="small", help=f"layers x width: {sizes} (default: %(default)s)")
-    add("--backend", choices=BACKENDS, default="jax", help="what Keras runs on (default: %(default)s)")
-    add("--seed", type=integer("--seed", 0, 2**32 - 1), default=0, help="of weights and batches (default: %(default)s)")
-    add("--out", metavar="FOLDER", default="demo-output", help="where results go (default: ./%(default)s)")
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_code("demo", lambda: run(argv))
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Refuse what cannot work, before anything is imported, created or trained; then train and report."""
     began = time.perf_counter()
-    extras = "demo" if arguments.backend == "jax" else f"demo,{arguments.backend}"
-    need(("keras", arguments.backend, "matplotlib"), "adafactor demo", f'pip install "adafactor[{extras}]"')
-    corpus = text.read(arguments.text, least=text.least(CONTEXT))
-    settings = Settings(
-        size=arguments.size,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        backend=arguments.backend,
-        out=_writable(Path(arguments.out)),
-    )
+    arguments = parser().parse_args(argv)
+    packages = ("keras", arguments.backend, "matplotlib")
+    need(packages, "The demo", f"pip install {' '.join(packages).replace('tensorflow', 'tensorflow-cpu')}")
+    corpus = text.read(arguments.text, text.least(arguments.context))
+    arguments.out, arguments.shape = writable(Path(arguments.out)), SIZES[arguments.size]
     # Keras reads its backend when it is imported, and TensorFlow its verbosity; both happen below this line.
-    os.environ["KERAS_BACKEND"] = settings.backend
+    os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if settings.backend != "tensorflow":
+    if arguments.backend != "tensorflow":
         # Keras imports TensorFlow where it is installed, and that prints a page unless oneDNN is off.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     print(f"Text: {corpus.describe()}", flush=True)
-    transient(f"Starting Keras on {settings.backend} …")
+    transient(f"Starting Keras on {arguments.backend} …")
 
-    from adafactor.cli.demo import session
+    import session
 
-    return session.run(settings, corpus, began)
+    return session.run(arguments, corpus, began)
 
 
-def _writable(folder: Path) -> Path:
+def parser() -> Parser:
+    made = Parser(prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = ", ".join(f"{name} {layers} x {width}" for name, (width, layers, _) in SIZES.items())
+    add = made.add_argument
+    add("--text", metavar="PATH", help="a file or folder to learn (default: the Python standard library's sources)")
+    add("--steps", type=integer("--steps", 1), default=300, help="per optimizer (default: %(default)s)")
+    add("--size", choices=SIZES, default="small", help=f"layers x width: {sizes} (default: %(default)s)")
+    add("--backend", choices=("jax", "tensorflow", "torch"), default="jax", help="of Keras (default: %(default)s)")
+    add("--seed", type=integer("--seed", 0, 2**32 - 1), default=0, help="of weights and batches (default: %(default)s)")
+    add("--out", metavar="FOLDER", default="demo-output", help="where results go (default: ./%(default)s)")
+    made.set_defaults(context=128)  # bytes per window
+    return made
+
+
+def writable(folder: Path) -> Path:
     """The folder, created and tried out, without the results of an earlier run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,3 +84,7 @@ def _writable(folder: Path) -> Path:
         rule = f"a folder that can be written ({error.strerror})"
         raise Refusal(message("--out", rule, str(folder), "Pass another folder.")) from None
     return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

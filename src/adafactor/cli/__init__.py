@@ -14,36 +14,24 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 
 from adafactor import __version__
-from adafactor.cli.command import Parser, Refusal
-from adafactor.cli.terminal import write_anything
+from adafactor.cli.command import Parser, exit_code
 
 #: In the order of ``adafactor --help``.
-COMMANDS = ("demo", "plan", "convert", "bench", "doctor")
+COMMANDS = ("plan", "convert", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 refused with one sentence, 130 interrupted."""
-    write_anything()
-    try:
+
+    def run() -> int:
         arguments = _parser().parse_args(argv)
         code: int = arguments.run(arguments)
-        sys.stdout.flush()
         return code
-    except Refusal as refusal:
-        print(f"adafactor: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("adafactor: interrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output left (`adafactor demo | head`). Python would fail again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+    return exit_code("adafactor", run)
 
 
 def _parser() -> Parser:

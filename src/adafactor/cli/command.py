@@ -1,17 +1,39 @@
-"""What every command shares: how it refuses, and how it reads numbers and finds packages."""
+"""What every command shares: how it ends, how it refuses, and how it reads numbers and finds packages."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from adafactor.cli.terminal import write_anything
 from adafactor.core.errors import message
 
 
 class Refusal(Exception):
     """The command cannot be carried out; the text is one sentence for the user. Exit code 2, no traceback."""
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """Of ``run``: 0 done, 2 refused with one sentence, 130 interrupted."""
+    write_anything()
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except Refusal as refusal:
+        print(f"{program}: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`adafactor plan | head`). Python would fail again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,9 +19,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "─" * (sum(widths) + 3 * (len(widths) - 1))
     return "\n".join([text(header), rule, *map(text, rows)])
-
-
-def clock(seconds: float) -> str:
-    """``m:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
