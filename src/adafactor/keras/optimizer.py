@@ -321,12 +321,19 @@ class Adafactor(keras.optimizers.Optimizer):
                 )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Make one update of ``variable`` (``docs/algorithm.md``, eqs. 1 to 13)."""
+        """Make one update of ``variable`` (``docs/algorithm.md``, eqs. 1 to 13).
+
+        A subclass may override it, for a learning rate or a gradient of its own per variable, say; every backend then
+        calls it variable by variable, and the variables have decayed by the learning rate of the optimizer before.
+        """
         for member in self._members([gradient], [variable]):
             update_one(self, member, learning_rate, self._hyperparameters, callable(self._learning_rate))
 
     def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
         """All variables in one call where the backend has kernels for that, else one by one."""
+        if self._is_extended():
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            return
         whole = (self._hyperparameters, learning_rate, self.iterations, callable(self._learning_rate))
         if self._torch_step is not None and not in_stateless_scope():
             self._torch_step(self._members(grads, trainable_variables), *whole)
@@ -340,19 +347,26 @@ class Adafactor(keras.optimizers.Optimizer):
 
     def _members(self, grads: Iterable[Any], variables: Iterable[Any]) -> list[Member]:
         """What the step needs to know of every variable that has elements and is trained."""
+        decays = self.weight_decay and not self._is_extended()
         members = []
         for gradient, variable in zip(grads, variables, strict=True):
             place = self._get_variable_index(variable)
             its_layout = self._layouts[place]
             if its_layout is None or not its_layout.size:
                 continue
-            decay = self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
+            decay = self.weight_decay if decays and self._use_weight_decay(variable) else 0.0
             state = self._slots[place], self._momentums[place], self._reports[place]
             members.append(Member(place, variable, gradient, its_layout, *state, decay))
         return members
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
-        """Nothing: the step decays a variable while it reads it anyway."""
+        """Nothing: the step decays a variable while it reads it anyway, unless the step is somebody else's."""
+        if self._is_extended():
+            super()._apply_weight_decay(variables)
+
+    def _is_extended(self) -> bool:
+        """Whether a subclass or a caller has put something else in place of a method that the kernels do not call."""
+        return any(getattr(getattr(self, name), "__func__", None) is not own for name, own in _BYPASSED.items())
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """Set the variables to their moving averages (``use_ema``), each in memory of its own."""
@@ -415,3 +429,7 @@ class Adafactor(keras.optimizers.Optimizer):
         """
         momentum = self._hyperparameters.momentum is not None
         checkpoint.load(self, store, self._trainable_variables, self._layouts, momentum)
+
+
+# Methods of one variable: what a kernel of all variables does itself.
+_BYPASSED = {name: getattr(Adafactor, name) for name in ("update_step", "assign", "assign_sub", "_apply_weight_decay")}
