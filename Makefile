@@ -103,15 +103,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
-# jaxlib before the package: its headers turn the native kernels into XLA custom calls.
 $(VENV)/demo.$(MODULES): $(SOURCES) $(FILES) | $(BIN)/python
-	$(PIP) jaxlib
 	$(PIP) . --group demo
 	@rm -f $(VENV)/*.$(MODULES)
 	@touch $@
 
 $(VENV)/test.$(MODULES): $(SOURCES) | $(BIN)/python
-	$(PIP) jaxlib
 	$(PIP) -e '.[keras,tensorflow,jax,torch,convert]' --group test --group stacks
 	@rm -f $(VENV)/demo.$(MODULES)
 	@touch $@

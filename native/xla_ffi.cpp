@@ -1,60 +1,119 @@
-// The kernels as XLA custom calls, for JAX on CPU. src/adafactor/engine/xla/custom_call.py is the other side of this file.
+// The kernels as XLA custom calls on the CPU. Whoever registers them, in JAX or in TensorFlow, is elsewhere:
+// src/adafactor/engine/xla/custom_call.py is JAX's side of this file.
 //
 // A call takes a few numbers, then the buffers of one tensor after another. Under vmap the numbers have one row per
 // model, and a tensor stacks the models in its leading axis: it becomes that many records.
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <vector>
 
 #include "adafactor.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "xla_abi.h"
 
 namespace {
 
-using Tensors = ffi::Span<const int64_t>;
+namespace xla = adafactor::xla;
 
-enum { kDecay, kRho, kEps1, kEps2, kClip, kBeta1, kNumbers };
-enum { kFactored, kB0, kN, kB1, kM, kSlices, kWords };  // of each tensor in the attribute `tensors`
+enum { kEmaWeight, kRho, kEps1, kEps2, kClip, kBeta1, kNumbers };
+enum { kFactored, kOuter, kRows, kInner, kColumns, kSlices, kWords };  // of each tensor in the attribute `tensors`
 
-int64_t dtype_of(ffi::DataType dtype) {
+std::atomic<int64_t> threads_to_use{1}, isa_to_use{-1};  // -1: the best there is
+
+int64_t dtype_of(int32_t dtype) {
   switch (dtype) {
-    case ffi::DataType::F32: return ADAFACTOR_FLOAT32;
-    case ffi::DataType::BF16: return ADAFACTOR_BFLOAT16;
-    case ffi::DataType::F16: return ADAFACTOR_FLOAT16;
-    case ffi::DataType::F64: return ADAFACTOR_FLOAT64;
+    case xla::kF32: return ADAFACTOR_FLOAT32;
+    case xla::kBF16: return ADAFACTOR_BFLOAT16;
+    case xla::kF16: return ADAFACTOR_FLOAT16;
+    case xla::kF64: return ADAFACTOR_FLOAT64;
     default: return -1;
   }
 }
 
-ffi::Error failure(int error) {
-  if (error == 1) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "adafactor: no memory for row and column sums");
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "adafactor: the native kernels refused a tensor");
+int64_t width_of(int32_t dtype) { return dtype == xla::kF64 ? 8 : dtype == xla::kF32 ? 4 : 2; }
+
+int64_t count_of(const xla::Buffer& buffer) {
+  int64_t count = 1;
+  for (int64_t k = 0; k < buffer.rank; ++k) count *= buffer.dims[k];
+  return count;
 }
+
+// What goes wrong with a call, as one sentence.
+struct Refused {
+  const char* message;
+  int32_t code = xla::kInvalidArgument;
+};
+
+void check(int error) {
+  if (error == 1) throw Refused{"adafactor: no memory for row and column sums", xla::kResourceExhausted};
+  if (error) throw Refused{"adafactor: the native kernels refused a tensor"};
+}
+
+// One execution of a handler: its operands in order, and its attributes by name.
+class Call {
+ public:
+  explicit Call(xla::Frame& frame) : frame_(frame) {
+    if (!xla::whole(frame) || frame.arguments.size != sizeof frame.arguments ||
+        frame.results.size != sizeof frame.results || frame.attributes.size != sizeof frame.attributes)
+      throw Refused{"adafactor: this XLA lays out its calls in another way than version 0.1 of its interface does",
+                    xla::kUnimplemented};
+  }
+
+  const xla::Buffer& argument() { return next(frame_.arguments, arguments_); }
+  const xla::Buffer& result() { return next(frame_.results, results_); }
+  const xla::Buffer& peek() { return next(frame_.arguments, arguments_, 0); }
+
+  bool flag(const char* name) const { return *static_cast<const bool*>(scalar(name, xla::kPred)); }
+
+  const xla::Array& integers(const char* name) const {
+    const int64_t k = find(name);
+    const auto* array = static_cast<const xla::Array*>(frame_.attributes.values[k]);
+    if (frame_.attributes.kinds[k] != xla::kArray || array->dtype != xla::kS64) refuse_attribute();
+    return *array;
+  }
+
+ private:
+  static const xla::Buffer& next(const xla::Operands& operands, int64_t& at, int64_t step = 1) {
+    if (at >= operands.count || operands.kinds[at] != xla::kBuffer)
+      throw Refused{"adafactor: a call has fewer buffers than its attribute `tensors` asks for"};
+    const auto& buffer = *static_cast<const xla::Buffer*>(operands.values[at]);
+    if (!xla::whole(buffer)) throw Refused{"adafactor: this XLA lays out its buffers in another way", xla::kUnimplemented};
+    at += step;
+    return buffer;
+  }
+
+  const void* scalar(const char* name, int32_t dtype) const {
+    const int64_t k = find(name);
+    const auto* value = static_cast<const xla::Scalar*>(frame_.attributes.values[k]);
+    if (frame_.attributes.kinds[k] != xla::kScalar || value->dtype != dtype) refuse_attribute();
+    return value->value;
+  }
+
+  int64_t find(const char* name) const {
+    const xla::Attributes& attributes = frame_.attributes;
+    for (int64_t k = 0; k < attributes.count; ++k) {
+      const xla::Text& text = *attributes.names[k];
+      if (text.length == std::strlen(name) && !std::memcmp(text.data, name, text.length)) return k;
+    }
+    refuse_attribute();
+  }
+
+  [[noreturn]] static void refuse_attribute() { throw Refused{"adafactor: an attribute is missing or of another type"}; }
+
+  xla::Frame& frame_;
+  int64_t arguments_ = 0, results_ = 0;
+};
 
 char* advance(void* buffer, int64_t bytes) { return static_cast<char*>(buffer) + bytes; }
 
-// The part of one tensor that belongs to model `k` of `models`, without its buffers.
-adafactor_tensor record(const int64_t* words, int64_t models, const double* numbers) {
-  adafactor_tensor t;
-  std::memset(&t, 0, sizeof t);
-  t.outer = words[kB0] / models, t.rows = words[kN], t.inner = words[kB1], t.columns = words[kM];
-  t.slices = words[kSlices] / models;
-  t.global_rows = t.rows, t.global_columns = t.columns;
-  t.global_size = t.slices ? t.outer * t.rows * t.inner * t.columns / t.slices : 0;
-  t.flags = words[kFactored] ? ADAFACTOR_FACTORED : 0;
-  t.ema_weight = numbers[kDecay], t.rho = numbers[kRho], t.eps1 = numbers[kEps1], t.eps2 = numbers[kEps2];
-  t.clip = numbers[kClip], t.beta1 = numbers[kBeta1], t.decay_factor = 1;
-  return t;
-}
-
-std::vector<double> doubles(const ffi::AnyBuffer& buffer) {
-  std::vector<double> values(buffer.element_count());
+std::vector<double> doubles(const xla::Buffer& buffer) {
+  std::vector<double> values(static_cast<size_t>(count_of(buffer)));
   for (size_t k = 0; k < values.size(); ++k)
-    values[k] = buffer.element_type() == ffi::DataType::F64 ? static_cast<const double*>(buffer.untyped_data())[k]
-                                                            : static_cast<const float*>(buffer.untyped_data())[k];
+    values[k] = buffer.dtype == xla::kF64 ? static_cast<const double*>(buffer.data)[k]
+                                          : static_cast<const float*>(buffer.data)[k];
   return values;
 }
 
@@ -128,44 +187,83 @@ void finish(const adafactor_tensor& t, const Finish<T>& f) {
   }
 }
 
+// What both handlers know of a call before its tensors.
+struct Head {
+  std::vector<double> numbers, decay_factors;  // [models][kNumbers], [models][count]
+  const int64_t* words;                        // [count][kWords]
+  int64_t models, count, threads, isa;
+  int32_t statistics;  // the dtype of the statistics and of the arithmetic
+  bool clip, scale;
+
+  explicit Head(Call& call) {
+    const xla::Buffer& first = call.argument();
+    statistics = first.dtype;
+    numbers = doubles(first);
+    decay_factors = doubles(call.argument());
+    const xla::Array& tensors = call.integers("tensors");
+    words = static_cast<const int64_t*>(tensors.data);
+    models = int64_t(numbers.size()) / kNumbers, count = int64_t(tensors.count) / kWords;
+    clip = call.flag("clip"), scale = call.flag("scale");
+    threads = threads_to_use, isa = isa_to_use;
+    for (int64_t k = ADAFACTOR_ISAS; isa < 0 && k-- > 0;)
+      if (adafactor_supported(k)) isa = k;
+    if (int64_t(decay_factors.size()) != models * count) throw Refused{"adafactor: one decay factor per tensor, please"};
+  }
+
+  // The part of tensor `k` that belongs to one model, without its buffers.
+  adafactor_tensor record(int64_t k, int64_t model) const {
+    const int64_t* its = words + k * kWords;
+    const double* of = numbers.data() + model * kNumbers;
+    adafactor_tensor t;
+    std::memset(&t, 0, sizeof t);
+    t.outer = its[kOuter] / models, t.rows = its[kRows], t.inner = its[kInner], t.columns = its[kColumns];
+    t.slices = its[kSlices] / models;
+    t.global_rows = t.rows, t.global_columns = t.columns;
+    t.global_size = t.slices ? t.outer * t.rows * t.inner * t.columns / t.slices : 0;
+    t.flags = (its[kFactored] ? ADAFACTOR_FACTORED : 0) | (scale ? ADAFACTOR_SCALE_PARAMETER : 0);
+    t.ema_weight = of[kEmaWeight], t.rho = of[kRho], t.eps1 = of[kEps1], t.eps2 = of[kEps2], t.beta1 = of[kBeta1];
+    t.clip = clip ? of[kClip] : std::numeric_limits<double>::infinity();
+    t.decay_factor = decay_factors[size_t(model * count + k)];
+    return t;
+  }
+
+  int64_t slices() const {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += words[k * kWords + kSlices];
+    return sum;
+  }
+};
+
 template <class T>
-ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<double>& keep, ffi::RemainingArgs args,
-                      ffi::RemainingRets rets, Tensors tensors, bool scale, bool scale_after_decay, bool report,
-                      int64_t threads, int64_t isa) {
-  const int64_t models = int64_t(numbers.size()) / kNumbers, count = int64_t(tensors.size()) / kWords;
+void measure_as(Call& call, const Head& head) {
+  const bool after = call.flag("scale_after_decay"), report = call.flag("report");
   std::vector<adafactor_tensor> records;
   std::vector<Finish<T>> finishes;
-  int64_t columns = 0, slices = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t* words = tensors.begin() + k * kWords;
-    columns += words[kFactored] ? words[kB0] * words[kB1] * words[kM] : 2 * words[kSlices];
-    slices += words[kSlices];
+  int64_t columns = 0;
+  for (int64_t k = 0; k < head.count; ++k) {
+    const int64_t* its = head.words + k * kWords;
+    columns += its[kFactored] ? its[kOuter] * its[kInner] * its[kColumns] : 2 * its[kSlices];
   }
   std::vector<T> sums(static_cast<size_t>(columns));
-  std::vector<double> Q(static_cast<size_t>(slices));
+  std::vector<double> Q(static_cast<size_t>(head.slices()));
   T* next_sum = sums.data();
   double* next_Q = Q.data();
-  size_t in = 0, out = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t* words = tensors.begin() + k * kWords;
-    const bool factored = words[kFactored];
-    const auto take = [&] { return *args.get<ffi::AnyBuffer>(in++); };
-    const auto give = [&] { return static_cast<T*>((*rets.get<ffi::AnyBuffer>(out++))->untyped_data()); };
-    const ffi::AnyBuffer g = take(), x = scale ? take() : g;
-    T* row = static_cast<T*>(take().untyped_data());
-    T* column = factored ? static_cast<T*>(take().untyped_data()) : nullptr;
+  for (int64_t k = 0; k < head.count; ++k) {
+    const bool factored = head.words[k * kWords + kFactored];
+    const auto give = [&] { return static_cast<T*>(call.result().data); };
+    const xla::Buffer &g = call.argument(), &x = head.scale ? call.argument() : g;
+    T* row = static_cast<T*>(call.argument().data);
+    T* column = factored ? static_cast<T*>(call.argument().data) : nullptr;
     T *new_row = factored ? give() : nullptr, *new_column = factored ? give() : nullptr;
     T *row_factor = factored ? give() : nullptr, *column_factor = give();  // the latter is [slices] if not factored
     T* reports = report ? give() : nullptr;
-    for (int64_t model = 0; model < models; ++model) {
-      adafactor_tensor t = record(words, models, numbers.data() + model * kNumbers);
-      if (scale) t.flags |= ADAFACTOR_SCALE_PARAMETER;
-      if (scale_after_decay) t.flags |= ADAFACTOR_SCALE_AFTER_DECAY;
-      t.decay_factor = keep[size_t(model * count + k)];
-      t.param_dtype = dtype_of(x.element_type()), t.grad_dtype = dtype_of(g.element_type());
+    for (int64_t model = 0; model < head.models; ++model) {
+      adafactor_tensor t = head.record(k, model);
+      if (after) t.flags |= ADAFACTOR_SCALE_AFTER_DECAY;
+      t.param_dtype = dtype_of(x.dtype), t.grad_dtype = dtype_of(g.dtype);
       const int64_t rows = factored ? rows_of(t) : size_of(t), sums_size = factored ? columns_of(t) : t.slices;
-      t.param = advance(x.untyped_data(), model * size_of(t) * int64_t(ffi::ByteWidth(x.element_type())));
-      t.grad = advance(g.untyped_data(), model * size_of(t) * int64_t(ffi::ByteWidth(g.element_type())));
+      t.param = advance(x.data, model * size_of(t) * width_of(x.dtype));
+      t.grad = advance(g.data, model * size_of(t) * width_of(g.dtype));
       t.row = row + model * rows;
       t.Q = next_Q, next_Q += t.slices;
       T* its_report = reports ? reports + 3 * model * t.slices : nullptr;
@@ -183,102 +281,96 @@ ffi::Error measure_as(const std::vector<double>& numbers, const std::vector<doub
       records.push_back(t);
     }
   }
-  if (const int error = adafactor_measure(records.data(), int64_t(records.size()), threads, isa)) return failure(error);
+  check(adafactor_measure(records.data(), int64_t(records.size()), head.threads, head.isa));
   for (size_t k = 0; k < records.size(); ++k) {
     const adafactor_tensor& t = records[k];
+    const Finish<T>& its = finishes[k];
     if (t.flags & ADAFACTOR_FACTORED) {
-      finish(t, finishes[k]);
+      finish(t, its);
     } else {
-      for (int64_t s = 0; s < t.slices; ++s) finishes[k].column_factor[s] = T(factor(t, t.Q[s], finishes[k].W[s], finishes[k].report_of(s)));
+      for (int64_t s = 0; s < t.slices; ++s) its.column_factor[s] = T(factor(t, t.Q[s], its.W[s], its.report_of(s)));
     }
   }
-  return ffi::Error::Success();
 }
 
-ffi::Error measure(ffi::AnyBuffer numbers, ffi::AnyBuffer keep, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   Tensors tensors, bool scale, bool scale_after_decay, bool report, int64_t threads, int64_t isa) {
-  const bool wide = numbers.element_type() == ffi::DataType::F64;
-  return (wide ? measure_as<double> : measure_as<float>)(doubles(numbers), doubles(keep), args, rets, tensors, scale,
-                                                         scale_after_decay, report, threads, isa);
+void measure(Call& call) {
+  const Head head(call);
+  (head.statistics == xla::kF64 ? measure_as<double> : measure_as<float>)(call, head);
 }
 
 // The results are the arguments' own buffers: XLA was told so. A copy is the way out where it did not listen.
-void* in_place(const ffi::AnyBuffer& from, ffi::Result<ffi::AnyBuffer> to) {
-  if (to->untyped_data() != from.untyped_data()) std::memcpy(to->untyped_data(), from.untyped_data(), from.size_bytes());
-  return to->untyped_data();
+char* in_place(const xla::Buffer& from, const xla::Buffer& to) {
+  if (to.data != from.data) std::memcpy(to.data, from.data, static_cast<size_t>(count_of(from) * width_of(from.dtype)));
+  return static_cast<char*>(to.data);
 }
 
-ffi::Error step(ffi::AnyBuffer numbers_buffer, ffi::AnyBuffer keep_buffer, ffi::RemainingArgs args,
-                ffi::RemainingRets rets, Tensors tensors, bool scale, bool momentum, int64_t threads, int64_t isa) {
-  const std::vector<double> numbers = doubles(numbers_buffer), keep = doubles(keep_buffer);
-  const int64_t models = int64_t(numbers.size()) / kNumbers, count = int64_t(tensors.size()) / kWords;
+void step(Call& call) {
+  const Head head(call);
+  const bool momentum = call.flag("momentum");
   std::vector<adafactor_tensor> records;
-  int64_t slices = 0;
-  for (int64_t k = 0; k < count; ++k) slices += tensors.begin()[k * kWords + kSlices];
-  std::vector<double> Q(static_cast<size_t>(slices));
+  std::vector<double> Q(static_cast<size_t>(head.slices()));
   double* next_Q = Q.data();
-  size_t in = 0, out = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t* words = tensors.begin() + k * kWords;
-    const ffi::AnyBuffer g = *args.get<ffi::AnyBuffer>(in++), x = *args.get<ffi::AnyBuffer>(in);
-    const auto next = [&] { return static_cast<char*>(in_place(*args.get<ffi::AnyBuffer>(in++), *rets.get<ffi::AnyBuffer>(out++))); };
-    const ffi::DataType statistics = numbers_buffer.element_type();
-    ffi::DataType average_type = statistics;
-    char *param = next(), *row = next(), *column = words[kFactored] ? next() : nullptr, *average = nullptr;
-    if (momentum) {
-      average_type = args.get<ffi::AnyBuffer>(in)->element_type();
-      average = next();
-    }
-    const int64_t width = int64_t(ffi::ByteWidth(statistics));
-    for (int64_t model = 0; model < models; ++model) {
-      adafactor_tensor t = record(words, models, numbers.data() + model * kNumbers);
-      if (scale) t.flags |= ADAFACTOR_SCALE_PARAMETER;
-      t.decay_factor = keep[size_t(model * count + k)];
-      t.param_dtype = dtype_of(x.element_type()), t.grad_dtype = dtype_of(g.element_type());
-      t.momentum_dtype = dtype_of(average_type);
+  const int64_t width = width_of(head.statistics);
+  for (int64_t k = 0; k < head.count; ++k) {
+    const xla::Buffer &g = call.argument(), &x = call.peek();
+    const auto next = [&] {
+      const xla::Buffer& from = call.argument();
+      return in_place(from, call.result());
+    };
+    char *param = next(), *row = next(), *column = head.words[k * kWords + kFactored] ? next() : nullptr;
+    const int32_t average_type = momentum ? call.peek().dtype : head.statistics;
+    char* average = momentum ? next() : nullptr;
+    for (int64_t model = 0; model < head.models; ++model) {
+      adafactor_tensor t = head.record(k, model);
+      t.param_dtype = dtype_of(x.dtype), t.grad_dtype = dtype_of(g.dtype), t.momentum_dtype = dtype_of(average_type);
       const int64_t size = size_of(t), rows = column ? rows_of(t) : size;
-      t.param = param + model * size * int64_t(ffi::ByteWidth(x.element_type()));
-      t.grad = advance(g.untyped_data(), model * size * int64_t(ffi::ByteWidth(g.element_type())));
+      t.param = param + model * size * width_of(x.dtype);
+      t.grad = advance(g.data, model * size * width_of(g.dtype));
       t.row = row + model * rows * width;
       t.column = column ? column + model * columns_of(t) * width : nullptr;
-      t.momentum = average ? average + model * size * int64_t(ffi::ByteWidth(average_type)) : nullptr;
+      t.momentum = average ? average + model * size * width_of(average_type) : nullptr;
       t.Q = next_Q, next_Q += t.slices;
       records.push_back(t);
     }
   }
-  const int error = adafactor_step(records.data(), int64_t(records.size()), threads, isa);
-  return error ? failure(error) : ffi::Error::Success();
+  check(adafactor_step(records.data(), int64_t(records.size()), head.threads, head.isa));
+}
+
+xla::Error* failure(const xla::Frame& frame, const Refused& refused) {
+  xla::ErrorCreate error{sizeof error, nullptr, refused.message, refused.code};
+  return frame.api->error_create(&error);
+}
+
+// What every handler does around its work: it names its version when it is asked, and lets no exception out.
+xla::Error* handle(xla::Frame* frame, void (*work)(Call&)) {
+  if (frame->extensions && frame->extensions->kind == xla::kMetadata) {
+    xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(frame->extensions)->metadata;
+    if (metadata.size < offsetof(xla::Metadata, traits) + sizeof metadata.traits)
+      return failure(*frame, {"adafactor: this XLA asks for its handlers' version in another way", xla::kUnimplemented});
+    metadata.version = {sizeof metadata.version, nullptr, xla::kMajor, xla::kMinor};
+    metadata.traits = 0;
+    return nullptr;
+  }
+  if (frame->stage != xla::kExecute) return nullptr;
+  try {
+    Call call(*frame);
+    work(call);
+    return nullptr;
+  } catch (const Refused& refused) {
+    return failure(*frame, refused);
+  } catch (const std::bad_alloc&) {
+    return failure(*frame, {"adafactor: no memory for the descriptors of a call", xla::kResourceExhausted});
+  }
 }
 
 }  // namespace
 
-// Of the headers this was built with: another jaxlib refuses to start a CPU client beside a handler of another version.
-extern "C" ADAFACTOR_API int64_t adafactor_xla_version() { return XLA_FFI_API_MAJOR * 65536 + XLA_FFI_API_MINOR; }
+extern "C" {
 
-extern "C" ADAFACTOR_API XLA_FFI_Error* adafactor_xla_measure(XLA_FFI_CallFrame* frame);
-extern "C" ADAFACTOR_API XLA_FFI_Error* adafactor_xla_step(XLA_FFI_CallFrame* frame);
+ADAFACTOR_API xla::Error* adafactor_xla_measure(xla::Frame* frame) { return handle(frame, measure); }
+ADAFACTOR_API xla::Error* adafactor_xla_step(xla::Frame* frame) { return handle(frame, step); }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(adafactor_xla_measure, measure,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<Tensors>("tensors")
-                                  .Attr<bool>("scale")
-                                  .Attr<bool>("scale_after_decay")
-                                  .Attr<bool>("report")
-                                  .Attr<int64_t>("threads")
-                                  .Attr<int64_t>("isa"));
+// For every later call: a compiled program may run where another number of threads or instruction set is right.
+ADAFACTOR_API void adafactor_xla_configure(int64_t threads, int64_t isa) { threads_to_use = threads, isa_to_use = isa; }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(adafactor_xla_step, step,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<Tensors>("tensors")
-                                  .Attr<bool>("scale")
-                                  .Attr<bool>("momentum")
-                                  .Attr<int64_t>("threads")
-                                  .Attr<int64_t>("isa"));
+}  // extern "C"

@@ -1,18 +1,17 @@
 """The native kernels as XLA custom calls on CPU; ``native/xla_ffi.cpp`` is the other side of this file.
 
-The calls are in the same shared library as the other native kernels, which ``native.py`` loads, if that was built
-where jaxlib's headers are.
+The calls are in the same shared library as the other native kernels, which ``native.py`` loads. It speaks the oldest
+version of XLA's foreign function interface that has all it needs, so that one library serves every jaxlib.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.version
 import numpy as np
 
 from adafactor.core import native
@@ -27,31 +26,25 @@ def why_not() -> str | None:
     return native.why_not() or _register()
 
 
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(native.info().path)
+
+
 @cache
 def _register() -> str | None:
-    path = native.info().path
-    library = ctypes.CDLL(path)
+    library = _library()
+    for name in (*_CALLS, "adafactor_xla_configure"):
+        if not hasattr(library, name):
+            return f"The native kernels at {native.info().path} lack {name}. Install adafactor again."
     try:
-        calls = {name: jax.ffi.pycapsule(getattr(library, name)) for name in _CALLS}
-        version = library.adafactor_xla_version
-    except AttributeError:
-        return f"The native kernels at {path} were built without jaxlib's headers. Reinstall where jaxlib is installed."
-    version.restype = ctypes.c_int64
-    if divmod(version(), 65536) != _version():
-        return (
-            f"The native kernels at {path} were built for another jaxlib than {jax.__version__}. "
-            "Install adafactor again, from source, beside this one."
-        )
-    for name, call in calls.items():
-        jax.ffi.register_ffi_target(name, call, platform="cpu")
+        # A target that is registered before the client is there may be refused when it starts, which then fails.
+        jax.local_devices(backend="cpu")
+        for name in _CALLS:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    except RuntimeError as refusal:
+        reason = str(refusal).splitlines()[0].rstrip(".")
+        return f"jaxlib {jaxlib.version.__version__} does not take the native kernels: {reason}."
     return None
-
-
-def _version() -> tuple[int, int] | None:
-    """Major and minor version of the FFI that this jaxlib speaks, which only its headers tell."""
-    header = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
-    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")]
-    return (int(found[0][1]), int(found[1][1])) if found[0] and found[1] else None
 
 
 def lower_measure(
@@ -77,7 +70,7 @@ def lower_measure(
         order += taken
         results += given
     back = [results.index(k) for k in range(out)]
-    flags = {"scale": scale, "scale_after_decay": after, "report": report}
+    flags = {"clip": clip, "scale": scale, "scale_after_decay": after, "report": report}
     return _call("adafactor_xla_measure", context, operands, order, results, back, aliases, tensors, **flags)
 
 
@@ -108,7 +101,7 @@ def lower_step(
         order += taken
         results += given
     back = [results.index(k) for k in range(out)]
-    flags = {"scale": scale, "momentum": momentum}
+    flags = {"clip": clip, "scale": scale, "momentum": momentum}
     return _call("adafactor_xla_step", context, operands, order, results, back, aliases, tensors, **flags)
 
 
@@ -154,12 +147,11 @@ def _call(
     ordered = context.replace(
         avals_in=[context.avals_in[k] for k in order], avals_out=[context.avals_out[k] for k in results]
     )
+    _library().adafactor_xla_configure(ctypes.c_int64(native.threads()), ctypes.c_int64(native.isa()))
     out = lower(
         ordered,
         *(operands[k] for k in order),
         tensors=np.array([words for words, _ in tensors], np.int64).ravel(),
-        threads=np.int64(native.threads()),
-        isa=np.int64(native.isa()),
         **flags,
     )
     return [out[k] for k in back]

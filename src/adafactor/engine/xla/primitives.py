@@ -11,7 +11,6 @@ to float32), a temporary as large as the parameter; behind a barrier each read s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
@@ -150,7 +149,7 @@ def _statistics(tensor: Tensor) -> Any:
 
 
 def _numbers(dtype: Any, hp: Hyperparameters, decay: jax.Array, rho: jax.Array) -> jax.Array:
-    clip = math.inf if hp.clip_threshold is None else hp.clip_threshold
+    clip = 1.0 if hp.clip_threshold is None else hp.clip_threshold  # nobody reads it where clipping is off
     values = (decay, rho, hp.epsilon_1, hp.epsilon_2, clip, hp.momentum or 0.0 if not _traced(hp.beta_1) else hp.beta_1)
     return jnp.stack([jnp.asarray(value, dtype) for value in values])
 
