@@ -21,7 +21,7 @@ def set_gradients(optimizer, generator):
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.requires_grad:
-                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+                param.grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
 
 
 def step(optimizer, seed=0):

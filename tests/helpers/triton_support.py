@@ -41,14 +41,26 @@ def _call(function, *args, **kwargs):
     return function.rewrite()(*args, **kwargs)
 
 
+def _bounds(patch):
+    """The interpreter's patch of ``tl.tensor``, whose bounds of loops NumPy 2.4 and later refuses before Triton 3.7."""
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    return patched
+
+
 def use(monkeypatch, small=True):
     """Send every tensor of every optimizer to Triton kernels, unless it says ``fused=False``; returns the kernel."""
     if DEVICE.type == "cpu":
-        import triton
         from triton.runtime import interpreter
 
-        assert triton.knobs.runtime.interpret, "Triton was imported too early: run tests/torch by itself"
+        from adafactor.engine.torch.triton_numbers import interpreted
+
+        assert interpreted(), "Triton was imported too early: run tests/torch by itself"
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call)
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", _bounds(interpreter._patch_lang_tensor))
     if small:
         for name, value in SMALL.items():
             monkeypatch.setattr(triton_table, name, value)

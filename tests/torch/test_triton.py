@@ -304,6 +304,28 @@ def test_int8_momentum_that_is_not_finite(kernel):
     assert optimizer.state[p]["momentum_scale"].isnan().any()
 
 
+@pytest.mark.parametrize("bits", [0, 0xFFFF])
+def test_int8_momentum_keeps_the_sign_of_the_largest(kernel, monkeypatch, bits):
+    """A device divides by an approximate reciprocal, so the largest number over itself may be a last place above 1."""
+    if DEVICE.type == "cpu":
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        def divide(self, x, y):
+            reciprocal = np.nextafter(np.float32(1) / y.data, np.float32(np.inf), dtype=np.float32)
+            return type(x)((x.data * reciprocal).astype(np.float32), x.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_fdiv", divide)
+    from triton_code import kernel as code
+
+    values = torch.linspace(1, 2, 4096, device=DEVICE).view(16, 256)
+    values = torch.where(torch.arange(256, device=DEVICE) % 2 == 1, values, -values)  # the largest is positive
+    codes = torch.zeros(16, 256, dtype=torch.int8, device=DEVICE)
+    scales = torch.zeros(16, device=DEVICE)
+    code[(1,)](values, codes, scales, bits, SIZE=4096)
+    assert torch.equal(codes.sign(), values.sign().to(torch.int8))
+    assert (codes.amax(dim=1) == 127).all()
+
+
 def test_resuming_is_bit_for_bit(kernel):
     options = {"beta1": 0.9, "momentum_dtype": torch.int8, "stochastic_rounding": True}
     run = [Adafactor([torch.nn.Parameter(p.detach().to(DEVICE)) for p in parameters([(2, 256), (5, 7)],

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,3 +105,8 @@ def test_importing_the_front_end_does_not_import_triton():
     code = "import sys; import adafactor.torch; print('triton' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert found == ["False"]
+
+
+def test_triton_before_it_had_knobs():
+    helper = Path(__file__).parents[1] / "helpers" / "no_knobs.py"
+    subprocess.run([sys.executable, str(helper)], check=True)

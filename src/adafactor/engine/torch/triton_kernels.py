@@ -134,10 +134,12 @@ def measure(
     S = tl.zeros((K, M), tl.float32)
     W = tl.zeros((K, M), tl.float32)
     Q = tl.zeros((K,), tl.float32)
+    here = (k < matrices)[:, None]
+    finishes = tl.where(chunk == 0, n, 0)  # rows whose statistic this program stores
     for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * B1
-        inside = (k < matrices)[:, None] & (i < n)[None, :]
+        inside = here & (i < n)[None, :]
         place = run[:, :, None] * m + j[None, None, :]
         mask = inside[:, :, None] & (j < m)[None, None, :]
         g = tl.load(grad + place, mask=mask, other=0).to(tl.float32)
@@ -149,7 +151,7 @@ def measure(
         else:
             total = tl.sum(g2, axis=2)
         r = past * tl.load(row + run, mask=inside, other=0) + decay * (total / width + eps1)  # eq. 2
-        tl.store(finished + run, r, mask=inside & (chunk == 0))
+        tl.store(finished + run, r, mask=here & (i < finishes)[None, :])
         u = g * _inverse_root(r)[:, :, None]
         S += tl.sum(g2, axis=1)  # eq. 4
         W += tl.sum(u * u, axis=1)  # eq. 5
@@ -272,7 +274,7 @@ def slices(tensors, table, partials, squares, roots, found, KB: tl.constexpr, TB
     for p0 in range(p_begin, p_end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         check += tl.load(start + p * 3 + 2, mask=p < p_end, other=0)
-        u2 += tl.load(start + p * 3, mask=(p < p_end) & (tiles == 1), other=0)
+        u2 += tl.load(start + p * 3, mask=p < tl.where(tiles == 1, p_end, 0), other=0)
     per_matrix = tl.zeros((KB,), tl.float32)
     for k0 in range(k_begin, tl.where(tiles == 1, k_begin, k_end), KB):
         k = k0 + tl.arange(0, KB)
@@ -337,7 +339,7 @@ def finish(tensors, numbers, scalars, found, moves, updated, skipped, BLOCK: tl.
         for s0 in range(0, count, BLOCK):
             s = s0 + tl.arange(0, BLOCK)
             mask = s < count
-            out, made = asked + s * 4, mask & (counted != 0)
+            out, made = asked + s * 4, s < tl.where(counted != 0, count, 0)
             u2 = tl.load(found + (first + s) * 3, mask=mask, other=0)
             Q = tl.load(found + (first + s) * 3 + 1, mask=mask, other=0)
             excess = tl.sqrt(u2 / N) / clip
@@ -395,10 +397,12 @@ def apply(
         share = tl.multiple_of(share, 16)
     c = tl.load(sums + share + k[:, None] * parts * m + j[None, :], mask=known, other=0)
     goes_on = tl.load(updated + tensor) != 0
-    tl.store(column + k[:, None] * m + j[None, :], c, mask=known & goes_on & (part == 0))
+    stores = tl.where(goes_on & (part == 0), m, 0)
+    tl.store(column + k[:, None] * m + j[None, :], c, mask=here[:, None] & (j < stores)[None, :])
     root_mu = tl.load(roots + tl.load(record + _ROOT_MU) + k, mask=here, other=0)
     c = root_mu[:, None] * _inverse_root(c)
     end = tl.where(goes_on, tl.minimum((part + 1) * part_rows, n), 0)
+    stores = tl.where(chunk == 0, n, 0)
     for i0 in tl.range(part * part_rows, end, NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * B1
@@ -406,7 +410,7 @@ def apply(
         place = run[:, :, None] * m + j[None, None, :]
         mask = inside[:, :, None] & (j < m)[None, None, :]
         r = tl.load(sums + tl.load(record + _FINISHED) + run, mask=inside, other=0)
-        tl.store(row + run, r, mask=inside & (chunk == 0))
+        tl.store(row + run, r, mask=here[:, None] & (i < stores)[None, :])
         a = _inverse_root(r) * factor[:, None]
         u = tl.load(grad + place, mask=mask, other=0).to(tl.float32) * a[:, :, None] * c[:, None, :]
         move(

@@ -5,6 +5,8 @@ The bits and the roundings are those of ``rounding.py``, the 8-bit code is that 
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -12,11 +14,18 @@ from adafactor.engine.torch.int8 import BLOCK, LARGEST
 
 _GOLDEN = tl.constexpr(0x9E3779B9)
 _BLOCK = tl.constexpr(BLOCK)
+_LARGEST = tl.constexpr(float(LARGEST))
 _SQUARE = tl.constexpr(float(LARGEST * LARGEST))
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter; Triton before 3.4 has no ``knobs``."""
+    knobs = getattr(triton, "knobs", None)
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" if knobs is None else bool(knobs.runtime.interpret)
+
+
 # The interpreter cuts bfloat16 instead of rounding it; what a device does is compiled.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -95,6 +104,9 @@ def encode(value, bits, SIZE: tl.constexpr):
     below = tl.floor(tl.sqrt(square))
     share = (square - below * below) / (2 * below + 1)
     q = below + tl.where((bits & 0xFFFF).to(tl.float32) * 0.0000152587890625 < share, 1.0, 0.0)  # 2**-16
+    q = tl.minimum(
+        q, _LARGEST
+    )  # a device divides by an approximate reciprocal: the largest may be above 1 times itself
     return tl.where(value < 0, -q, q).to(tl.int8), scale
 
 
