@@ -78,12 +78,8 @@ docs: $(VENV)/docs.$(MODULES)
 
 bench: $(VENV)/test.$(MODULES)
 	@mkdir -p build/bench
-	$(BIN)/python benchmarks/torch_step.py --json build/bench/torch.json
+	$(BIN)/adafactor bench --full --json build/bench/steps.json $(ARGS)
 	$(BIN)/python benchmarks/torch_memory.py --json build/bench/torch-memory.json
-	$(BIN)/python benchmarks/jax_step.py --json build/bench/jax.json
-	@for backend in jax tensorflow torch; do \
-	  KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/keras_step.py \
-	    --json build/bench/keras-$$backend.json || exit 1; done
 
 paper: $(VENV)/test.$(MODULES)
 	@mkdir -p build

@@ -20,7 +20,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,31 +27,26 @@ from typing import Any
 import torch
 
 import adafactor.torch
+from adafactor.cli.bench import pytorch
 from adafactor.cli.bench.shapes import LLAMA_LAYER, LORA, Shapes, parameters
+from adafactor.cli.bench.timing import ratio, seconds, take_turns
 from adafactor.engine.torch import cuda
 
 Tensors = list[torch.Tensor]
 ROOT = Path(__file__).parents[1]
-OURS = "adafactor.torch.Adafactor"
+OURS, ADAMW = "adafactor.torch.Adafactor", "torch.optim.AdamW(fused=True)"
 
 
 def ours(params: Tensors, **options: Any) -> torch.optim.Optimizer:
     return adafactor.torch.Adafactor(params, lr=1e-3, fused=True, **options)
 
 
-def transformers_adafactor(params: Tensors) -> torch.optim.Optimizer:
-    from transformers.optimization import Adafactor
-
-    return Adafactor(params)
-
-
 OPTIMIZERS: dict[str, Callable[[Tensors], torch.optim.Optimizer]] = {
     OURS: ours,
     f"{OURS}(stochastic_rounding)": lambda params: ours(params, stochastic_rounding=True),
     f"{OURS}(int8 momentum)": lambda params: ours(params, beta1=0.9, momentum_dtype=torch.int8),
-    "torch.optim.AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
-    "torch.optim.Adafactor(foreach=True)": lambda params: torch.optim.Adafactor(params, lr=1e-3, foreach=True),
-    "transformers Adafactor": transformers_adafactor,
+    **{name: pytorch.OPTIMIZERS[name] for name in (ADAMW, "torch.optim.Adafactor(foreach=True)")},
+    "transformers Adafactor": pytorch.OPTIMIZERS["transformers Adafactor"],
 }
 
 
@@ -63,64 +57,57 @@ def made(name: str, shapes: Shapes, dtype: torch.dtype, gradients: Tensors) -> t
     return OPTIMIZERS[name](params)
 
 
-def milliseconds(run: Callable[[], object]) -> float:
+def device_seconds(run: Callable[[], object]) -> float:
     """The device's time for one run."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / 1e3
+
+
+def host_seconds(run: Callable[[], object]) -> float:
+    """Until ``run`` returns, with an idle device."""
+    torch.cuda.synchronize()
+    return seconds(run)
 
 
 def copy_bandwidth() -> float:
     """Bytes per second, read and written, of copying 1 GB."""
     source = torch.empty(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    times = [milliseconds(lambda: target.copy_(source)) for _ in range(20)][5:]
-    return 2 * source.numel() * 4 / (statistics.median(times) * 1e-3)
+    times = take_turns({"copy": lambda: target.copy_(source)}, 15, device_seconds)
+    return 2 * source.numel() * 4 / statistics.median(times["copy"])
 
 
 def mix(label: str, names: list[str], shapes: Shapes, dtype: torch.dtype, repeats: int, bandwidth: float) -> list[Any]:
     generator = torch.Generator("cuda").manual_seed(0)
     gradients = [torch.randn(s, generator=generator, device="cuda").to(dtype) for s in shapes]
     count = parameters(shapes)
-    optimizers = {name: made(name, shapes, dtype, gradients) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats + 3):
-        for name, optimizer in optimizers.items():
-            taken = milliseconds(optimizer.step)
-            if turn >= 3:
-                times[name].append(taken)
+    times = take_turns({name: made(name, shapes, dtype, gradients).step for name in names}, repeats, device_seconds)
     kind = str(dtype).removeprefix("torch.")
     print(f"\n{label}, {kind}, {count / 1e6:.1f} M parameters")
     print(f"{'':<44} {'ms':>9} {'ns/param':>9} {'ratio':>7} {'of copy':>8}")
     rows = []
     for name in names:
-        ms = statistics.median(times[name])
-        ratio = statistics.median(a / b for a, b in zip(times[name], times[OURS], strict=True))
-        moved = 5 * dtype.itemsize * count if name == OURS else None
-        share = None if moved is None else moved / (ms * 1e-3) / bandwidth
-        print(f"{name:<44} {ms:9.3f} {ms * 1e6 / count:9.4f} {ratio:7.2f} {'' if share is None else f'{share:8.0%}'}")
-        rows.append({"mix": label, "dtype": kind, "name": name, "ms": ms, "ratio": ratio, "of_copy": share})
+        taken, times_ours = statistics.median(times[name]), ratio(times, name, OURS)
+        share = 5 * dtype.itemsize * count / taken / bandwidth if name == OURS else None
+        shown = "" if share is None else f"{share:8.0%}"
+        print(f"{name:<44} {taken * 1e3:9.3f} {taken * 1e9 / count:9.4f} {times_ours:7.2f} {shown}")
+        rows.append(
+            {"mix": label, "dtype": kind, "name": name, "ms": taken * 1e3, "ratio": times_ours, "of_copy": share}
+        )
     return rows
 
 
 def host_share(names: list[str], shapes: Shapes, dtype: torch.dtype) -> list[Any]:
     """Milliseconds until ``step`` returns, with an idle device."""
     gradients = [torch.ones(s, dtype=dtype, device="cuda") for s in shapes]
-    rows = []
-    for name in names:
-        optimizer = made(name, shapes, dtype, gradients)
-        times = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            optimizer.step()
-            times.append((time.perf_counter() - start) * 1e3)
-        torch.cuda.synchronize()
-        print(f"{name:<44} {statistics.median(times[5:]):9.3f} ms on the host")
-        rows.append({"host": name, "ms": statistics.median(times[5:])})
+    times = take_turns({name: made(name, shapes, dtype, gradients).step for name in names}, 15, host_seconds)
+    rows = [{"host": name, "ms": 1e3 * statistics.median(taken)} for name, taken in times.items()]
+    for row in rows:
+        print(f"{row['host']:<44} {row['ms']:9.3f} ms on the host")
     return rows
 
 
@@ -167,7 +154,7 @@ def replay(shapes: Shapes) -> tuple[bool, float]:
             run = graph.replay
         for rate in (1e-2, 1e-3, 1e-4):
             lr.fill_(rate)
-            ms = milliseconds(run)
+            ms = 1e3 * device_seconds(run)
             taken = ms if captured else taken
         ends.append(params)
     return all(torch.equal(a, b) for a, b in zip(*ends, strict=True)), taken
@@ -207,7 +194,7 @@ def main() -> int:
         rows += mix("Llama 7B layer", fast, LLAMA_LAYER, dtype, arguments.repeats, bandwidth)
         gc.collect()
         torch.cuda.empty_cache()
-    pair = [OURS, "torch.optim.AdamW(fused=True)"]
+    pair = [OURS, ADAMW]
     rows += mix("1,000 LoRA matrices", pair, LORA, torch.float32, arguments.repeats, bandwidth)
     rows += host_share(pair, LORA, torch.float32)
     checks = {

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adafactor.cli.bench.timing import Step, take_turns
+
 LAYERS, WIDTH, BATCH = 24, 2048, 8
 SMALL = 400  # layers of 32 x 32, for the time that each tensor costs
 WAYS = (
@@ -82,20 +84,19 @@ def measure(way: str) -> dict[str, Any]:
     return {"way": way, "peak": peak, "weights": sum(weights), "largest gradient": max(weights), "state": state}
 
 
+def cpu_seconds(step: Step) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
 def times(repeats: int = 30) -> dict[str, float]:
     """Milliseconds of CPU time of a training step with many small layers."""
     import torch
 
     torch.set_num_threads(1)
-    held = {way: trainer(way, SMALL, 32) for way in WAYS[1:3]}
-    taken: dict[str, list[float]] = {way: [] for way in held}
-    for turn in range(repeats + 2):
-        for way, (_, step) in held.items():
-            start = time.process_time()
-            step()
-            if turn >= 2:
-                taken[way].append(1e3 * (time.process_time() - start))
-    return {way: min(values) for way, values in taken.items()}
+    taken = take_turns({way: trainer(way, SMALL, 32)[1] for way in WAYS[1:3]}, repeats, cpu_seconds)
+    return {way: 1e3 * min(values) for way, values in taken.items()}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from adafactor.cli import bench, main
 from adafactor.cli.bench import timing
-from adafactor.cli.bench.timing import Budget, Case, interleave
+from adafactor.cli.bench.timing import Budget, Candidate, Case, Group, Problem, measure, take_turns
 
 ROW = {"name": "adafactor.torch.Adafactor", "ns_per_parameter": 0.5, "ratio": 1.0, "turns": 3}
 CASE = Case("PyTorch, tiny", [ROW, ROW | {"name": "torch.optim.AdamW", "ns_per_parameter": 1.0, "ratio": 2.0}])
@@ -33,16 +33,33 @@ def test_ratios_are_medians_of_turns(monkeypatch):
     def slow():
         now[0] += 2 * fast.length
 
-    first, second = interleave({"fast": fast, "slow": slow}, parameters=10, repeats=3)
-    assert (first.ratio, second.ratio) == (1.0, 2.0)
-    assert first.ns_per_parameter == pytest.approx(3e9 / 10)
-    assert first.turns == second.turns == 3
+    group = Group(lambda: {"fast": Candidate(fast), "slow": Candidate(slow, {"accessed": 4.0})})
+    case = measure(Problem("title", {"mix": "tiny"}, 10, [group]), repeats=3)
+    first, second = case.rows
+    assert (first["ratio"], second["ratio"]) == (1.0, 2.0)
+    assert first == {"mix": "tiny", "name": "fast", "ns_per_parameter": pytest.approx(3e8), "ratio": 1.0, "turns": 3}
+    assert (second["turns"], second["accessed"]) == (3, 4.0)
+
+
+def test_a_second_group_takes_fewer_turns_beside_the_same_baseline():
+    candidate = Candidate(lambda: None)
+    groups = [
+        Group(lambda: {"ours": candidate, "a": candidate}),
+        Group(lambda: {"ours": candidate, "b": candidate}, 0.5),
+    ]
+    rows = measure(Problem("title", {}, 1, groups), repeats=6).rows
+    assert [(row["name"], row["turns"]) for row in rows] == [("ours", 6), ("a", 6), ("b", 3)]
+
+
+def test_the_clock_decides_what_a_turn_took():
+    took = iter(range(100))
+    assert take_turns({"a": lambda: None}, 2, clock=lambda step: next(took)) == {"a": [2, 3]}
 
 
 def test_no_turn_begins_after_the_end_but_one_is_always_measured():
     calls = []
-    rows = interleave({"a": lambda: calls.append(1)}, 1, repeats=100, end=time.time() - 1)
-    assert (rows[0].turns, len(calls)) == (1, 6)
+    times = take_turns({"a": lambda: calls.append(1)}, repeats=100, end=time.time() - 1)
+    assert (len(times["a"]), len(calls)) == (1, 6)
 
 
 def test_a_budget_is_shared_by_the_cases_that_are_left(monkeypatch):
@@ -55,7 +72,7 @@ def test_a_budget_is_shared_by_the_cases_that_are_left(monkeypatch):
     now[0] = 131.0
     assert budget.next() is None
     assert Budget(deadline=0.0, cases=3).next() == 131.0  # the first case is measured in any case
-    assert Budget().next() == math.inf
+    assert Budget(math.inf, 3).next() == math.inf
 
 
 def test_every_optimizer_of_pytorch_steps():
@@ -63,22 +80,24 @@ def test_every_optimizer_of_pytorch_steps():
     from adafactor.cli.bench import pytorch
 
     for dtype in (torch.float32, torch.bfloat16):
-        (case,) = pytorch.measure([("tiny", [(8, 4), (4,)], dtype)], 2, 1, Budget())
+        case = measure(pytorch.problem("tiny", [(8, 4), (4,)], dtype), 4)
         expected = [name for name in pytorch.OPTIMIZERS if name != pytorch.ROUNDED or dtype == torch.bfloat16]
         assert [row["name"] for row in case.rows] == expected
         assert all(row["ns_per_parameter"] > 0 for row in case.rows)
-        assert (case.rows[0]["turns"], case.rows[-1]["turns"]) == (2, 1)
+        assert (case.rows[0]["turns"], case.rows[-1]["turns"]) == (4, 1)
         assert {"mix", "dtype", "threads", "name", "ratio"} <= set(case.rows[0])
+    assert len(pytorch.problems(full=True)) > len(pytorch.problems(full=False)) > 0
 
 
-def test_every_optimizer_of_optax_steps(monkeypatch):
+def test_every_optimizer_of_optax_steps():
     pytest.importorskip("optax")
     from adafactor.cli.bench import jax
 
-    monkeypatch.setattr(jax, "MIXES", {"tiny": [(8, 4), (4,)], "other": [(3,)]})
-    cases = list(jax.measure(1, jax.FASTEST, Budget()))
-    assert [[row["name"] for row in case.rows] for case in cases] == [list(jax.STEPS)] * 2
-    assert {"mix", "name", "ratio", "accessed", "temporary"} <= set(cases[0].rows[0])
+    case = measure(jax.problem("tiny", [(8, 4), (4,)]), 1)
+    assert case.rows[0]["name"] == jax.FASTEST
+    assert {row["name"] for row in case.rows} == set(jax.STEPS)
+    assert {"mix", "name", "ratio", "accessed", "temporary"} <= set(case.rows[0])
+    assert len(jax.problems(full=False)) == len(jax.MIXES)
 
 
 def test_a_framework_in_a_process_of_its_own(tmp_path):
@@ -93,7 +112,7 @@ def test_a_framework_in_a_process_of_its_own(tmp_path):
     assert [row["ratio"] for row in case["rows"] if row["name"] == "adafactor.keras.Adafactor"] == [1.0]
 
 
-def fake(suite, repeats, deadline):
+def fake(suite, repeats, deadline, full):
     if suite == "jax":
         raise RuntimeError("ImportError: jaxlib is too old")
     yield CASE
@@ -118,7 +137,7 @@ def test_a_worker_that_crashes_is_told_in_one_line(monkeypatch):
     monkeypatch.setitem(bench.SUITES, "torch", ("pytorch", ("torch",), "no-such-backend"))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="exit code 1"):
-        list(bench._measure("torch", 1, 0.0))
+        list(bench._measure("torch", 1, 0.0, False))
 
 
 @pytest.mark.parametrize(

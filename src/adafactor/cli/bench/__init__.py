@@ -30,17 +30,17 @@ from adafactor.core.errors import message
 
 SUMMARY = "time a step of every installed framework's optimizers against ours"
 
-#: In all, imports and compilation included; the rest of two minutes is for turns that have begun.
-SECONDS = 80
+#: Turns at most, and seconds in all with imports and compilation: the rest of two minutes is for turns that have begun.
+QUICK, FULL = (7, 80), (15, 86400)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--only", action="append", choices=SUITES, help="one framework; may be repeated (default: what is installed)")
-    add("--repeats", type=integer("--repeats", 1, 1000), default=7, help="turns at most (default: %(default)s)")
-    add(
-        "--seconds", type=integer("--seconds", 1, 86400), default=SECONDS, help="in all, roughly (default: %(default)s)"
-    )
+    add("--full", action="store_true", help="larger PyTorch models, more turns, no hurry: what make bench runs")
+    turns, limit = QUICK
+    add("--repeats", type=integer("--repeats", 1, 1000), help=f"turns at most (default: {turns})")
+    add("--seconds", type=integer("--seconds", 1, 86400), help=f"in all, roughly (default: {limit})")
     add("--json", metavar="FILE", help="write every figure to FILE")
     add("--plot", metavar="FILE", help="draw to FILE.png, .svg or .pdf")
 
@@ -59,12 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise Refusal(message("--only", rule, ", ".join(missing), 'Install with: pip install "adafactor[torch,jax]"'))
     kernels = native.why_not()
     print(f"{_machine()}; native kernels: {native.info().isa if kernels is None else f'none. {kernels}'}", flush=True)
+    repeats, limit = FULL if arguments.full else QUICK
+    limit = arguments.seconds or limit
     began, cases, failed, left_out = time.perf_counter(), list[tuple[str, Case]](), False, 0
     for number, suite in enumerate(chosen):
-        deadline = time.time() + (arguments.seconds - (time.perf_counter() - began)) / (len(chosen) - number)
+        deadline = time.time() + (limit - (time.perf_counter() - began)) / (len(chosen) - number)
         transient(f"{suite} …")
         try:
-            for case in _measure(suite, arguments.repeats, deadline):
+            for case in _measure(suite, arguments.repeats or repeats, deadline, arguments.full):
                 transient("")
                 if isinstance(case, int):
                     left_out += case
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - began
     if left_out:
         print(f"\n{left_out} cases were left out for lack of time: --seconds gives more.")
-    print(f"\nTook {seconds:.0f} s. Times ours: 2.0 is twice our time. make bench takes more turns over larger models.")
+    print(f"\nTook {seconds:.0f} s. Times ours: 2.0 is twice our time. --full takes more turns, over larger models.")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(_data(cases, seconds), indent=1) + "\n", encoding="utf-8")
     if arguments.plot and cases:
@@ -90,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _measure(suite: str, repeats: int, deadline: float) -> Iterator[Case | int]:
+def _measure(suite: str, repeats: int, deadline: float, full: bool) -> Iterator[Case | int]:
     """The cases of a framework, each as soon as it is measured, and at the end how many there was no time for.
 
     Raises:
@@ -101,7 +103,7 @@ def _measure(suite: str, repeats: int, deadline: float) -> Iterator[Case | int]:
     if backend is not None:
         environment["KERAS_BACKEND"] = backend
     program = "from adafactor.cli.bench.worker import main; main()"
-    command = [sys.executable, "-c", program, suite, str(repeats), str(deadline)]
+    command = [sys.executable, "-c", program, suite, str(repeats), str(deadline), "full" if full else "quick"]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
@@ -120,8 +122,11 @@ def _measure(suite: str, repeats: int, deadline: float) -> Iterator[Case | int]:
 
 
 def _table(case: Case) -> str:
-    rows = [[row["name"], f"{row['ns_per_parameter']:.2f}", f"{row['ratio']:.2f}"] for row in case.rows]
-    return f"{case.title}\n{table(['', 'ns per parameter', 'times ours'], rows)}"
+    figures = [name for name in ("accessed", "temporary") if name in case.rows[0]]
+    rows = [
+        [row["name"], *(f"{row[name]:.2f}" for name in ("ns_per_parameter", "ratio", *figures))] for row in case.rows
+    ]
+    return f"{case.title}\n{table(['', 'ns per parameter', 'times ours', *figures], rows)}"
 
 
 def _data(cases: list[tuple[str, Case]], seconds: float) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Step time of optax transformations, jitted and donated.
 
 Every row is the whole step, parameters moved. The floor reads g twice and x once and writes x: no optimizer that knows
-its gradient's norm does less. Memory is XLA's own account: bytes accessed per parameter as its cost model has it (it
-does not look into custom calls), and temporaries in bytes per parameter.
+its gradient's norm does less. ``accessed`` and ``temporary`` are XLA's own account, in bytes per parameter: accesses as
+its cost model has them (it does not look into custom calls), and temporaries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from adafactor.cli.bench.shapes import MIXES, Shapes, parameters
-from adafactor.cli.bench.timing import Budget, Case, interleave
+from adafactor.cli.bench.timing import Candidate, Group, Problem
 from adafactor.optax import adafactor
 
 Tree = Any
@@ -57,37 +57,30 @@ def start(shapes: Shapes) -> tuple[list[jax.Array], list[jax.Array]]:
     return draw(0.02), draw(1.0)
 
 
-def measure(repeats: int, baseline: str, budget: Budget) -> Iterator[Case]:
-    """Time every mix of shapes; ratios are to ``baseline``, a name in ``STEPS``."""
-    for mix, shapes in MIXES.items():
-        end = budget.next()
-        if end is None:
-            return
-        count = parameters(shapes)
-        steps: dict[str, Callable[[], object]] = {}
-        memory: dict[str, dict[str, float]] = {}
-        for name, (function, init) in STEPS.items():
-            params, grads = start(shapes)
-            held = [params, init(params)]
-            compiled = jax.jit(function, donate_argnums=(0, 1)).lower(*held, grads).compile()
-            costs: Any = compiled.cost_analysis() or {}
-            sizes: Any = compiled.memory_analysis()
-            accessed = costs.get("bytes accessed", float("nan")) / count
-            memory[name] = {"accessed": accessed, "temporary": sizes.temp_size_in_bytes / count}
+def candidate(name: str, shapes: Shapes) -> Candidate:
+    function, init = STEPS[name]
+    params, grads = start(shapes)
+    held = [params, init(params)]
+    compiled = jax.jit(function, donate_argnums=(0, 1)).lower(*held, grads).compile()
+    costs: Any = compiled.cost_analysis() or {}
+    sizes: Any = compiled.memory_analysis()
+    memory = {"accessed": costs.get("bytes accessed", float("nan")), "temporary": sizes.temp_size_in_bytes}
 
-            def step(compiled: Any = compiled, held: list[Any] = held, grads: Any = grads) -> object:
-                held[:] = compiled(*held, grads)
-                return jax.block_until_ready(held)
+    def step() -> object:
+        held[:] = compiled(*held, grads)
+        return jax.block_until_ready(held)
 
-            steps[name] = step
-        rows = interleave(steps, count, repeats, baseline, end)
-        title = f"JAX {jax.__version__}, {mix}, float32, {count / 1e6:.1f} M parameters"
-        yield Case(title, [{"mix": mix, **vars(row), **memory[row.name]} for row in rows])
+    return Candidate(step, {figure: size / parameters(shapes) for figure, size in memory.items()})
 
 
-def quick(repeats: int, budget: Budget) -> Iterator[Case]:
-    """What ``adafactor bench`` runs."""
-    return measure(repeats, FASTEST, budget)
+def problem(mix: str, shapes: Shapes) -> Problem:
+    """Ratios are to our fastest."""
+    count = parameters(shapes)
+    names = [FASTEST, *(name for name in STEPS if name != FASTEST)]
+    group = Group(lambda: {name: candidate(name, shapes) for name in names})
+    title = f"JAX {jax.__version__}, {mix}, float32, {count / 1e6:.1f} M parameters"
+    return Problem(title, {"mix": mix}, count, [group])
 
 
-COUNT = len(MIXES)
+def problems(full: bool) -> list[Problem]:
+    return [problem(*mix) for mix in MIXES.items()]

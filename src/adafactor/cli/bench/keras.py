@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,7 +10,7 @@ import numpy as np
 
 import adafactor.keras
 from adafactor.cli.bench.shapes import MIXES, Shapes, parameters
-from adafactor.cli.bench.timing import Budget, Case, interleave
+from adafactor.cli.bench.timing import Candidate, Group, Problem
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adafactor.keras.Adafactor": lambda: adafactor.keras.Adafactor(1e-3),
@@ -56,23 +56,13 @@ def step_of(optimizer: Any, shapes: Shapes) -> Callable[[], object]:
     return step
 
 
-def measure(repeats: int, budget: Budget) -> Iterator[Case]:
-    """Time every mix of shapes; ratios are to ours."""
-    backend = keras.backend.backend()
-    for mix, shapes in MIXES.items():
-        end = budget.next()
-        if end is None:
-            return
-        count = parameters(shapes)
-        steps = {name: step_of(make(), shapes) for name, make in OPTIMIZERS.items()}
-        rows = interleave(steps, count, repeats, end=end)
-        title = f"Keras {keras.__version__} on {backend}, {mix}, float32, {count / 1e6:.1f} M parameters"
-        yield Case(title, [{"backend": backend, "mix": mix, **vars(row)} for row in rows])
+def problem(mix: str, shapes: Shapes) -> Problem:
+    """Ratios are to ours."""
+    backend, count = keras.backend.backend(), parameters(shapes)
+    group = Group(lambda: {name: Candidate(step_of(make(), shapes)) for name, make in OPTIMIZERS.items()})
+    title = f"Keras {keras.__version__} on {backend}, {mix}, float32, {count / 1e6:.1f} M parameters"
+    return Problem(title, {"backend": backend, "mix": mix}, count, [group])
 
 
-def quick(repeats: int, budget: Budget) -> Iterator[Case]:
-    """What ``adafactor bench`` runs."""
-    return measure(repeats, budget)
-
-
-COUNT = len(MIXES)
+def problems(full: bool) -> list[Problem]:
+    return [problem(*mix) for mix in MIXES.items()]

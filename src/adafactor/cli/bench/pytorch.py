@@ -6,19 +6,17 @@ an exact Adafactor cannot avoid.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 import adafactor.torch
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, MATRIX, Shapes, parameters, transformer
-from adafactor.cli.bench.timing import Budget, Case, Row, interleave
+from adafactor.cli.bench.timing import Candidate, Group, Problem
 
-Step = Callable[[], object]
 Tensors = list[torch.Tensor]
 
 
@@ -57,13 +55,13 @@ if importlib.util.find_spec("transformers") is not None:
 #: The slow ones, which take fewer turns.
 PEERS = list(OPTIMIZERS)[4:]
 
-Mixes = Sequence[tuple[str, Shapes, torch.dtype]]
-CASES: Mixes = [
+Mix = tuple[str, Shapes, torch.dtype]
+FULL: list[Mix] = [
     (name, shapes, dtype)
     for name, shapes in (("Llama 7B layer", LLAMA_LAYER), ("GPT-2 small", GPT2_SMALL), ("1,000 LoRA matrices", LORA))
     for dtype in (torch.float32, torch.bfloat16)
 ]
-QUICK: Mixes = [
+QUICK: list[Mix] = [
     ("4096x4096", MATRIX, torch.float32),
     ("4096x4096", MATRIX, torch.bfloat16),
     ("Transformer", transformer(), torch.float32),
@@ -71,41 +69,30 @@ QUICK: Mixes = [
 ]
 
 
-def steps_of(names: Sequence[str], shapes: Shapes, dtype: torch.dtype) -> dict[str, Step]:
+def candidates(names: Sequence[str], shapes: Shapes, dtype: torch.dtype) -> dict[str, Candidate]:
     """A step per optimizer, each with parameters of its own; the gradients are shared."""
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    steps: dict[str, Step] = {}
+    made: dict[str, Candidate] = {}
     for name in names:
         params = [(0.02 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for shape in shapes]
         for p, g in zip(params, gradients, strict=True):
             p.grad = g
-        steps[name] = OPTIMIZERS[name](params).step
-    return steps
+        made[name] = Candidate(OPTIMIZERS[name](params).step)
+    return made
 
 
-def measure(cases: Mixes, repeats: int, peer_repeats: int, budget: Budget) -> Iterator[Case]:
-    """Time every case; ratios are to ours. The slow peers take their turns with ours again, apart from the others."""
-    threads = torch.get_num_threads()
-    for mix, shapes, dtype in cases:
-        end = budget.next()
-        if end is None:
-            return
-        half = (time.time() + end) / 2
-        count, kind = parameters(shapes), str(dtype).removeprefix("torch.")
-        fast = [name for name in OPTIMIZERS if name not in PEERS and (name != ROUNDED or dtype != torch.float32)]
-        rows: list[Row] = []
-        for names, turns, until in ((fast, repeats, half), ([OURS, *PEERS], peer_repeats, end)):
-            timed = interleave(steps_of(names, shapes, dtype), count, turns, end=until)
-            rows += [row for row in timed if row.name != OURS or not rows]  # ours is there once, first
-            gc.collect()
-        title = f"PyTorch {torch.__version__}, {mix}, {kind}, {count / 1e6:.1f} M parameters, {threads} threads"
-        yield Case(title, [{"mix": mix, "dtype": kind, "threads": threads, **vars(row)} for row in rows])
+def problem(mix: str, shapes: Shapes, dtype: torch.dtype) -> Problem:
+    """Ratios are to ours. The slow peers take their turns with ours again, apart from the others."""
+    kind, count, threads = str(dtype).removeprefix("torch."), parameters(shapes), torch.get_num_threads()
+    fast = [name for name in OPTIMIZERS if name not in PEERS and (name != ROUNDED or dtype != torch.float32)]
+    title = f"PyTorch {torch.__version__}, {mix}, {kind}, {count / 1e6:.1f} M parameters, {threads} threads"
+    groups = [
+        Group(partial(candidates, fast, shapes, dtype)),
+        Group(partial(candidates, [OURS, *PEERS], shapes, dtype), turns=0.3),
+    ]
+    return Problem(title, {"mix": mix, "dtype": kind, "threads": threads}, count, groups)
 
 
-def quick(repeats: int, budget: Budget) -> Iterator[Case]:
-    """What ``adafactor bench`` runs."""
-    return measure(QUICK, repeats, max(1, repeats // 2), budget)
-
-
-COUNT = len(QUICK)
+def problems(full: bool) -> list[Problem]:
+    return [problem(*mix) for mix in (FULL if full else QUICK)]

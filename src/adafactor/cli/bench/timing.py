@@ -2,33 +2,114 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+#: Does a candidate's work once, and returns when it is done.
+Step = Callable[[], object]
+Times = dict[str, list[float]]
+
+
+def seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    steps: Mapping[str, Step], repeats: int, clock: Callable[[Step], float] = seconds, end: float = math.inf
+) -> Times:
+    """Run every step in turn, ``repeats`` times after a warm-up of two, and return what ``clock`` says of each run.
+
+    In its turn a step runs twice, and the second run counts: the first pays for what the one before has left to the
+    system, such as 128 MB of temporaries to give back.
+
+    Args:
+        clock: runs a step and says how long that took.
+        end: as ``time.time`` counts; no new turn begins after it, as soon as one has been measured.
+    """
+    times: Times = {name: [] for name in steps}
+    for turn in range(-2, repeats):
+        if turn > 0 and time.time() > end:
+            break
+        for name, step in steps.items():
+            step()
+            taken = clock(step)
+            if turn >= 0:
+                times[name].append(taken)
+    return times
+
+
+def ratio(times: Times, name: str, baseline: str) -> float:
+    """The median of the ratios turn by turn."""
+    return statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
 
 
 @dataclass(frozen=True)
-class Row:
-    """One candidate's step time: median in nanoseconds per parameter, and the median ratio to the baseline.
+class Candidate:
+    """A step, and what is known of it besides its time."""
 
-    ``turns`` says of how many turns.
+    step: Step
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Group(NamedTuple):
+    """Candidates that take turns with each other, and the fraction of the turns that they get."""
+
+    make: Callable[[], dict[str, Candidate]]
+    turns: float = 1.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be timed side by side.
+
+    Attributes:
+        labels: what tells this problem from its suite's others, in every row.
+        parameters: how many there are.
+        groups: each holds the candidate of the first one that all ratios are to.
     """
 
-    name: str
-    ns_per_parameter: float
-    ratio: float
-    turns: int
+    title: str
+    labels: dict[str, Any]
+    parameters: int
+    groups: Sequence[Group]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What was timed side by side: a line that says what, and a row per candidate as plain data for JSON."""
+    """What was timed side by side: a line that says what, and a row per candidate as plain data for JSON.
+
+    A row has the candidate's ``name``, the median of its ``ns_per_parameter``, the median ``ratio`` to the baseline, of
+    how many ``turns``, the problem's labels and the candidate's own figures.
+    """
 
     title: str
     rows: list[dict[str, Any]]
+
+
+def measure(problem: Problem, repeats: int, end: float = math.inf) -> Case:
+    """Time every candidate against the first."""
+    rows: list[dict[str, Any]] = []
+    for left, group in zip(range(len(problem.groups), 0, -1), problem.groups, strict=True):
+        candidates = group.make()
+        until = time.time() + (end - time.time()) / left
+        steps = {name: candidate.step for name, candidate in candidates.items()}
+        times = take_turns(steps, max(1, round(repeats * group.turns)), end=until)
+        baseline = rows[0]["name"] if rows else next(iter(candidates))
+        for name, candidate in candidates.items():
+            if not rows or name != baseline:
+                row = {"name": name, "ns_per_parameter": statistics.median(times[name]) * 1e9 / problem.parameters}
+                row |= {"ratio": ratio(times, name, baseline), "turns": len(times[name])}
+                rows.append(problem.labels | row | candidate.figures)
+        del candidates, steps
+        gc.collect()
+    return Case(problem.title, rows)
 
 
 @dataclass
@@ -36,12 +117,12 @@ class Budget:
     """Time for a number of cases: those that come later share what the earlier ones have left.
 
     Attributes:
-        deadline: as ``time.time`` counts; by default there is all the time.
+        deadline: as ``time.time`` counts.
         cases: how many are still to come.
     """
 
-    deadline: float = math.inf
-    cases: int = 1
+    deadline: float
+    cases: int
     begun: bool = False
 
     def next(self) -> float | None:
@@ -52,48 +133,3 @@ class Budget:
             return None
         self.begun = True
         return time.time() + share
-
-
-HEADER = f"{'':<44} {'ns/param':>9} {'ratio':>9}"
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row of a case under ``HEADER``."""
-    return f"{row['name']:<44} {row['ns_per_parameter']:9.2f} {row['ratio']:9.2f}"
-
-
-def interleave(
-    steps: Mapping[str, Callable[[], object]],
-    parameters: int,
-    repeats: int = 15,
-    baseline: str | None = None,
-    end: float = math.inf,
-) -> list[Row]:
-    """Run every step in turn, ``repeats`` times after a warm-up of two, and compare to the baseline (the first).
-
-    Each callable must return only when its work is done. In its turn it runs twice, and the second run counts: the
-    first pays for what the one before has left to the system, such as 128 MB of temporaries to give back.
-
-    Args:
-        end: as ``time.time`` counts; no new turn begins after it, as soon as one has been measured.
-    """
-    baseline = baseline or next(iter(steps))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 2):
-        if times[baseline] and time.time() > end:
-            break
-        for name, step in steps.items():
-            step()
-            start = time.perf_counter()
-            step()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return [
-        Row(
-            name,
-            statistics.median(times[name]) * 1e9 / parameters,
-            statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True)),
-            len(times[name]),
-        )
-        for name in steps
-    ]

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from adafactor.cli.bench.timing import Budget
+from adafactor.cli.bench.timing import Budget, measure
 
 #: By the module that measures: what ``adafactor bench`` calls it, what it imports, its ``KERAS_BACKEND``.
 SUITES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
@@ -20,12 +20,17 @@ SUITES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
 
 
 def main() -> None:
-    """Measure the suite of the first argument: the second is the turns, the third the time at which to be done."""
-    suite, repeats, deadline = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    """Measure the suite of the first argument.
+
+    The second is the turns, the third the time at which to be done, the fourth "full" or "quick".
+    """
+    suite, repeats, deadline, extent = sys.argv[1:]
     module = importlib.import_module(f"adafactor.cli.bench.{SUITES[suite][0]}")
-    budget = Budget(deadline, module.COUNT)
-    found = 0
-    for case in module.quick(repeats, budget):
-        print(json.dumps(asdict(case)), flush=True)
-        found += 1
-    print(json.dumps({"left_out": module.COUNT - found}))
+    problems = module.problems(extent == "full")
+    budget = Budget(float(deadline), len(problems))
+    for done, problem in enumerate(problems):
+        end = budget.next()
+        if end is None:
+            print(json.dumps({"left_out": len(problems) - done}))
+            break
+        print(json.dumps(asdict(measure(problem, int(repeats), end))), flush=True)
