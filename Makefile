@@ -50,7 +50,7 @@ test-optax: $(VENV)/test.$(MODULES)
 test-convert: $(VENV)/test.$(MODULES)
 	TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/convert
 
-# Pages, links, recipes, and the site: scripts/pages.py runs and counts the same by hand.
+# Pages, links, recipes, and the site.
 test-docs: $(VENV)/docs.$(MODULES)
 	$(PYTEST) tests/docs
 
@@ -73,7 +73,7 @@ format: $(VENV)/lint.$(MODULES)
 	$(BIN)/ruff format
 
 docs: $(VENV)/docs.$(MODULES)
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 	@echo build/docs/index.html
 
 bench: $(VENV)/test.$(MODULES)

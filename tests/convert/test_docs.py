@@ -17,8 +17,8 @@ def test_the_page_prints_what_was_converted(tmp_path, capsys):
 
 
 def test_the_names_file_is_one():
-    (block,) = [block for block in pages.split(PAGE)[1] if block.language == "json"]
-    check(json.loads(block.source))
+    (block,) = pages.blocks(PAGE, "json")
+    check(json.loads(block))
 
 
 def test_every_format_is_listed():

@@ -1,5 +1,10 @@
-"""Import this before Keras or TensorFlow: ``pages.triton_first`` says why."""
+"""Import this before anything imports TensorFlow: once that is loaded, importing Triton ends the process.
 
-import pages
+It is a segmentation fault (tensorflow-cpu 2.21, triton 3.7.1), and PyTorch imports Triton by itself. The other way
+round both work.
+"""
 
-pages.triton_first()
+import contextlib
+
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
