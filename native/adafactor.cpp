@@ -68,6 +68,7 @@ bool half(int64_t dtype) { return dtype == ADAFACTOR_BFLOAT16 || dtype == ADAFAC
 int check(const adafactor_tensor& t, adafactor::Verb verb) {
   if (!known(t.param_dtype) || !known(t.grad_dtype) || (t.momentum && !known(t.momentum_dtype))) return 2;
   if (t.residual && (!half(t.param_dtype) || (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING))) return 6;
+  if (t.target && t.target == t.grad && t.param_dtype != t.grad_dtype) return 7;
   const bool factored = t.flags & ADAFACTOR_FACTORED;
   if ((t.flags & ADAFACTOR_SCALE_PARAMETER) && !t.Q) return 3;
   if (t.outer * t.rows * t.inner * t.columns == 0) return 0;

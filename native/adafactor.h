@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define ADAFACTOR_ABI 2
+#define ADAFACTOR_ABI 3
 
 enum { ADAFACTOR_FLOAT32, ADAFACTOR_BFLOAT16, ADAFACTOR_FLOAT16, ADAFACTOR_FLOAT64 };
 
@@ -47,10 +47,13 @@ enum { ADAFACTOR_BASELINE, ADAFACTOR_AVX2, ADAFACTOR_AVX512, ADAFACTOR_ISAS };
 /* One parameter in one update. Every field is eight bytes wide. */
 typedef struct adafactor_tensor {
   void* param;
+  void* target;      /* where apply leaves the new param, or NULL for param itself, which is only read otherwise. It may be
+                        grad, of the same dtype: the gradient is spent then. No other overlap */
   const void* grad;
   void* row;         /* T[outer][rows][inner], or the second moment T[outer][columns] if not factored */
   void* column;      /* T[outer][inner][columns]; unused if not factored */
   void* momentum;    /* of momentum_dtype, or NULL for none */
+  void* momentum_target; /* where apply leaves the new momentum, or NULL for momentum itself */
   void* residual;    /* bfloat16, like param: what rounding the bfloat16 or float16 param has cut off, or NULL for none.
                         Not with STOCHASTIC_ROUNDING */
   double* Q;         /* [slices], eq. 6. measure: sums of x^2 (unless known). apply: those of the new x, as stored.
@@ -83,7 +86,7 @@ typedef struct adafactor_tensor {
 
 /* Each returns 0, or 1: out of memory, 2: an unknown dtype, 3: a missing buffer, 4: an instruction set that this
  * machine or this build does not have, 5: COLUMNS_FIRST where it cannot be, 6: a residual beside stochastic rounding or
- * of a param that needs none. Nothing has been written then, except after 1. The result has the same bits for every
+ * of a param that needs none, 7: a target that is grad, of another dtype. Nothing has been written then, except after 1. The result has the same bits for every
  * instruction set and every number of threads. */
 
 /* Fills finished, S, W and Q, which add up over shards (all but finished). Commits nothing. */

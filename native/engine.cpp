@@ -8,6 +8,7 @@
 #include <cfenv>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -45,6 +46,8 @@ struct Work {
   int64_t measured = 0, applied = 0, next_apply = 0;
   explicit Work(adafactor_tensor& tensor) : t(tensor), plan(tensor) {}
 };
+
+size_t bytes_of(int64_t dtype) { return dtype == ADAFACTOR_FLOAT64 ? 8 : dtype == ADAFACTOR_FLOAT32 ? 4 : 2; }
 
 size_t padded(int64_t bytes) { return (size_t(bytes) + 63) / 64 * 64; }
 
@@ -245,7 +248,16 @@ class Schedule {
     if (!(verb_ & kApply)) return false;
     const bool goes_on = kernels(work).finish(work.t, work.space);
     work.t.skipped = !goes_on;
+    if (!goes_on) leave_alone(work.t);
     return goes_on;
+  }
+
+  // What apply would have left elsewhere is what it was.
+  static void leave_alone(const adafactor_tensor& t) {
+    const size_t size = size_t(t.outer * t.rows * t.inner * t.columns);
+    if (t.target && t.target != t.param) std::memcpy(t.target, t.param, size * bytes_of(t.param_dtype));
+    if (t.momentum && t.momentum_target && t.momentum_target != t.momentum)
+      std::memcpy(t.momentum_target, t.momentum, size * bytes_of(t.momentum_dtype));
   }
 
   void keep_Q(const Work& work) {

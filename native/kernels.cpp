@@ -408,15 +408,16 @@ struct Step {
   }
 };
 
-// x -= a * g * c (eq. 13), where a holds everything but the columns.
+// x -= a * g * c (eq. 13), where a holds everything but the columns. `moved` may be x, or g.
 template <class T>
-inline void descend(const T* g, const T* c, T a, T decay_factor, T* ADAFACTOR_RESTRICT x, size_t n) {
-  for (size_t j = 0; j < n; ++j) x[j] = decay_factor * x[j] - g[j] * a * c[j];
+inline void descend(const T* g, const T* c, T a, T decay_factor, const T* x, T* moved, size_t n) {
+  ADAFACTOR_INDEPENDENT
+  for (size_t j = 0; j < n; ++j) moved[j] = decay_factor * x[j] - g[j] * a * c[j];
 }
 
 // The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes.
 template <class T>
-inline T descend_squares(const T* g, const T* c, T a, T decay_factor, T* ADAFACTOR_RESTRICT x, size_t n) {
+inline T descend_squares(const T* g, const T* c, T a, T decay_factor, const T* x, T* moved, size_t n) {
   Lanes<T> squares;
   T s[4][kLanes] = {};
   size_t j = 0;
@@ -425,73 +426,85 @@ inline T descend_squares(const T* g, const T* c, T a, T decay_factor, T* ADAFACT
       ask(reinterpret_cast<const char*>(g + j + kTile) + k);
       ask(reinterpret_cast<const char*>(x + j + kTile) + k);
     }
-    for (size_t q = 0; q < 4; ++q)
+    for (size_t q = 0; q < 4; ++q) {
+      ADAFACTOR_INDEPENDENT
       for (size_t k = 0; k < kLanes; ++k) {
         const size_t i = j + q * kLanes + k;
-        const T moved = decay_factor * x[i] - g[i] * a * c[i];
-        x[i] = moved;
-        s[q][k] += moved * moved;
+        const T value = decay_factor * x[i] - g[i] * a * c[i];
+        moved[i] = value;
+        s[q][k] += value * value;
       }
+    }
   }
   memcpy(squares.group, s, sizeof(s));
-  descend(g + j, c + j, a, decay_factor, x + j, n - j);
-  squares.template add<Square>(x + j, n - j);
+  descend(g + j, c + j, a, decay_factor, x + j, moved + j, n - j);
+  squares.template add<Square>(moved + j, n - j);
   return squares.total();
 }
 
 // eq. 12, then eq. 13.
 template <class T>
-inline void descend_momentum(const T* u, const Step<T>& step, T* ADAFACTOR_RESTRICT momentum,
-                             T* ADAFACTOR_RESTRICT x, size_t n) {
+inline void descend_momentum(const T* u, const Step<T>& step, const T* momentum, T* new_momentum, const T* x, T* moved,
+                             size_t n) {
+  ADAFACTOR_INDEPENDENT
   for (size_t j = 0; j < n; ++j) {
     const T average = step.beta1 * momentum[j] + u[j];
-    momentum[j] = average;
-    x[j] = step.decay_factor * x[j] - step.alpha * average;
+    new_momentum[j] = average;
+    moved[j] = step.decay_factor * x[j] - step.alpha * average;
   }
 }
 
-// One tile of x and of momentum, opened for the loops above and written back.
+// Where apply leaves x and momentum.
+inline void* target_of(const adafactor_tensor& t) { return t.target ? t.target : t.param; }
+inline void* momentum_target_of(const adafactor_tensor& t) {
+  return t.momentum_target ? t.momentum_target : t.momentum;
+}
+
+// One tile of x and of momentum as the loops above take them, and where they leave what `finish` writes back.
 template <class T>
 struct Target {
   const adafactor_tensor& t;
   size_t first, n;
   bool stochastic;
   T x_tile[kTile], momentum_tile[kTile], residual_tile[kTile];
-  T *x, *momentum;
+  const T *x, *momentum;
+  T *moved, *new_momentum;
 
   Target(const adafactor_tensor& tensor, size_t first_element, size_t count)
       : t(tensor), first(first_element), n(count) {
     const bool half = t.param_dtype == ADAFACTOR_BFLOAT16 || t.param_dtype == ADAFACTOR_FLOAT16;
     stochastic = half && (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING);
-    x = open(t.param_dtype, t.param, first, x_tile, n);
+    x = load(t.param_dtype, t.param, first, x_tile, n);
+    moved = room(t.param_dtype, target_of(t), first, x_tile);
     if (t.residual) {
       const T* residual = load(ADAFACTOR_BFLOAT16, t.residual, first, residual_tile, n);
-      for (size_t k = 0; k < n; ++k) x[k] += residual[k];
+      for (size_t k = 0; k < n; ++k) x_tile[k] += residual[k];  // x, which is not of T
     }
-    momentum = t.momentum ? open(t.momentum_dtype, t.momentum, first, momentum_tile, n) : nullptr;
+    momentum = t.momentum ? load(t.momentum_dtype, t.momentum, first, momentum_tile, n) : nullptr;
+    new_momentum = t.momentum ? room(t.momentum_dtype, momentum_target_of(t), first, momentum_tile) : nullptr;
   }
 
   // Rounds a part of the tile whose elements have the indices index, index + 1, ... in the whole parameter.
   void round(size_t offset, size_t count, uint64_t index) {
-    narrow_stochastic(t, x + offset, first + offset, count, index);
+    narrow_stochastic(t, moved + offset, target_of(t), first + offset, count, index);
   }
 
   // What rounding has cut off x; of what is not finite nothing is left.
   void keep_rest() {
-    const T* stored = load(t.param_dtype, t.param, first, residual_tile, n);
+    const T* stored = load(t.param_dtype, target_of(t), first, residual_tile, n);
     for (size_t k = 0; k < n; ++k) {
-      const T rest = x[k] - stored[k];
-      x[k] = stored[k] - stored[k] == 0 ? rest : T(0);
+      const T rest = moved[k] - stored[k];
+      moved[k] = stored[k] - stored[k] == 0 ? rest : T(0);
     }
-    close(ADAFACTOR_BFLOAT16, x, t.residual, first, n);
+    close(ADAFACTOR_BFLOAT16, moved, t.residual, first, n);
   }
 
   double finish() {
-    if (!stochastic) close(t.param_dtype, x, t.param, first, n);
-    if (momentum) close(t.momentum_dtype, momentum, t.momentum, first, n);
+    if (!stochastic) close(t.param_dtype, moved, target_of(t), first, n);
+    if (momentum) close(t.momentum_dtype, new_momentum, momentum_target_of(t), first, n);
     if (t.residual) keep_rest();
     if (!(t.flags & ADAFACTOR_SCALE_PARAMETER)) return 0;
-    return double(sum<Square>(load(t.param_dtype, t.param, first, x_tile, n), n));  // as stored
+    return double(sum<Square>(load(t.param_dtype, target_of(t), first, x_tile, n), n));  // as stored
   }
 };
 
@@ -541,13 +554,14 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
       const T* c = scaled + cursor.columns();
       for (size_t j = 0; j < m; j += kTile) {
         const size_t count = least(kTile, m - j);
-        T* x = at<T>(t.param, r * m + j);
+        const T* x = at<T>(t.param, r * m + j);
         const T* g = static_cast<const T*>(t.grad) + r * m + j;
+        T* moved = at<T>(target_of(t), r * m + j);
         if (count >= kLanes) {
-          Q += double(descend_squares(g, c + j, a, step.decay_factor, x, count));
+          Q += double(descend_squares(g, c + j, a, step.decay_factor, x, moved, count));
         } else {
-          descend(g, c + j, a, step.decay_factor, x, count);
-          Q += double(sum<Square>(x, count));
+          descend(g, c + j, a, step.decay_factor, x, moved, count);
+          Q += double(sum<Square>(moved, count));
         }
       }
       cursor.next();
@@ -567,10 +581,11 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
         if (target.momentum) {
           for (size_t k = 0; k < count; ++k) u[q * count + k] = h[k] * a * c[k];
         } else {
-          descend(h, c, a, step.decay_factor, target.x + q * count, count);
+          descend(h, c, a, step.decay_factor, target.x + q * count, target.moved + q * count, count);
         }
       }
-      if (target.momentum) descend_momentum(u, step, target.momentum, target.x, runs * count);
+      if (target.momentum)
+        descend_momentum(u, step, target.momentum, target.new_momentum, target.x, target.moved, runs * count);
       if (target.stochastic)
         for (size_t q = 0; q < runs; ++q) target.round(q * count, count, global_index(t, r + q, j));
       Q += target.finish();
@@ -594,9 +609,12 @@ double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& un
     normalise(t, g, v, v, u, n);
     for (size_t k = 0; k < n; ++k) u[k] *= step.normalised;
     if (target.momentum) {
-      descend_momentum(u, step, target.momentum, target.x, n);
+      descend_momentum(u, step, target.momentum, target.new_momentum, target.x, target.moved, n);
     } else {
-      for (size_t k = 0; k < n; ++k) target.x[k] = step.decay_factor * target.x[k] - u[k];
+      const T* x = target.x;
+      T* moved = target.moved;
+      ADAFACTOR_INDEPENDENT
+      for (size_t k = 0; k < n; ++k) moved[k] = step.decay_factor * x[k] - u[k];
     }
     if (target.stochastic) target.round(0, n, global_index(t, uint64_t(unit.b), j));
     Q += target.finish();

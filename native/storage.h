@@ -185,11 +185,12 @@ ADAFACTOR_CALLED void narrow(int64_t dtype, const double* tile, void* memory, si
 }
 
 // Elements whose global indices are index, index + 1, ...
-ADAFACTOR_CALLED void narrow_stochastic(const adafactor_tensor& t, const float* tile, size_t at, size_t n, uint64_t index) {
-  uint16_t* out = static_cast<uint16_t*>(t.param) + at;
+ADAFACTOR_CALLED void narrow_stochastic(const adafactor_tensor& t, const float* tile, void* memory, size_t at, size_t n,
+                                        uint64_t index) {
+  uint16_t* out = static_cast<uint16_t*>(memory) + at;
   const uint64_t left = (uint64_t(1) << 32) - uint32_t(index);  // elements until the lower half of the index wraps
   if (n > left) {
-    narrow_stochastic(t, tile + left, at + size_t(left), n - size_t(left), index + left);
+    narrow_stochastic(t, tile + left, memory, at + size_t(left), n - size_t(left), index + left);
     n = size_t(left);
   }
   const Key key = make_key(t.seed, t.step, t.rng_stream, index);
@@ -201,7 +202,7 @@ ADAFACTOR_CALLED void narrow_stochastic(const adafactor_tensor& t, const float* 
   }
 }
 
-inline void narrow_stochastic(const adafactor_tensor&, const double*, size_t, size_t, uint64_t) {}  // has no double
+inline void narrow_stochastic(const adafactor_tensor&, const double*, void*, size_t, size_t, uint64_t) {}  // has no double
 
 // Asks for the tile after this one: while a tile is converted and worked on, nothing else is read from memory.
 inline void prefetch(int64_t dtype, const void* memory, size_t at, size_t n) {
@@ -223,12 +224,13 @@ inline const T* load(int64_t dtype, const void* memory, size_t at, T* tile, size
   return tile;
 }
 
+// Where a tile is made that belongs at `at`: there if its storage is T, else in `tile`.
 template <class T>
-inline T* open(int64_t dtype, void* memory, size_t at, T* tile, size_t n) {
-  return const_cast<T*>(load(dtype, memory, at, tile, n));
+inline T* room(int64_t dtype, void* memory, size_t at, T* tile) {
+  return dtype == Own<T>::dtype ? static_cast<T*>(memory) + at : tile;
 }
 
-// Writes back what `open` gave.
+// Writes back what was made in `room`.
 template <class T>
 inline void close(int64_t dtype, const T* tile, void* memory, size_t at, size_t n) {
   if (dtype != Own<T>::dtype) narrow(dtype, tile, memory, at, n);

@@ -22,6 +22,17 @@ namespace {
 
 const size_t kLanes = 16;
 
+// Before a loop whose turns do not read what another turn writes, whatever its pointers say.
+#if defined(__clang__)
+#define ADAFACTOR_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define ADAFACTOR_INDEPENDENT _Pragma("GCC ivdep")
+#elif defined(_MSC_VER)
+#define ADAFACTOR_INDEPENDENT __pragma(loop(ivdep))
+#else
+#define ADAFACTOR_INDEPENDENT
+#endif
+
 // The compilers' own names: std::sqrt is an inline function, which the linker may merge over instruction sets.
 #if defined(__GNUC__)
 inline float root(float x) { return __builtin_sqrtf(x); }

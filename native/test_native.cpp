@@ -99,6 +99,38 @@ struct Model {
         add(s[0] > 0, s[0] == 2, s[1], s[2], s[3], s[4], s[5], dtype, (dtype + k / 4) % 4, k % 5 - 1, separate);
   }
 
+  static size_t bytes(const adafactor_tensor& t, int64_t dtype) {
+    return size_t(t.outer * t.rows * t.inner * t.columns) * bytes_of(dtype);
+  }
+
+  // A step that leaves the new values in other buffers, the gradients' where `over_gradients`, as a framework does
+  // whose arrays do not change. The old ones must be as they were; then they become the new ones.
+  int elsewhere(bool over_gradients, int (*step)(adafactor_tensor*, int64_t, int64_t, int64_t), int64_t threads, int64_t isa) {
+    std::string before = contents();
+    std::vector<adafactor_tensor> there = tensors;
+    std::vector<Buffer> spent;
+    for (adafactor_tensor& t : there) {
+      const size_t size = bytes(t, t.param_dtype), grad = bytes(t, t.grad_dtype);
+      spent.emplace_back(new char[grad]);
+      if (grad) std::memcpy(spent.back().get(), t.grad, grad);
+      t.grad = spent.back().get();
+      t.target = over_gradients && t.param_dtype == t.grad_dtype ? spent.back().get() : zeros(size);
+      if (t.momentum) t.momentum_target = zeros(bytes(t, t.momentum_dtype));
+    }
+    const int error = step(there.data(), int64_t(there.size()), threads, isa);
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      adafactor_tensor& t = tensors[k];
+      const std::string param(static_cast<const char*>(t.param), bytes(t, t.param_dtype));
+      if (before.compare(0, param.size(), param) != 0) std::fprintf(stderr, "a parameter was written\n"), std::exit(1);
+      before.erase(0, param.size() + size_t(t.slices) * 8);
+      if (t.residual) before.erase(0, bytes(t, ADAFACTOR_BFLOAT16));
+      if (t.momentum) before.erase(0, bytes(t, t.momentum_dtype));
+      if (param.size()) std::memcpy(t.param, there[k].target, param.size());
+      if (t.momentum && param.size()) std::memcpy(t.momentum, there[k].momentum_target, bytes(t, t.momentum_dtype));
+    }
+    return error;
+  }
+
   std::string contents() const {
     std::string all;
     for (const adafactor_tensor& t : tensors) {  // what a step leaves behind, not its scratch
@@ -112,14 +144,17 @@ struct Model {
   }
 };
 
-void train(bool separate, int64_t threads, int64_t isa, std::string& contents) {
+enum Where { kInPlace, kElsewhere, kOverGradients };
+
+void train(bool separate, int64_t threads, int64_t isa, std::string& contents, Where where = kInPlace) {
   Model model(separate);
   for (uint64_t step = 1; step <= 2; ++step) {
     for (adafactor_tensor& t : model.tensors) t.step = step;
     adafactor_tensor* first = model.tensors.data();
     const int64_t count = int64_t(model.tensors.size());
-    const int error = separate ? adafactor_measure(first, count, threads, isa) | adafactor_apply(first, count, threads, isa)
-                               : adafactor_step(first, count, threads, isa);
+    const int error = where      ? model.elsewhere(where == kOverGradients, adafactor_step, threads, isa)
+                      : separate ? adafactor_measure(first, count, threads, isa) | adafactor_apply(first, count, threads, isa)
+                                 : adafactor_step(first, count, threads, isa);
     if (error) std::fprintf(stderr, "error %d\n", error), std::exit(1);
   }
   contents = model.contents();
@@ -137,6 +172,11 @@ int main() {
       train(separate, separate ? 2 : 7, isa, contents);
       if (contents != expected) return std::fprintf(stderr, "other bits: isa %d\n", int(isa)), 1;
     }
+  }
+  for (const Where where : {kElsewhere, kOverGradients}) {
+    std::string contents;
+    train(false, 7, ADAFACTOR_BASELINE, contents, where);
+    if (contents != expected) return std::fprintf(stderr, "other bits: where %d\n", int(where)), 1;
   }
   std::vector<std::string> results(3);
   std::vector<std::thread> callers;

@@ -562,6 +562,74 @@ def test_a_gradient_that_is_not_finite_leaves_its_tensor_alone(bad: float, dtype
         assert all(np.isnan(model.x[k].astype(np.float32)).any() == (k in hit) for k in range(len(layouts)))
 
 
+def elsewhere(model: Model, grads: list[np.ndarray], over_gradients: bool, **options: Any) -> None:
+    """A step of ``model`` whose new values go to other buffers, the gradients' where that is asked for."""
+    model.prepare(grads, **options)
+    kept = [[a.copy() for a in arrays] for arrays in (model.x, model.momentum, model.grads)]
+    moved = model.grads if over_gradients else [np.full_like(x, np.nan) for x in model.x]
+    averages = [np.full_like(m, np.nan) for m in model.momentum]
+    model.table.records["target"] = [a.ctypes.data for a in moved]
+    if model.hp.momentum:
+        model.table.records["momentum_target"] = [a.ctypes.data for a in averages]
+    model.table.run("step", 3)
+    unchanged = [model.x, model.momentum] if over_gradients else [model.x, model.momentum, model.grads]
+    for arrays, before in zip(unchanged, kept, strict=False):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(arrays, before, strict=True))
+    for k, x in enumerate(model.x):
+        x[...] = moved[k]
+        if model.hp.momentum:
+            model.momentum[k][...] = averages[k]
+
+
+@pytest.mark.parametrize("over_gradients", [False, True], ids=["elsewhere", "over the gradients"])
+@pytest.mark.parametrize("dtype", list(DTYPE))
+@pytest.mark.parametrize(
+    ("hp", "options", "momentum_dtype"),
+    [
+        ({}, {}, "float32"),
+        ({"beta_1": 0.9}, {"decay_factor": 0.99, "scale_after_decay": True}, "float32"),
+        ({"beta_1": 0.9}, {"stochastic_rounding": True, "seed": 3, "maximize": True}, "bfloat16"),
+        ({"scale_parameter": False, "clip_threshold": None}, {"stochastic_rounding": True}, "float32"),
+    ],
+)
+def test_a_step_that_leaves_its_result_elsewhere_has_the_bits_of_one_in_place(
+    dtype: str, hp: dict[str, Any], options: dict[str, Any], momentum_dtype: str, over_gradients: bool
+) -> None:
+    layouts = [layout(shape, **how) for shape, how in SHAPES]
+    layouts = [one for one in layouts if canonical(one)]
+    models = [
+        Model(layouts, Hyperparameters(**hp), dtype, momentum_dtype=momentum_dtype, options=options) for _ in range(2)
+    ]
+    for t in range(1, 4):
+        grads = gradients(layouts, t)
+        models[0].step(grads, q_known=t == 3)
+        elsewhere(models[1], grads, over_gradients, q_known=t == 3)
+        assert models[0].everything() == models[1].everything()
+
+
+@pytest.mark.parametrize("over_gradients", [False, True], ids=["elsewhere", "over the gradients"])
+def test_what_is_left_alone_is_found_elsewhere_too(over_gradients: bool) -> None:
+    layouts = [layout((70, 50)), layout((33,)), layout((300, 500)), layout((8, 8))]
+    model = Model(layouts, Hyperparameters(beta_1=0.9), options={"skip_nonfinite": True})
+    model.step(gradients(layouts, 1))
+    before, grads = model.everything(), gradients(layouts, 2)
+    for g in grads:
+        g.flat[3] = np.nan
+    elsewhere(model, grads, over_gradients)
+    assert model.table.skipped.all()
+    assert model.everything() == before
+
+
+@pytest.mark.parametrize("grad_dtype", ["bfloat16", "float64"])
+def test_a_target_over_a_gradient_of_another_dtype_is_refused(grad_dtype: str) -> None:
+    layouts = [layout((5, 7))]
+    model = Model(layouts, grad_dtype=grad_dtype)
+    model.prepare(gradients(layouts, 1))
+    model.table.records["target"] = model.table.records["grad"]
+    with pytest.raises(RuntimeError, match="a target that is the gradient has the gradient's dtype"):
+        model.table.step()
+
+
 def test_a_zero_row_and_a_zero_gradient_take_no_step() -> None:
     for epsilon in (1e-30, 0.0):
         model = Model(SMALL, Hyperparameters(epsilon_1=epsilon))

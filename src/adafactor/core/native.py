@@ -35,7 +35,21 @@ FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHAST
     1 << bit for bit in range(8)
 )
 
-_ADDRESSES = ["param", "grad", "row", "column", "momentum", "residual", "Q", "finished", "S", "W", "diagnostics"]
+_ADDRESSES = [
+    "param",
+    "target",
+    "grad",
+    "row",
+    "column",
+    "momentum",
+    "momentum_target",
+    "residual",
+    "Q",
+    "finished",
+    "S",
+    "W",
+    "diagnostics",
+]
 _NUMBERS = [
     "outer",
     "rows",
@@ -58,7 +72,7 @@ RECORD = np.dtype(
     + [(name, np.float64) for name in _SCALARS]
     + [("seed", np.uint64), ("step", np.uint64), ("rng_stream", np.uint64), ("skipped", np.int64)]
 )
-_ABI = 2 * 65536 + RECORD.itemsize
+_ABI = 3 * 65536 + RECORD.itemsize
 
 Verb = Literal["measure", "apply", "step"]
 
@@ -284,6 +298,7 @@ _ERRORS = {
     4: "this machine or this build does not have that instruction set",
     5: "columns can come first only in a factored tensor without a stack between its rows and columns",
     6: "a residual belongs to a bfloat16 or float16 parameter that is rounded to nearest",
+    7: "a target that is the gradient has the gradient's dtype",
 }
 
 
