@@ -7,9 +7,13 @@ The framework is in the import path, and importing this package imports none of 
     from adafactor.optax import adafactor    # JAX: Flax, Equinox, anything that takes an optax transformation
 """
 
+from typing import TYPE_CHECKING
+
 from adafactor.core.factoring import Factored, Layout, layout
 from adafactor.core.hyperparameters import Hyperparameters
-from adafactor.planning import plan
+
+if TYPE_CHECKING:
+    from adafactor.planning import plan
 
 __version__ = "0.1.0"
 __all__ = ["Factored", "Hyperparameters", "Layout", "layout", "plan"]
@@ -22,6 +26,10 @@ _IMPORTS = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "plan":  # no front end needs it
+        from adafactor.planning import plan
+
+        return plan
     if name == "Adafactor":
         width = max(map(len, _IMPORTS))
         lines = "\n".join(f"    {framework:<{width}}  {line}" for framework, line in _IMPORTS.items())

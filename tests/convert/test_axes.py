@@ -5,10 +5,10 @@ import pytest
 
 from adafactor import Factored, Hyperparameters, layout
 from adafactor.convert.axes import estimate, fitted, permuted, roles
-from adafactor.convert.jax import largest_two
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter
 from adafactor.core import reference
+from adafactor.core.dialects import largest_two
 from adafactor.core.errors import Refused
 from adafactor.core.factoring import Layout
 

@@ -28,6 +28,28 @@ def test_the_check_above_can_fail():
     assert imported_by(f"{stand_in}; import adafactor") & FRAMEWORKS == {"torch"}
 
 
+def loaded_by(statement):
+    """Packages of adafactor, two names deep, and frameworks that a fresh interpreter holds after ``statement``."""
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    own = {".".join(name.split(".")[1:3]) for name in names if name.startswith("adafactor.")}
+    return {name for name in own if name.partition(".")[0] != "core"}, {name.split(".")[0] for name in names} & (
+        FRAMEWORKS | {"flax", "h5py", "msgpack", "orbax", "safetensors"}
+    )
+
+
+def test_the_torch_front_end_loads_torch_at_most():
+    pytest.importorskip("torch")
+    own, frameworks = loaded_by("import adafactor.torch")
+    assert {name for name in own if name.partition(".")[0] != "torch"} <= {"engine", "engine.torch"}
+    assert frameworks - {"triton"} == {"torch"}  # which imports Triton where that is installed
+
+
+def test_the_check_of_the_torch_front_end_can_fail():
+    pytest.importorskip("torch")
+    assert "convert.state" in loaded_by("import adafactor.torch; import adafactor.convert")[0]
+
+
 def test_adafactor_without_its_framework_is_an_error_that_shows_the_line():
     with pytest.raises(ImportError, match=r"from adafactor\.keras import Adafactor"):
         from adafactor import Adafactor  # noqa: F401

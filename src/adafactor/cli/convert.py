@@ -27,10 +27,16 @@ _PACKAGES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    from adafactor.convert.dialects import FORMATS
+    from adafactor.core.dialects import FORMATS
 
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a checkpoint with the state of Adafactor")
-    parser.add_argument("--to", required=True, metavar="FORMAT", choices=("state", *FORMATS), help="format of TARGET")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        choices=("state", *(name for name, each in FORMATS.items() if each.written)),
+        help="format of TARGET",
+    )
     parser.add_argument(
         "-o", "--output", required=True, metavar="TARGET", type=Path, help="the file or folder to write"
     )
@@ -56,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert and print the report; 0 also where something had to be rebuilt, because the report says so."""
     from adafactor import convert
     from adafactor.convert import names
-    from adafactor.convert.dialects import FORMATS
+    from adafactor.core.dialects import FORMATS
     from adafactor.core.files import replacing
 
     source, target = arguments.source, arguments.output

@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from adafactor.convert import state as states
+from adafactor.convert.adapt import KNOWN
 from adafactor.convert.axes import Axes, Shapes
-from adafactor.convert.dialects import FORMATS, KNOWN
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Change, Report
 from adafactor.convert.state import State
+from adafactor.core.dialects import FORMATS
 from adafactor.core.errors import Refused, message
 from adafactor.core.files import PathLike, reading
 
 STATE = "state"
-#: Everything that ``format`` and ``--to`` can be.
+#: Everything that ``format`` can be, and of that what is written.
 NAMES = (STATE, *FORMATS)
+WRITTEN = (STATE, *(name for name, dialect in FORMATS.items() if dialect.written))
 _H5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -140,6 +142,8 @@ def write(
     """
     report = Report() if report is None else report
     _known(format)
+    if format not in WRITTEN:
+        raise Refused(message("the target's format", f"one of {', '.join(WRITTEN)}", format, "It is only read."))
     if format == STATE:
         states.write(rename(state, names, None, state.framework, report), target)
         report.changes.extend(Change(parameter.name, "kept") for parameter in state.parameters)

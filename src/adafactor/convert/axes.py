@@ -99,11 +99,7 @@ def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -
     place = {old: new for new, old in enumerate(permutation)}
     old = parameter.layout
     rows, columns, batch = (tuple(sorted(place[axis] for axis in axes)) for axes in (old.rows, old.columns, old.batch))
-    swap = bool(rows) and min(columns) < min(rows)
-    new = Layout(
-        tuple(old.shape[axis] for axis in permutation), columns if swap else rows, rows if swap else columns, batch
-    )
-    names = {"row": "column", "column": "row"} if swap else {}
+    new = Layout(tuple(old.shape[axis] for axis in permutation), rows, columns, batch)
     axes_of = {**kept(old), "momentum": tuple(range(rank))}
     lost = [slot for slot, value in parameter.extra.items() if value.shape != parameter.shape]
     if parameter.momentum is not None and (parameter.momentum.shape != old.shape or "momentum_scale" in lost):
@@ -116,8 +112,17 @@ def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -
         if slot not in lost:
             axes = axes_of.get(slot, tuple(range(rank)))
             order = [axes.index(axis) for axis in permutation if axis in axes]
-            slots[names.get(slot, slot)] = np.ascontiguousarray(value.transpose(order)) if order else value
-    return replace(parameter, layout=new, slots=slots)
+            slots[slot] = np.ascontiguousarray(value.transpose(order)) if order else value
+    return rows_first(replace(parameter, layout=new, slots=slots))
+
+
+def rows_first(parameter: Parameter) -> Parameter:
+    """The parameter with row and column in each other's place where the columns come before the rows."""
+    its_layout, slots = parameter.layout, parameter.slots
+    if not its_layout.factored or min(its_layout.rows) < min(its_layout.columns):
+        return parameter
+    turned = replace(its_layout, rows=its_layout.columns, columns=its_layout.rows)
+    return replace(parameter, layout=turned, slots={**slots, "row": slots["column"], "column": slots["row"]})
 
 
 def roles(

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from adafactor.convert import dialects, msgpack
-from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles
-from adafactor.convert.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X
+from adafactor.convert import adapt, msgpack
+from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles, rows_first
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
+from adafactor.core.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X, in_our_words, largest_two
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Factored, Layout, Shape, layout
 from adafactor.core.files import PathLike, reading, replacing
@@ -226,7 +226,7 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
             if any(leaf is not None for leaf in leaves.values()):
                 parameters.append(_read_one(found, name, leaves, count, shapes, axes))
     own = {name: np.asarray(value).item() for name, value in found.hyperparameters.items()}
-    return State(tuple(parameters), (dialects.read(found.format, own),), "jax", found.format)
+    return State(tuple(parameters), (in_our_words(found.format, own),), "jax", found.format)
 
 
 def _read_one(
@@ -257,10 +257,7 @@ def _read_one(
     its_layout = roles(name, statistics, _choosers(found.format), shape=shape, axes=axes)
     if momentum is not None:
         slots["momentum"] = momentum
-    if its_layout.factored and min(its_layout.columns) < min(its_layout.rows):
-        its_layout = replace(its_layout, rows=its_layout.columns, columns=its_layout.rows)
-        slots["row"], slots["column"] = slots["column"], slots["row"]
-    return Parameter(name, its_layout, slots, count, dtype, 0, rms)
+    return rows_first(Parameter(name, its_layout, slots, count, dtype, 0, rms))
 
 
 def _has_momentum(found: _Found) -> bool:
@@ -270,14 +267,6 @@ def _has_momentum(found: _Found) -> bool:
 
 def _placeholder(value: Array) -> bool:
     return value.shape == (1,)
-
-
-def largest_two(shape: Shape) -> Layout:
-    """The axes that optax and T5X factor over: v_row keeps the second largest, v_col the largest."""
-    if len(shape) < 2:
-        return Layout(shape, (), ())
-    order = np.argsort(shape)
-    return Layout(shape, (int(order[-2]),), (int(order[-1]),))
 
 
 def _choosers(format: str) -> Sequence[Chooser]:
@@ -319,10 +308,10 @@ def write(
         if found.format != format:
             raise Refused(message("the template", f"of {format}", found.format, "Make it with that optimizer."))
         target = {name: _target_shape(found, name) for name in found.slots["second_moment"] if _exists(found, name)}
-    state = dialects.momentum_as(rename(state, names, target, "jax", report), format, report)
-    group = dialects.one_group(state, format, report)
-    count = dialects.one_count(state, format, report)
-    own = dialects.told(format, group, report)
+    state = adapt.momentum_as(rename(state, names, target, "jax", report), format, report)
+    group = adapt.one_group(state, format, report)
+    count = adapt.one_count(state, format, report)
+    own = adapt.told(format, group, report)
     if count >= 1 << 31:
         raise Refused(message("the count", "below 2**31 in JAX", count, "Start the state afresh."))
     if template is None:
@@ -349,7 +338,7 @@ def write(
             report.dropped("Momentum", [name], "the template has none")
         kept = found.slots.get("momentum", {}).get(name)
         if "momentum" not in new and kept is not None and not (found.format == T5X and _placeholder(np.asarray(kept))):
-            report.dropped("Momentum", [name], dialects.STARTS)
+            report.dropped("Momentum", [name], adapt.STARTS)
     new = _members({"": template}, _New(found.format, filled, count, own))[""]
     if int(_array(_find(plain(new)).count)) != count:
         raise Refused(
@@ -579,4 +568,4 @@ def save(tree: Tree, path: PathLike) -> None:
         writer.save(new.absolute(), tree)
 
 
-__all__ = ["FORMATS", "format_of", "largest_two", "load", "plain", "read", "save", "write"]
+__all__ = ["FORMATS", "format_of", "load", "plain", "read", "save", "write"]

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from adafactor.convert import dialects
+from adafactor.convert import adapt
 from adafactor.convert.archives import check_zip
 from adafactor.convert.axes import Axes, Shapes, fitted, rms_of
-from adafactor.convert.dialects import KERAS, OUR_KERAS
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
+from adafactor.core.dialects import KERAS, OUR_KERAS, in_our_words, last_two
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Factored, Layout, Shape, layout
 from adafactor.core.files import PathLike, reading, replacing
@@ -240,7 +240,7 @@ def _orders(saved: Saved, axes: Axes | None) -> Iterator[_Order]:
                 its_layout = _layout(config, name, shape, axes)
                 words_here = [*its_layout.slots, *(["momentum"] if momentum else [])]
             else:
-                its_layout = _last_two(shape)
+                its_layout = last_two(shape)
                 words_here = ["row", "column", ""] if its_layout.factored else ["", "", "second_moment"]
             own = {slot: position + offset for offset, slot in enumerate(words_here) if slot}
             position += len(words_here)
@@ -275,11 +275,6 @@ def _shapes_of_theirs(values: Sequence[Array]) -> list[tuple[str, Shape]] | None
         shapes.insert(0, shape)
         end -= 3
     return [(str(number), shape) for number, shape in enumerate(shapes)] or None
-
-
-def _last_two(shape: Shape) -> Layout:
-    rank = len(shape)
-    return Layout(shape, (rank - 2,), (rank - 1,)) if rank >= 2 else Layout(shape, (), ())
 
 
 def _layout(config: Mapping[str, Any], name: str, shape: Shape, axes: Axes | None) -> Layout:
@@ -366,7 +361,7 @@ def _group(saved: Saved, order: _Order, report: Report) -> dict[str, Any]:
     if order.learning_rate is not None:
         rate = saved.values[order.learning_rate][()]
         own["learning_rate"] = float(str(rate))  # 0.01 for the float32 next to it
-    return dialects.read(saved.format, own)
+    return in_our_words(saved.format, own)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -406,9 +401,9 @@ def write(
     saved.config = {**saved.config, **(hyperparameters or {})}
     order = _order(saved, axes)
     wanted = {member.name: member.layout.shape for member in order.members}
-    group = dialects.one_group(state, saved.format, report)
-    state = dialects.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
-    told = dialects.write(
+    group = adapt.one_group(state, saved.format, report)
+    state = adapt.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
+    told = adapt.in_its_words(
         saved.format, {k: v for k, v in group.items() if k not in ("factoring", "min_dim_size_to_factor")}, report
     )
     values = _values(state, saved, order, report)
@@ -432,7 +427,7 @@ def write(
 
 def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[Array]:
     """What every position of the target will hold."""
-    count = dialects.one_count(state, saved.format, report)
+    count = adapt.one_count(state, saved.format, report)
     values = [np.zeros_like(value) for value in saved.values]
     values[0] = np.asarray(count * _accumulated(saved, order), saved.values[0].dtype)
     if order.learning_rate is not None:
@@ -452,7 +447,7 @@ def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[A
                 values[member.slots[slot]] = saved.values[member.slots[slot]]
                 report.dropped("The moving average", [member.name], "the source has none: the template's stays")
             else:
-                report.dropped("Momentum", [member.name], dialects.STARTS)
+                report.dropped("Momentum", [member.name], adapt.STARTS)
         if not saved.ours and member.layout.factored:
             at = member.slots["column"] + 1
             values[at] = _velocity(parameter, saved.values[at])

@@ -1,7 +1,7 @@
-"""State dicts of ``torch.optim.Adafactor``, transformers' ``Adafactor`` and ``adafactor.torch.Adafactor``.
+"""State dicts of ``torch.optim.Adafactor``, transformers', timm's (read only) and ``adafactor.torch.Adafactor``.
 
-All keep means; what each calls them is in :mod:`adafactor.convert.pytorch`, which loads them into a live optimizer of
-ours without a detour. Here they become a :class:`~adafactor.convert.state.State`, and a State becomes one of them.
+Here they become a :class:`~adafactor.convert.state.State`, and a State becomes one of them. A live optimizer of ours
+loads them without this detour (``adafactor.torch.checkpoint``).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,33 +18,22 @@ import torch
 from torch import Tensor
 
 import adafactor
-from adafactor.convert import dialects
+from adafactor.convert import adapt
 from adafactor.convert.archives import check_zip
-from adafactor.convert.axes import Axes, Shapes, fitted, rms_of, roles
-from adafactor.convert.dialects import FORMATS, OUR_TORCH, TORCH, TRANSFORMERS
+from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles, rows_first
 from adafactor.convert.names import Names, rename
-from adafactor.convert.pytorch import NAMES
 from adafactor.convert.report import Report
 from adafactor.convert.state import STATISTICS, Array, Parameter, State
+from adafactor.core.dialects import FORMATS, NO_FLOOR, OUR_TORCH, TORCH, TRANSFORMERS, in_our_words, last_two
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import POLICIES, Layout, Shape, layout
+from adafactor.core.factoring import POLICIES, Shape, layout
 from adafactor.core.files import PathLike, reading, replacing
+from adafactor.torch.writers import recognise
 
-# Our names, to those of each peer.
-_THEIRS = {
-    TORCH: {"row": "row_var", "column": "col_var", "second_moment": "variance"},
-    TRANSFORMERS: {
-        **{"row": "exp_avg_sq_row", "column": "exp_avg_sq_col"},
-        **{"second_moment": "exp_avg_sq", "momentum": "exp_avg"},
-    },
-    OUR_TORCH: {},
-}
 _TRANSFORMERS_GROUP = {
     **{"lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None},
     **{"weight_decay": 0.0, "scale_parameter": True, "relative_step": True, "warmup_init": False},
 }
-#: A floor below this is below every square of a float32 gradient, and so is no floor.
-_NO_FLOOR = 1e-19
 
 
 def load(path: PathLike) -> Any:
@@ -76,30 +66,32 @@ def find(content: Any) -> Mapping[str, Any]:
 
 def _find(content: Any, depth: int) -> Iterator[Mapping[str, Any]]:
     if isinstance(content, Mapping) and isinstance(content.get("param_groups"), list) and "state" in content:
-        if content["param_groups"] and _format(content["param_groups"][0]) is not None:
+        if content["param_groups"]:
             yield content
     elif isinstance(content, Mapping | list | tuple) and depth:
         for value in content.values() if isinstance(content, Mapping) else content:
             yield from _find(value, depth - 1)
 
 
-def _format(group: Any) -> str | None:
-    if not isinstance(group, Mapping) or "eps" not in group:
-        return None
-    if "decay_rate" in group and "clip_threshold" in group:
-        return TRANSFORMERS
-    if "beta2_decay" not in group:
-        return None
-    return OUR_TORCH if "relative_step" in group else TORCH
-
-
 def format_of(content: Any) -> str:
-    """Which of the three formats a file's content is."""
-    return str(_format(find(content)["param_groups"][0]))
+    """Whose state dict it is: a name in ``FORMATS``.
+
+    Raises:
+        Refused: another optimizer's; the text names it.
+    """
+    found = find(content)
+    with reading("the state dict", "one of an optimizer"):
+        formats = dict.fromkeys(
+            recognise([found["state"].get(key) or {} for key in group["params"]], group)
+            for group in found["param_groups"]
+        )
+        if len(formats) > 1:
+            raise ValueError(f"its groups are of {' and '.join(formats)}")
+    return next(iter(formats))
 
 
 def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = None, axes: Axes | None = None) -> State:
-    """The state of a live optimizer, or of a state dict, of any of the three classes.
+    """The state of a live optimizer, or of a state dict, of any of these classes.
 
     Args:
         source: an optimizer (sharded parameters are gathered, so every process must call), a state dict, or a path.
@@ -110,50 +102,32 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
         Refused: it is none of them, or does not tell its shapes and axes.
     """
     report = Report() if report is None else report
-    live: list[Tensor] | None = None
+    live: list[dict[str, Any]] | None = None
     if isinstance(source, torch.optim.Optimizer):
-        live = [param for group in source.param_groups for param in group["params"]]
-        source = {**source.state_dict(), "live": source.param_groups}
+        live, source = source.param_groups, source.state_dict()
     elif not isinstance(source, Mapping):
         source = load(source)
     source = find(source)
-    groups, parameters, position = source["param_groups"], [], 0
-    format = _format(groups[0])
-    assert format is not None
-    hyperparameters = []
+    format = format_of(source)
+    reader, parameters, groups = _Reader(format, report, shapes, axes), [], []
     with reading("the state dict", f"one of {format}"):
-        for number, group in enumerate(groups):
-            hyperparameters.append(_read_group(format, group, report))
+        for number, group in enumerate(source["param_groups"]):
+            groups.append(_read_group(format, group, report))
             names = group.get("param_names") or [str(key) for key in group["params"]]
-            for key, name in zip(group["params"], names, strict=True):
-                values = source["state"].get(key)
-                param = None if live is None else live[position]
-                position += 1
-                if values:
-                    known = source["live"][number] if live is not None else group
-                    parameters.append(_read_one(format, name, values, known, number, param, shapes, axes, report))
+            known = group if live is None else live[number]
+            params = [None] * len(names) if live is None else known["params"]
+            for key, name, param in zip(group["params"], names, params, strict=True):
+                if source["state"].get(key):
+                    policy = {"factoring": known["factoring"]} if "factoring" in known else {}
+                    told = {**groups[number], **policy}  # a callable is not among the hyperparameters
+                    parameters.append(reader.read(name, source["state"][key], number, told, param))
     module = adafactor if format == OUR_TORCH else torch
     version = module.__version__ if live is not None else ""
-    return State(tuple(parameters), tuple(hyperparameters), "torch", format, str(version))
+    return State(tuple(parameters), tuple(groups), "torch", format, str(version))
 
 
 def _read_group(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    found = dialects.read(format, {name: _plain(value) for name, value in group.items()})
-    first, second = group["eps"]
-    found["epsilon_1"], found["epsilon_2"] = 1e-30 if first is None else float(first), float(second)
-    if format == TORCH and first is not None and first > _NO_FLOOR:
-        report.note(
-            f"torch.optim's eps[0]={first} was a floor under the second moment; elsewhere it is added to g², which "
-            "differs wherever g² is not much larger"
-        )
-    if found["relative_step"] is True:
-        found["relative_step"] = "always"  # a scheduler writes where the user does, so PyTorch's cap is on everything
-    if format == TRANSFORMERS and group["relative_step"]:
-        found["learning_rate"] = 1e-2
-        if group.get("warmup_init"):
-            report.note("transformers' warmup_init does not carry over: add a scheduler, or the learning rate is 1e-2")
-    if isinstance(found.get("clip_threshold"), float) and math.isinf(found["clip_threshold"]):
-        found["clip_threshold"] = None
+    found = in_our_words(format, {name: _plain(value) for name, value in group.items()}, report.note)
     if callable(found.get("factoring")):
         del found["factoring"]
     return found
@@ -165,53 +139,62 @@ def _plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-def _read_one(
-    format: str,
-    name: str,
-    values: Mapping[str, Any],
-    group: Mapping[str, Any],
-    number: int,
-    param: Tensor | None,
-    shapes: Shapes | None,
-    axes: Axes | None,
-    report: Report,
-) -> Parameter:
-    for key, value in values.items():
-        if not isinstance(value, Tensor) and key not in ("step", "RMS"):
-            report.dropped(key, [name], "it is no tensor")
-    slots = {
-        NAMES.get(key, key) if format != OUR_TORCH else key: _array(value)
-        for key, value in values.items()
-        if isinstance(value, Tensor) and key not in ("step", "RMS")
-    }
-    if format == TORCH and "row" in slots:
-        slots["row"], slots["column"] = slots["row"].squeeze(-1), slots["column"].squeeze(-2)
-    for slot in STATISTICS:
-        if slot in slots and slots[slot].dtype != np.float64:
-            slots[slot] = slots[slot].astype(np.float32)
-    shape = shapes.get(name) if shapes is not None else None
-    shape = slots["momentum"].shape if shape is None and "momentum" in slots else shape
-    shape = tuple(param.shape) if param is not None else shape
-    policy = group.get("factoring", "last_two" if format != OUR_TORCH else None)
-    if format != OUR_TORCH:
-        choose = [last_two]
-    elif callable(policy):
-        choose = [partial(layout, factoring=policy, name=name)]
-    elif policy in POLICIES:
-        choose = [partial(layout, factoring=policy)]  # that it is factored is known
-    else:
-        choose = []
-    statistics: dict[str, Shape] = {slot: slots[slot].shape for slot in STATISTICS if slot in slots}
-    if not statistics:
-        raise ValueError(f"{name} has no statistics")
-    its_layout = roles(name, statistics, choose, shape=shape, axes=axes)
-    rms = float(values["RMS"]) if "RMS" in values else None
-    dtype = None
-    if param is not None:
-        dtype = str(param.dtype).removeprefix("torch.")
-        whole = param.full_tensor() if hasattr(param, "full_tensor") else param
-        rms = rms_of(whole.detach().cpu().double().numpy())
-    return Parameter(name, its_layout, slots, _count(values["step"], name), dtype, number, rms)
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """What is the same for all parameters of a state dict; the attributes are those of :func:`read`."""
+
+    format: str
+    report: Report
+    shapes: Shapes | None
+    axes: Axes | None
+
+    def read(
+        self, name: str, values: Mapping[str, Any], number: int, group: Mapping[str, Any], param: Tensor | None
+    ) -> Parameter:
+        """One parameter of group ``number``, from what its writer keeps of it."""
+        dialect, plain = FORMATS[self.format], ("step", "RMS")
+        for key, value in values.items():
+            if not isinstance(value, Tensor) and key not in plain:
+                self.report.dropped(key, [name], "it is no tensor")
+        slots = {
+            dialect.slots.get(key, key): _array(value)
+            for key, value in values.items()
+            if isinstance(value, Tensor) and key not in plain
+        }
+        shape = tuple(self.shapes[name]) if self.shapes is not None and name in self.shapes else None
+        shape = slots["momentum"].shape if shape is None and "momentum" in slots else shape
+        shape = tuple(param.shape) if param is not None else shape
+        if dialect.keeps_axes and "row" in slots:
+            row, column = slots["row"].shape, slots["column"].shape
+            shape = tuple(m if n == 1 else n for n, m in zip(row, column, strict=True))
+            assert dialect.axes is not None
+            theirs = dialect.axes(shape, 0)
+            slots["row"], slots["column"] = slots["row"].squeeze(theirs.columns), slots["column"].squeeze(theirs.rows)
+        for slot in STATISTICS:
+            if slot in slots and slots[slot].dtype != np.float64:
+                slots[slot] = slots[slot].astype(np.float32)
+        statistics: dict[str, Shape] = {slot: slots[slot].shape for slot in STATISTICS if slot in slots}
+        if not statistics:
+            raise ValueError(f"{name} has no statistics")
+        its_layout = roles(name, statistics, self._choosers(name, group), shape=shape, axes=self.axes)
+        rms = float(values["RMS"]) if "RMS" in values else None
+        dtype = None
+        if param is not None:
+            dtype = str(param.dtype).removeprefix("torch.")
+            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+            rms = rms_of(whole.detach().cpu().double().numpy())
+        return rows_first(Parameter(name, its_layout, slots, _count(values["step"], name), dtype, number, rms))
+
+    def _choosers(self, name: str, group: Mapping[str, Any]) -> list[Chooser]:
+        """What may have chosen the axes. That they are factored is known."""
+        chosen = FORMATS[self.format].axes
+        if chosen is not None:
+            sides = {group.get("min_dim_size_to_factor", 0), 0}
+            return [lambda shape, least=least: chosen(shape, least) for least in sides]  # type: ignore[misc]
+        policy = group.get("factoring")
+        if callable(policy):
+            return [partial(layout, factoring=policy, name=name)]
+        return [partial(layout, factoring=policy)] if policy in POLICIES else []
 
 
 def _count(step: Any, name: str) -> int:
@@ -241,12 +224,6 @@ def _tensor(value: Array) -> Tensor:
     return torch.from_numpy(np.array(value))
 
 
-def last_two(shape: Shape) -> Layout:
-    """What ``torch.optim``, transformers and Keras do, with empty tensors too."""
-    rank = len(shape)
-    return Layout(shape, (rank - 2,), (rank - 1,)) if rank >= 2 else Layout(shape, (), ())
-
-
 def write(
     state: State,
     format: str = OUR_TORCH,
@@ -274,7 +251,7 @@ def write(
         listed = [name for group in groups for name in group.get("param_names") or map(str, group["params"])]
         target = dict.fromkeys(listed)
     state = rename(state, names, target, "torch", report, partial=True)
-    state = dialects.momentum_as(state, format, report)
+    state = adapt.momentum_as(state, format, report)
     if groups is None:
         groups = _own_groups(state, format)
     saved: dict[int, dict[str, Any]] = {}
@@ -296,7 +273,7 @@ def write(
                 if callable(wanted[0]):
                     del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
         if group.get("beta1"):
-            report.dropped("Momentum", [p.name for p in members if p.momentum is None], dialects.STARTS)
+            report.dropped("Momentum", [p.name for p in members if p.momentum is None], adapt.STARTS)
         for key, name in zip(group["params"], listed, strict=True):
             if name in known:
                 its_layout = (
@@ -315,8 +292,7 @@ def _template(template: Any, format: str) -> list[dict[str, Any]]:
         template = template.state_dict()
     elif not isinstance(template, Mapping):
         template = load(template)
-    template = find(template)
-    found = _format(template["param_groups"][0])
+    template, found = find(template), format_of(template)
     if found != format:
         raise Refused(message("the template", f"of {format}", found, "Make it with an optimizer of that class."))
     groups = [{**_defaults(format), **group} for group in template["param_groups"]]
@@ -375,7 +351,7 @@ def _choose(format: str, group: Mapping[str, Any], told: Mapping[str, Any], memb
 
 def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], report: Report) -> None:
     """Set a group's hyperparameters as far as the state knows them; what it does not know stays."""
-    own = dialects.write(format, told, report)
+    own = adapt.in_its_words(format, told, report)
     if own.get("relative_step") == "always":
         own["relative_step"] = True
     if "momentum_dtype" in own:
@@ -397,8 +373,8 @@ def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], re
             else:
                 report.note(f"transformers caps a learning rate of 0.01 only, not {own.get('lr')}: it is not capped")
                 own["relative_step"] = False
-    first, second = told.get("epsilon_1", group["eps"][0]), told.get("epsilon_2", group["eps"][1])
-    if format == TORCH and first is not None and first > _NO_FLOOR:
+    first, second = own.pop("eps[0]", group["eps"][0]), own.pop("eps[1]", group["eps"][1])
+    if format == TORCH and first is not None and first > NO_FLOOR:
         report.note(
             f"torch.optim takes epsilon_1={first} for a floor under the second moment instead of adding it to g²"
         )
@@ -413,7 +389,7 @@ def _dtype(name: Any) -> Any:
 
 def _write_one(parameter: Parameter, format: str, report: Report) -> dict[str, Any]:
     values = dict(parameter.slots)
-    if format == TORCH and "row" in values:
+    if FORMATS[format].keeps_axes and "row" in values:
         values["row"], values["column"] = values["row"][..., None], values["column"][..., None, :]
     if format == TRANSFORMERS and "momentum" in values:
         values["momentum"] = values["momentum"].astype(np.float32)
@@ -426,7 +402,8 @@ def _write_one(parameter: Parameter, format: str, report: Report) -> dict[str, A
         step: Any = torch.tensor(float(parameter.count), dtype=torch.float32)
     else:
         step = parameter.count if format == TRANSFORMERS else torch.tensor(parameter.count, dtype=torch.int64)
-    named = {_THEIRS[format].get(name, name): _tensor(value) for name, value in values.items()}
+    theirs = {slot: word for word, slot in FORMATS[format].slots.items()}
+    named = {theirs.get(name, name): _tensor(value) for name, value in values.items()}
     # transformers takes RMS anew before it uses it.
     return {"step": step, **named, **({"RMS": parameter.rms or 0} if format == TRANSFORMERS else {})}
 
@@ -437,4 +414,4 @@ def save(content: Mapping[str, Any], path: PathLike) -> None:
         torch.save(content, new)
 
 
-__all__ = ["FORMATS", "find", "format_of", "last_two", "load", "read", "save", "write"]
+__all__ = ["FORMATS", "find", "format_of", "load", "read", "save", "write"]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adafactor.convert import pytorch as checkpoint
 from adafactor.core import native
 from adafactor.core.errors import message
 from adafactor.core.factoring import Factoring, Layout, layout
 from adafactor.core.hyperparameters import RelativeStep
 from adafactor.engine.torch import compiled, cpu, cuda, eager, int8
 from adafactor.engine.torch.work import Kernel, Settings, Work, is_sharded, math_dtype, new_report
+from adafactor.torch import checkpoint
 from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
 
 if TYPE_CHECKING:
@@ -446,13 +446,14 @@ class Adafactor(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this class, ``torch.optim.Adafactor`` or transformers' ``Adafactor`` has written.
+        """Load what this class, ``torch.optim.Adafactor``, transformers' or timm's ``Adafactor`` has written.
 
         Statistics keep their dtype, whatever the parameters'. Tensors are copied. ``docs/torch.md`` says what of
-        a transformers run cannot carry over; where that matters, a warning says so in one sentence.
+        another's run cannot carry over; where that matters, a warning says so in one sentence.
 
         Raises:
-            ValueError: groups or shapes do not fit; nothing has been modified.
+            TypeError, ValueError: another optimizer wrote it, or groups, hyperparameters or tensors do not fit; nothing
+                has been modified.
         """
 
         notes: checkpoint.Notes = {}

@@ -1,0 +1,307 @@
+"""Checkpoints of PyTorch's world, brought into a live optimizer; ``core/dialects.py`` has what each writer calls what.
+
+What is accepted fits the layout: kernels take the addresses of these tensors. Momentum that other writers average after
+the learning rate is divided by the last step size, which is exact while that was constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafactor.core.dialects import FORMATS, OUR_TORCH, in_our_words, step_size
+from adafactor.core.errors import Refused, message
+from adafactor.core.factoring import POLICIES, Layout, Shape, layout
+from adafactor.core.files import reading
+from adafactor.engine.torch import int8
+from adafactor.engine.torch.work import is_sharded, math_dtype
+from adafactor.torch.arguments import translate
+from adafactor.torch.writers import recognise
+
+Group = dict[str, Any]
+State = dict[str, Any]
+Notes = dict[str, None]  # sentences, each once, in order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A tensor that torch's load_state_dict cannot see, or it would cast it to the parameter's dtype."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What a parameter's state must fit.
+
+    Attributes:
+        param: the parameter.
+        name: what errors call it.
+        group: its group, in our words, as it will be.
+    """
+
+    param: Tensor
+    name: str
+    group: Group
+
+    @property
+    def layout(self) -> Layout:
+        return layout(self.param.shape, self.group["factoring"], self.group["min_dim_size_to_factor"], name=self.name)
+
+    def refused(self, slot: str, rule: str, got: object, remedy: str = "Save the checkpoint again.") -> Refused:
+        return Refused(message(f"{slot} of {self.name}", rule, got, remedy))
+
+
+@torch.no_grad()
+def read(state_dict: Mapping[str, Any], groups: Sequence[Group], notes: Notes) -> dict[str, Any]:
+    """A ``state_dict`` in our words, its tensors copied to where the parameters are, and ``Held``.
+
+    Args:
+        state_dict: of any optimizer that ``core/dialects.py`` knows; not modified.
+        groups: the groups of the optimizer that loads it, for parameters and for arguments the file has not.
+        notes: receives one sentence for everything that cannot carry over as it was.
+
+    Raises:
+        Refused, TypeError, ValueError: another optimizer wrote it, a hyperparameter is out of range, or a tensor is not
+            what the parameter's layout asks for.
+    """
+    known = isinstance(state_dict.get("param_groups"), list) and isinstance(state_dict.get("state"), Mapping)
+    if not known or not all(isinstance(group, Mapping) and "params" in group for group in state_dict["param_groups"]):
+        remedy = "Pass what optimizer.state_dict() gave; a whole checkpoint holds it under a name of its own."
+        got = ", ".join(map(str, list(state_dict)[:5])) or "nothing"
+        raise Refused(message("the state dict", "a mapping with state and param_groups", got, remedy))
+    saved, state = state_dict["param_groups"], dict(state_dict["state"])
+    writers = [recognise([state.get(key) or {} for key in group["params"]], group) for group in saved]
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+        return dict(state_dict)  # torch has a sentence for that
+    read_groups = []
+    for old, group, writer in zip(saved, groups, writers, strict=True):
+        found: Mapping[str, Any] = {}
+        if writer != OUR_TORCH:
+            with reading("a group of the checkpoint", f"one of {writer}"):
+                found = in_our_words(writer, old, lambda note: notes.setdefault(f"{note}."))
+        new = {**{name: value for name, value in group.items() if name != "params"}, **_group(writer, old, found)}
+        names = new.get("param_names") or [f"parameter {key}" for key in old["params"]]
+        if len(names) != len(old["params"]):
+            rule = f"{len(old['params'])}, one for each of its params"
+            raise Refused(message("param_names of a group", rule, len(names), "Save the checkpoint again."))
+        members = [
+            (key, _Target(param, str(name), new))
+            for key, param, name in zip(old["params"], group["params"], names, strict=True)
+            if state.get(key) and param.numel()
+        ]
+        if writer != OUR_TORCH:
+            _note(writer, found, notes)
+            _choose(writer, found, [(target, state[key]) for key, target in members], new)
+        translate(new)
+        for key, target in members:
+            state[key] = _state(_renamed(writer, state[key], found, target, notes), target)
+        read_groups.append(new)
+    return {**state_dict, "state": state, "param_groups": read_groups}
+
+
+def _group(writer: str, old: Group, found: Mapping[str, Any]) -> Group:
+    """A group's arguments in our words; what the file does not know is left out."""
+    if writer == OUR_TORCH:
+        return {**old, **({"eps": tuple(old["eps"])} if isinstance(old.get("eps"), list) else {})}
+    theirs = {word.partition("[")[0] for word in FORMATS[writer].words} | FORMATS[writer].others
+    new = {name: value for name, value in old.items() if name not in theirs}
+    new |= {word: found[ours] for word, ours in FORMATS[OUR_TORCH].words.items() if ours in found}
+    new["eps"] = (new.pop("eps[0]"), new.pop("eps[1]", 1e-3))
+    if new["relative_step"] == "always":
+        new["relative_step"] = True
+    return new
+
+
+def _note(writer: str, found: Mapping[str, Any], notes: Notes) -> None:
+    varies = found["relative_step"] or found["scale_parameter"]
+    by = {"step": varies and "the step size and the parameter's scale", "nothing": "nothing"}
+    if found.get("weight_decay") and by.get(found["weight_decay_of"]):
+        notes.setdefault(
+            f"{writer} multiplied weight_decay by {by[found['weight_decay_of']]}, here lr alone multiplies it: choose "
+            "weight_decay anew."
+        )
+    if found.get("decay_offset"):
+        notes.setdefault(f"{writer}'s decay_offset={found['decay_offset']} does not carry over.")
+
+
+def _choose(writer: str, found: Mapping[str, Any], members: Sequence[tuple[_Target, State]], group: Group) -> None:
+    """Set the group's ``factoring`` to what keeps the statistics as they are: its own, or a policy that does."""
+    wanted = [(target, _their_layout(writer, found, target, values)) for target, values in members]
+    least = (group["min_dim_size_to_factor"], found.get("min_dim_size_to_factor", 1), 1)
+    own = (group["factoring"], group["min_dim_size_to_factor"])
+    tried = [own, *((policy, side) for side in least for policy in POLICIES if not callable(own[0]))]
+    for group["factoring"], group["min_dim_size_to_factor"] in tried:
+        if all(_axes(target.layout) == _axes(theirs) for target, theirs in wanted):
+            return
+    group["factoring"], group["min_dim_size_to_factor"] = own
+    target, theirs = next((target, theirs) for target, theirs in wanted if _axes(target.layout) != _axes(theirs))
+    rule = f"{_axes(theirs) or 'none'}, over which {writer} factored it"
+    remedy = "Pass a factoring that says so, a callable (name, shape) -> Factored, to the constructor."
+    raise target.refused("the factored axes", rule, _axes(target.layout) or "none", remedy)
+
+
+def _axes(its_layout: Layout) -> list[Shape]:
+    """Rows and columns, the earlier first; of an unfactored parameter nothing."""
+    return sorted((its_layout.rows, its_layout.columns)) if its_layout.factored else []
+
+
+def _their_layout(writer: str, found: Mapping[str, Any], target: _Target, values: State) -> Layout:
+    """What the writer factored a parameter over; whether it did, its state tells."""
+    shape, dialect = tuple(target.param.shape), FORMATS[writer]
+    if dialect.axes is None or any(dialect.slots.get(key) == "second_moment" for key in values):
+        return Layout(shape, (), ())
+    theirs = dialect.axes(shape, found.get("min_dim_size_to_factor", 0))
+    return theirs if theirs.factored else dialect.axes(shape, 0)
+
+
+def _renamed(writer: str, saved: State, found: Mapping[str, Any], target: _Target, notes: Notes) -> State:
+    """One parameter's state by our names, with our momentum, and statistics without axes of length 1."""
+    if writer == OUR_TORCH:
+        return dict(saved)
+    dialect, roles, shape = FORMATS[writer], target.layout, tuple(target.param.shape)
+    theirs = _their_layout(writer, found, target, saved)
+    turned = {"row": "column", "column": "row"} if theirs.rows > theirs.columns else {}
+    values = {dialect.slots.get(key, key): value for key, value in saved.items() if key != "RMS"}
+    values = {turned.get(slot, slot): value for slot, value in values.items()}
+    if dialect.keeps_axes:
+        for slot, gone in (("row", roles.columns), ("column", roles.rows)):
+            value = values.get(slot)
+            kept = tuple(1 if axis in gone else n for axis, n in enumerate(shape))
+            if isinstance(value, Tensor) and slot in roles.slots:
+                if tuple(value.shape) != kept:
+                    raise target.refused(slot, f"of shape {kept}", tuple(value.shape))
+                values[slot] = value.reshape(roles.slots[slot])
+    if dialect.momentum_of == "step" and isinstance(values.get("momentum"), Tensor):
+        values["momentum"] = _momentum(writer, saved, found, target, notes)
+    return values
+
+
+def _momentum(writer: str, saved: State, found: Mapping[str, Any], target: _Target, notes: Notes) -> Tensor:
+    """An average of steps, divided by the last step size."""
+    rate = found["learning_rate"]
+    number = {**found, "learning_rate": rate.item() if isinstance(rate, Tensor) else rate}
+    rms = saved.get("RMS")
+    if isinstance(rms, Tensor) and (rms.is_meta or rms.numel() != 1):
+        raise target.refused("RMS", "a number", f"a tensor of shape {tuple(rms.shape)} on {rms.device}")
+    alpha, constant = step_size(number, _count(saved.get("step"), target), None if rms is None else float(rms))
+    if alpha is None:
+        notes.setdefault(
+            f"The momentum of {writer} holds step sizes that the checkpoint does not tell: it starts at zero."
+        )
+    elif not constant:
+        notes.setdefault(
+            f"The momentum of {writer} holds past step sizes, which were not constant: divided by the last one, it "
+            "carries over approximately."
+        )
+    average: Tensor = saved["exp_avg"].to(torch.float32)
+    return average / alpha if alpha else torch.zeros_like(average)
+
+
+def _state(values: State, target: _Target) -> State:
+    """One parameter's state as the kernels need it. Other keys stay, for torch to treat as it does."""
+    param, group, roles, dtype = target.param, target.group, target.layout, math_dtype(target.param.dtype)
+    shape = tuple(param.shape)
+    if not set(values) & {"step", *roles.slots, "row", "column", "second_moment"}:
+        return values  # of a wrapper alone
+    if {"row", "column", "second_moment"} & set(values) != set(roles.slots):
+        needs = " and ".join(f"{slot} {shape}" for slot, shape in roles.slots.items())
+        had = ", ".join(f"{slot} {_shape(value)}" for slot, value in values.items() if slot != "step")
+        raise Refused(
+            f"{target.name} of shape {shape} needs the statistics {needs}, got {had or 'none'}. "
+            "Construct the optimizer with the checkpoint's factoring."
+        )
+    coded = group["momentum_dtype"] == torch.int8 and not is_sharded(param)
+    scale = (int8.scales(param.numel()),)
+    wanted: dict[str, tuple[Shape, torch.dtype]] = {slot: (of, dtype) for slot, of in roles.slots.items()}
+    if "momentum_scale" in values and "momentum" not in values:
+        raise target.refused("momentum", "there beside momentum_scale", "none")
+    if "momentum" in values:
+        for slot, of in (("momentum", shape), ("momentum_scale", scale)):
+            if slot in values:
+                values[slot] = _checked(values[slot], of, slot, target)
+        _recode(values, coded)
+        wanted["momentum"] = (shape, group["momentum_dtype"] or dtype)
+        if coded:
+            wanted["momentum_scale"] = (scale, torch.float32)
+    if "residual" in values:
+        wanted["residual"] = (shape, torch.bfloat16)
+    read: State = {**values, "step": Held(_step(values.get("step"), target))}
+    for slot, (of, stored) in wanted.items():
+        value = _checked(values[slot], of, slot, target)
+        if is_sharded(param):
+            from adafactor.engine.torch.sharded.dtensor import adopt
+
+            read[slot] = Held(adopt(value, param, roles, slot, stored))  # type: ignore[arg-type]
+        elif of == shape and slot not in roles.slots and stored != torch.int8:
+            read[slot] = Held(torch.empty_like(param, dtype=stored, memory_format=torch.preserve_format).copy_(value))
+        else:
+            read[slot] = Held(torch.empty(of, dtype=stored, device=param.device).copy_(value))
+    return read
+
+
+def _checked(value: Any, shape: Shape, slot: str, target: _Target) -> Tensor:
+    """A tensor of a checkpoint, whole unless its parameter is sharded.
+
+    Raises:
+        Refused: it is no dense tensor of real numbers and of that shape, or has no data.
+    """
+    if not isinstance(value, Tensor):
+        raise target.refused(slot, "a tensor", type(value).__name__)
+    if tuple(value.shape) != shape:
+        raise target.refused(slot, f"of shape {shape}", tuple(value.shape))
+    real = value.is_floating_point() or (value.dtype == torch.int8 and slot == "momentum")
+    if not real or value.layout != torch.strided or value.is_quantized:
+        raise target.refused(slot, "a dense tensor of floating point numbers", f"{value.dtype}, {value.layout}")
+    if value.is_meta and not target.param.is_meta:
+        raise target.refused(slot, "a tensor with data", "one on the meta device", "Load it with map_location='cpu'.")
+    if is_sharded(value) and not is_sharded(target.param):
+        whole: Tensor = value.full_tensor()  # type: ignore[attr-defined]
+        return whole
+    return value
+
+
+def _step(value: Any, target: _Target) -> Tensor:
+    device = target.param.device
+    if isinstance(value, Tensor) and value.is_meta and target.param.is_meta:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    return torch.tensor(_count(value, target), dtype=torch.int64, device=device)
+
+
+def _count(value: Any, target: _Target) -> int:
+    """The updates made.
+
+    Raises:
+        Refused: it is no whole number.
+    """
+    rule, got = "a whole number >= 0 and < 2**63", value
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_meta or value.is_complex():
+            raise target.refused("step", rule, f"{value.dtype} of shape {tuple(value.shape)} on {value.device}")
+        value = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+        got = value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise target.refused("step", rule, got)
+    if not 0 <= value < 1 << 63:
+        raise target.refused("step", rule, got)
+    return int(value)
+
+
+def _recode(values: State, coded: bool) -> None:
+    """Turn 8-bit momentum into numbers and back, where the file has the one and the group asks for the other."""
+    momentum: Tensor = values["momentum"]
+    scale: Tensor | None = values.pop("momentum_scale", None)
+    if scale is not None and not coded:
+        values["momentum"] = int8.decode(momentum, scale)
+    elif scale is None and coded:
+        values["momentum"], values["momentum_scale"] = int8.encode(momentum.to(torch.float32))
+    elif scale is not None:
+        values["momentum_scale"] = scale
+
+
+def _shape(value: Any) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
