@@ -42,13 +42,13 @@ test-core: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/core tests/cli tests/examples
 
 test-torch: $(VENV)/test.$(MODULES)
-	$(PYTEST) tests/torch
+	$(PYTEST) tests/torch tests/engine/torch
 
 test-optax: $(VENV)/test.$(MODULES)
-	$(PYTEST) tests/optax
+	$(PYTEST) tests/optax tests/engine/xla
 
 test-convert: $(VENV)/test.$(MODULES)
-	TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/convert
+	TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/convert tests/planning
 
 # Pages, links, recipes, and the site.
 test-docs: $(VENV)/docs.$(MODULES)

@@ -183,7 +183,11 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
     failed = 0
     if not arguments.no_tests:
-        tests = ["tests/torch/test_gpu.py", "tests/torch/test_triton.py", "tests/torch/test_triton_table.py"]
+        tests = [
+            "tests/engine/torch/test_gpu.py",
+            "tests/engine/torch/test_triton.py",
+            "tests/engine/torch/test_triton_table.py",
+        ]
         failed = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
     bandwidth = copy_bandwidth()
     print(f"copying: {bandwidth / 1e9:.0f} GB/s, read and written")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ranks
 
-SHARDED = Path(__file__).parents[1] / "torch" / "sharded"
+SHARDED = Path(__file__).parents[1] / "engine" / "torch" / "sharded"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Triton kernels under test: on a CUDA device where there is one, otherwise in Triton's interpreter on CPU tensors.
 
-The interpreter must be chosen before Triton is imported; ``tests/torch/conftest.py`` does it.
+The interpreter must be chosen before Triton is imported; ``quiet_torch`` does it.
 """
 
 import os
@@ -58,7 +58,7 @@ def use(monkeypatch, small=True):
 
         from adafactor.engine.torch.triton_numbers import interpreted
 
-        assert interpreted(), "Triton was imported too early: run tests/torch by itself"
+        assert interpreted(), "Triton was imported too early: run tests/engine/torch by itself"
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call)
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", _bounds(interpreter._patch_lang_tensor))
     if small:

@@ -1,6 +1,6 @@
 """Model files: read as far as their headers, and refused in one sentence where they are damaged or hostile.
 
-The fuzzer prints its worst case: ``pytest tests/core/test_plan_files.py -k fuzz -s``.
+The fuzzer prints its worst case: ``pytest tests/planning/test_files.py -k fuzz -s``.
 """
 
 import json

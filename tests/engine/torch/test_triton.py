@@ -1,6 +1,6 @@
 """The Triton kernels: the same code that launches on a GPU, here in Triton's interpreter where there is none.
 
-``python -m pytest tests/torch/test_triton.py -s`` prints how many parameters were compared and the worst error.
+``python -m pytest tests/engine/torch/test_triton.py -s`` prints how many parameters were compared and the worst error.
 """
 
 import copy
@@ -383,7 +383,7 @@ def test_launches_do_not_grow_with_the_number_of_tensors(kernel, monkeypatch):
 
 def test_every_kernel_compiles_for_nvidia_devices(tmp_path):
     """What one step launches, compiled for H100; no device is needed. See tests/helpers/triton_compile.py."""
-    helper = Path(__file__).parents[1] / "helpers" / "triton_compile.py"
+    helper = Path(__file__).parents[2] / "helpers" / "triton_compile.py"
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     command = [sys.executable, str(helper)]
     outcome = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

@@ -108,5 +108,5 @@ def test_importing_the_front_end_does_not_import_triton():
 
 
 def test_triton_before_it_had_knobs():
-    helper = Path(__file__).parents[1] / "helpers" / "no_knobs.py"
+    helper = Path(__file__).parents[2] / "helpers" / "no_knobs.py"
     subprocess.run([sys.executable, str(helper)], check=True)

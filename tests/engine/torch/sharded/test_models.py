@@ -10,7 +10,7 @@ CASES = str(Path(__file__).with_name("models.py"))
 
 
 def cost_model():
-    path = Path(__file__).parents[3] / "benchmarks" / "sharding_cost.py"
+    path = Path(__file__).parents[4] / "benchmarks" / "sharding_cost.py"
     spec = importlib.util.spec_from_file_location("sharding_cost", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
