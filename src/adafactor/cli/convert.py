@@ -96,13 +96,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(path: Path | None) -> Any:
-    from adafactor.core.files import reading
-    from adafactor.planning.files import safetensors
+    from adafactor.core.safetensors import header
+    from adafactor.core.untrusted import reading
 
     if path is None:
         return None
     if path.suffix == ".safetensors":
-        return {parameter.name: parameter.shape for parameter in safetensors.read(path)}
+        return {tensor.name: tensor.shape for tensor in header(path)[0]}
     with reading(path, "JSON of names and shapes"):
         found = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
         if not all(type(n) is int and n >= 0 for shape in found.values() for n in shape):
@@ -112,7 +112,7 @@ def _shapes(path: Path | None) -> Any:
 
 def _axes(path: Path | None) -> Any:
     from adafactor.core.factoring import Factored
-    from adafactor.core.files import reading
+    from adafactor.core.untrusted import reading
 
     if path is None:
         return None

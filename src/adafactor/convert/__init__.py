@@ -26,7 +26,8 @@ from adafactor.convert.report import Change, Report
 from adafactor.convert.state import State
 from adafactor.core.dialects import FORMATS
 from adafactor.core.errors import Refused, message
-from adafactor.core.files import PathLike, reading
+from adafactor.core.files import PathLike
+from adafactor.core.untrusted import reading
 
 STATE = "state"
 #: Everything that ``format`` can be, and of that what is written.

@@ -33,7 +33,8 @@ from adafactor.convert.state import Array, Parameter, State
 from adafactor.core.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X, in_our_words, largest_two
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Factored, Layout, Shape, layout
-from adafactor.core.files import PathLike, reading, replacing
+from adafactor.core.files import PathLike, replacing
+from adafactor.core.untrusted import reading
 
 Tree = Any
 Flat = dict[str, Any]  # leaves by path

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from adafactor.convert import adapt
-from adafactor.convert.archives import check_zip
 from adafactor.convert.axes import Axes, Shapes, fitted, rms_of
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
@@ -34,7 +33,8 @@ from adafactor.convert.state import Array, Parameter, State
 from adafactor.core.dialects import KERAS, OUR_KERAS, in_our_words, last_two
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Factored, Layout, Shape, layout
-from adafactor.core.files import PathLike, reading, replacing
+from adafactor.core.files import PathLike, replacing
+from adafactor.core.untrusted import check_zip, reading
 
 VERSION_KEY = "state_version"
 _VARS, _WEIGHTS, _CONFIG = "optimizer/vars", "model.weights.h5", "config.json"

@@ -21,7 +21,8 @@ from adafactor.convert.report import Report, some
 from adafactor.convert.state import Parameter, State
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Shape
-from adafactor.core.files import PathLike, reading
+from adafactor.core.files import PathLike
+from adafactor.core.untrusted import reading
 
 #: ``names`` of a conversion: a names file's content, or a word (``WORDS``).
 Names = Mapping[str, Any] | str

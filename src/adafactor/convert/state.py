@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,9 @@ from numpy.typing import NDArray
 
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Factored, Layout, Shape, layout
-from adafactor.core.files import PathLike, reading, replacing
+from adafactor.core.files import PathLike, replacing
+from adafactor.core.safetensors import DTYPES, header
+from adafactor.core.untrusted import reading
 
 Array = NDArray[Any]
 Group = Mapping[str, Any]
@@ -29,13 +30,6 @@ SCHEMA = 1
 LARGEST_HEADER = 64_000_000
 METADATA, DIGEST = "adafactor", "sha256"
 STATISTICS = ("row", "column", "second_moment")
-
-_DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
-    **{
-        f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
-    },
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +165,7 @@ def write(state: State, path: PathLike) -> None:
         for slot, value in parameter.slots.items()
     }
     for key, value in tensors.items():
-        if value.dtype.name not in _DTYPES.values():
+        if value.dtype.kind == "c" or value.dtype.name not in DTYPES.values():
             raise Refused(message(f"the dtype of {key}", "one of safetensors'", str(value.dtype), "Convert the array."))
     told = _describe(state)
     told[DIGEST] = _digest(told, tensors)
@@ -190,14 +184,16 @@ def read(path: PathLike) -> State:
         Refused: the file is damaged, from a later release, or something else.
     """
     with reading(path, "a state file of adafactor"):
-        header = _header(path)
-        told = json.loads(header["__metadata__"][METADATA])
+        held, text = header(Path(path), LARGEST_HEADER, METADATA)
+        if text is None:
+            raise ValueError(f"it has no {METADATA} in its metadata")
+        told = json.loads(text)
         if told["schema"] != SCHEMA:
             remedy = "Read it with the release of adafactor that wrote it."
             raise Refused(message(f"the schema of {path}", str(SCHEMA), told["schema"], remedy))
         from safetensors.numpy import load_file
 
-        if any(entry["dtype"] == "BF16" for key, entry in header.items() if key != "__metadata__"):
+        if any(tensor.dtype == "bfloat16" for tensor in held):
             import ml_dtypes  # noqa: F401 - NumPy learns the dtype from it
         tensors = load_file(path)
         if told.pop(DIGEST) != _digest(told, tensors):
@@ -208,39 +204,9 @@ def read(path: PathLike) -> State:
 def is_state(path: PathLike) -> bool:
     """Whether a file looks like a safetensors file with our metadata."""
     try:
-        return METADATA in _header(path).get("__metadata__", {})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return header(Path(path), LARGEST_HEADER, METADATA)[1] is not None
+    except Refused:
         return False
-
-
-def _header(path: PathLike) -> dict[str, Any]:
-    """The header of a safetensors file, every entry checked against the file's length."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            rule = f"at most the {max(size - 8, 0)} bytes that follow it, and {LARGEST_HEADER}"
-            raise ValueError(f"the length of its header must be {rule}, got {length}")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header must be an object")
-    data, end = size - 8 - length, 0
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
-        first, last = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
-        shape = entry["shape"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, first, last)) or len(shape) > 64:
-            raise ValueError(f"{name} must have a shape and offsets of integers >= 0, got {shape}")
-        width = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-        if first != end or last - first != math.prod(shape) * width or last > data:
-            raise ValueError(
-                f"{name} of shape {shape} must lie in its {data} bytes without gap or overlap, got {first}:{last}"
-            )
-        end = last
-    if end != data:
-        raise ValueError(f"its tensors must fill the {data} bytes after the header, got {end}")
-    return header
 
 
 def _describe(state: State) -> dict[str, Any]:

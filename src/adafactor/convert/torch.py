@@ -19,7 +19,6 @@ from torch import Tensor
 
 import adafactor
 from adafactor.convert import adapt
-from adafactor.convert.archives import check_zip
 from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles, rows_first
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
@@ -27,7 +26,8 @@ from adafactor.convert.state import STATISTICS, Array, Parameter, State
 from adafactor.core.dialects import FORMATS, NO_FLOOR, OUR_TORCH, TORCH, TRANSFORMERS, in_our_words, last_two
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Shape, layout
-from adafactor.core.files import PathLike, reading, replacing
+from adafactor.core.files import PathLike, replacing
+from adafactor.core.untrusted import check_zip, reading
 from adafactor.torch.writers import recognise
 
 _TRANSFORMERS_GROUP = {

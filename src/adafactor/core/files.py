@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and refusals of files that are not what they should be."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from adafactor.core.errors import Refused, message
+from adafactor.core.errors import message
 
 PathLike = str | os.PathLike[str]
 
@@ -54,24 +54,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def reading(path: object, what: str) -> Iterator[None]:
-    """Refuse in one sentence whatever goes wrong while a file is read: a stranger's file can make any library raise.
-
-    Args:
-        what: what the file should be, for the sentence.
-    """
-    try:
-        yield
-    except Refused:
-        raise
-    except ImportError as error:
-        remedy = "Install what the format needs with: pip install 'adafactor[convert]'"
-        raise ImportError(f"{path} cannot be read without {error.name}. {remedy}.", name=error.name) from error
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) and not os.path.exists(str(path)):
-            raise FileNotFoundError(message("the file", "there", str(path), "Check the name.")) from None
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Refused(f"{path} is not {what} that can be read: {cause.rstrip('.')}. Save it again.") from error

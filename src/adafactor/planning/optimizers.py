@@ -15,7 +15,8 @@ from typing import Literal
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
-from adafactor.planning.parameters import BITS, Parameter, local_shape
+from adafactor.core.untrusted import BITS
+from adafactor.planning.parameters import Parameter, local_shape
 
 Framework = Literal["torch", "keras", "jax"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "keras", "jax")

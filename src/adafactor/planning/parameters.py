@@ -12,18 +12,10 @@ from typing import Any
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Shape
+from adafactor.core.untrusted import BITS, MAX_BYTES, MAX_TENSORS, check_size, cut
 
-#: Bits of one number.
-BITS = {
-    "bool": 8, "uint8": 8, "int8": 8, "int16": 16, "uint16": 16, "int32": 32, "uint32": 32, "int64": 64, "uint64": 64,
-    "float4": 4, "float6": 6, "float8": 8, "float16": 16, "bfloat16": 16, "float32": 32, "float64": 64,
-    "complex64": 64, "complex128": 128,
-}  # fmt: skip
 #: What an optimizer trains. The rest is counted as weights without gradient and state.
 TRAINED = ("float32", "bfloat16", "float16", "float64")
-
-#: More than any model has; they keep a hostile file from filling the memory with names, or a figure from overflowing.
-MAX_TENSORS, MAX_RANK, MAX_BYTES = 500_000, 64, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -46,16 +38,10 @@ class Parameter:
     trained: bool = True
 
     def __post_init__(self) -> None:
-        what = f"the shape of {cut(self.name)}"
         if self.dtype not in BITS:
             remedy = f"Known are {', '.join(BITS)}."
             raise ValueError(message(f"the dtype of {cut(self.name)}", "a known dtype", cut(self.dtype), remedy))
-        if len(self.shape) > MAX_RANK:
-            raise ValueError(message(what, f"of rank <= {MAX_RANK}", len(self.shape), "No framework goes further."))
-        if not all(type(n) is int and 0 <= n <= MAX_BYTES for n in self.shape):
-            raise ValueError(message(what, "integers >= 0 and < 2**63", cut(list(self.shape)), "Check the file."))
-        if self.nbytes > MAX_BYTES:
-            raise ValueError(message(what, "of fewer than 2**63 bytes", cut(list(self.shape)), "Check the file."))
+        check_size(self.name, self.shape, BITS[self.dtype])
 
     @cached_property
     def size(self) -> int:
@@ -67,9 +53,9 @@ class Parameter:
         """Bytes of one element, 1 for those that share a byte."""
         return max(1, BITS[self.dtype] // 8)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        return -(-self.size * BITS[self.dtype] // 8)
+        return check_size(self.name, self.shape, BITS[self.dtype])
 
     def local(self, shards: int) -> Parameter:
         """The part of the first of ``shards`` ranks, the largest: FSDP2 cuts dimension 0 as ``torch.chunk`` does."""
@@ -142,9 +128,3 @@ def _parameter(name: str, value: Any) -> Parameter:
         "float8" if dtype.startswith("float8") else dtype,
         bool(trained),
     )
-
-
-def cut(value: object, most: int = 80) -> str:
-    """A value of a file as a message shows it: no longer than a line."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"

@@ -16,7 +16,7 @@ from torch import Tensor
 from adafactor.core.dialects import FORMATS, OUR_TORCH, in_our_words, step_size
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Layout, Shape, layout
-from adafactor.core.files import reading
+from adafactor.core.untrusted import reading
 from adafactor.engine.torch import int8
 from adafactor.engine.torch.work import is_sharded, math_dtype
 from adafactor.torch.arguments import translate

@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from adafactor.core.errors import Refused, message
-from adafactor.planning.files import folder, keras, safetensors, sandbox, shapes
-from adafactor.planning.files.untrusted import regular
+from adafactor.core.untrusted import regular
+from adafactor.planning.files import folder, sandbox, shapes
 from adafactor.planning.parameters import Parameter
 
 __all__ = ["SUFFIXES", "read"]
 
 
-def _torch(path: Path) -> list[Parameter]:
-    return sandbox.read("pytorch", path)
-
-
+_PYTORCH = partial(sandbox.read, "pytorch")
 #: How a file of a name is read. The longest suffix that fits counts.
 SUFFIXES: dict[str, Callable[[Path], list[Parameter]]] = {
-    ".safetensors": safetensors.read,
+    ".safetensors": folder.read_safetensors,
     ".index.json": folder.read_index,
-    ".weights.h5": keras.read_weights,
-    ".keras": keras.read,
-    ".pt": _torch,
-    ".pth": _torch,
-    ".bin": _torch,
+    ".weights.h5": partial(sandbox.read, "weights_h5"),
+    ".keras": partial(sandbox.read, "keras"),
+    ".pt": _PYTORCH,
+    ".pth": _PYTORCH,
+    ".bin": _PYTORCH,
     ".json": shapes.read_json,
     ".txt": shapes.read_text,
 }

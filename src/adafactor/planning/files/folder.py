@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from adafactor.core.errors import Refused, message
-from adafactor.planning.files import safetensors, sandbox
-from adafactor.planning.files.untrusted import content, inside, parse
-from adafactor.planning.parameters import MAX_TENSORS, Parameter, check_total, cut
+from adafactor.core.safetensors import header
+from adafactor.core.untrusted import MAX_TENSORS, content, cut, inside, parse
+from adafactor.planning.files import sandbox
+from adafactor.planning.parameters import Parameter, check_total
 
 #: In the order in which transformers looks for them.
 NAMES = (
@@ -29,6 +30,11 @@ def read(folder: Path) -> list[Parameter]:
         remedy = "Give the file itself."
         raise Refused(message("the folder", f"one that holds {', '.join(NAMES)}", str(folder), remedy))
     return read_index(folder / name) if name.endswith(".json") else _read(inside(folder, name, "the folder"))
+
+
+def read_safetensors(path: Path) -> list[Parameter]:
+    """The tensors of a ``.safetensors`` file, in the order of their bytes."""
+    return [Parameter(tensor.name, tensor.shape, tensor.dtype) for tensor in header(path)[0]]
 
 
 def read_index(path: Path) -> list[Parameter]:
@@ -57,7 +63,7 @@ def read_index(path: Path) -> list[Parameter]:
 
 def _read(path: Path) -> list[Parameter]:
     if path.name.endswith(".safetensors"):
-        return safetensors.read(path)
+        return read_safetensors(path)
     if path.name.endswith((".bin", ".pt", ".pth")):
         return sandbox.read("pytorch", path)
     rule = "a .safetensors, .bin, .pt or .pth file"

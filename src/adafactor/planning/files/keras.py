@@ -1,4 +1,4 @@
-"""Keras's ``.keras`` and ``.weights.h5``: names, shapes and dtypes of an HDF5 file, read by h5py in a child process.
+"""Keras's ``.keras`` and ``.weights.h5``: an HDF5 file of variables, read by h5py in the child of ``sandbox``.
 
 A ``.keras`` file also says which layers are trainable, and its batch normalizations which variables are not.
 """
@@ -13,26 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adafactor.core.errors import Refused, message
-from adafactor.planning.files import sandbox
-from adafactor.planning.files.untrusted import parse
-from adafactor.planning.parameters import Parameter, cut
+from adafactor.core.untrusted import cut, parse
+from adafactor.planning.parameters import Parameter
 
 MAX_CONFIG = 32_000_000
 WEIGHTS = "model.weights.h5"
 
 #: Variables of a layer, counted from the end, that are not trained whatever it says.
 _STATISTICS = {"BatchNormalization": 2, "Normalization": 3}
-
-
-def read(path: Path) -> list[Parameter]:
-    return sandbox.read("keras", path)
-
-
-def read_weights(path: Path) -> list[Parameter]:
-    return sandbox.read("weights_h5", path)
-
-
-# -- in the child ------------------------------------------------------------------------------------------------------
 
 
 def open_archive(path: Path) -> list[Parameter]:

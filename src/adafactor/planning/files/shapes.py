@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adafactor.core.errors import Refused, message
-from adafactor.planning.files.untrusted import content, decode, parse, shape_of
-from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
+from adafactor.core.untrusted import MAX_TENSORS, content, cut, decode, parse, shape_of
+from adafactor.planning.parameters import Parameter
 
 MAX_FILE = 32_000_000
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
 from adafactor.core.errors import Refused, message
-from adafactor.planning.files.untrusted import decode, parse_text, regular, shape_of
-from adafactor.planning.parameters import MAX_TENSORS, Parameter, cut
+from adafactor.core.factoring import Shape
+from adafactor.core.untrusted import BITS, MAX_TENSORS, check_size, cut, decode, parse_text, regular, shape_of
 
 MAX_HEADER = 100_000_000
 
@@ -28,8 +29,26 @@ DTYPES = {
 }  # fmt: skip
 
 
-def read(path: Path) -> list[Parameter]:
-    """The tensors of a file, in the order of their bytes."""
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a file: ``dtype`` is a name in ``BITS``; its bytes, counted from the end of the header."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    start: int
+    stop: int
+
+
+def header(path: Path, largest: int = MAX_HEADER, wanted: str = "") -> tuple[list[Tensor], str | None]:
+    """The tensors of a file in the order of their bytes, and the ``wanted`` entry of its metadata.
+
+    Args:
+        largest: bytes of a header that are read at most.
+
+    Raises:
+        Refused: the file is damaged, or something else.
+    """
     name, damaged = cut(path.name), "The file is damaged or not safetensors."
     size = regular(path)
     try:
@@ -37,31 +56,32 @@ def read(path: Path) -> list[Parameter]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise Refused(message(f"the header of {name}", "inside the file", f"{length} bytes", damaged))
-            if length > MAX_HEADER:
-                raise Refused(message(f"the header of {name}", f"at most {MAX_HEADER:,} bytes", length, damaged))
+            if length > largest:
+                raise Refused(message(f"the header of {name}", f"at most {largest:,} bytes", length, damaged))
             data = file.read(length)
     except OSError as error:
         raise Refused(message(name, f"readable ({error.strerror})", cut(str(path)), "Check its rights.")) from None
     if data[:1] != b"{":
         raise Refused(message(f"the header of {name}", "a JSON object", cut(repr(data[:8])), damaged))
-    found: dict[str, tuple[int, int, Parameter]] = {}
-    for key, value in _Header(data, f"the header of {name}"):
+    found: dict[str, Tensor] = {}
+    reader = _Header(data, f"the header of {name}", wanted)
+    for key, value in reader:
         if key in found:
             raise Refused(message(f"a key in the header of {name}", "unique", cut(key), damaged))
         if len(found) == MAX_TENSORS:
             raise Refused(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", "more", damaged))
-        found[key] = _entry(key, value, name)
-    entries = sorted(found.values(), key=lambda entry: entry[:2])
+        found[key] = _tensor(key, value, name)
+    tensors = sorted(found.values(), key=lambda tensor: (tensor.start, tensor.stop))
     end = 0
-    for start, stop, parameter in entries:
-        if start != end:
+    for tensor in tensors:
+        if tensor.start != end:
             rule = f"where the tensor before it ends ({end})"
-            raise Refused(message(f"the first byte of {cut(parameter.name)}", rule, start, damaged))
-        end = stop
+            raise Refused(message(f"the first byte of {cut(tensor.name)}", rule, tensor.start, damaged))
+        end = tensor.stop
     if end != size - 8 - length:
         rule = f"{end:,} bytes after its header, as that says"
         raise Refused(message(name, rule, f"{size - 8 - length:,}", "It is cut short, or not safetensors."))
-    return [parameter for _, _, parameter in entries]
+    return tensors, reader.metadata
 
 
 #: What may stand between two words of JSON; the description of a tensor, which holds no braces and fits on a page.
@@ -71,14 +91,17 @@ _SPACE, _ENTRY = re.compile(r"[ \t\r\n]*"), re.compile(r"\{[^{}]{0,4096}\}")
 class _Header:
     """A header as its reader goes through it: an iterable of names and descriptions of tensors."""
 
-    def __init__(self, data: bytes, name: str) -> None:
+    def __init__(self, data: bytes, name: str, wanted: str) -> None:
         self._text, self._name, self._at = decode(data, name), name, 0
+        self._wanted = wanted
+        self.metadata: str | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         for key in self._keys():
             if key == "__metadata__":
-                for _ in self._keys():
-                    self._string()
+                for word in self._keys():
+                    text = self._string()
+                    self.metadata = text if word == self._wanted else self.metadata
                 continue
             match = _ENTRY.match(self._text, self._skip())
             if match is None:
@@ -128,8 +151,8 @@ class _Header:
         return Refused(message(self._name, rule, got, "The file is damaged or not safetensors."))
 
 
-def _entry(key: str, value: Any, name: str) -> tuple[int, int, Parameter]:
-    """First byte, last byte and tensor of one entry of a header."""
+def _tensor(key: str, value: Any, name: str) -> Tensor:
+    """One entry of a header."""
     damaged = "The file is damaged or not safetensors."
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         rule = "an object of dtype, shape and data_offsets"
@@ -137,15 +160,13 @@ def _entry(key: str, value: Any, name: str) -> tuple[int, int, Parameter]:
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise Refused(message(f"the dtype of {cut(key)}", f"one of {', '.join(DTYPES)}", cut(dtype), damaged))
-    try:
-        parameter = Parameter(key, shape_of(value["shape"], key), DTYPES[dtype])
-    except ValueError as error:
-        raise Refused(str(error)) from None
+    shape = shape_of(value["shape"], key)
+    nbytes = check_size(key, shape, BITS[DTYPES[dtype]])
     offsets = value["data_offsets"]
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
         raise Refused(message(f"the data_offsets of {cut(key)}", "two integers", cut(offsets), damaged))
     start, stop = offsets
-    if start < 0 or stop - start != parameter.nbytes:
-        rule = f"{parameter.nbytes} bytes apart, as its shape and dtype say"
+    if start < 0 or stop - start != nbytes:
+        rule = f"{nbytes} bytes apart, as its shape and dtype say"
         raise Refused(message(f"the data_offsets of {cut(key)}", rule, cut(offsets), damaged))
-    return start, stop, parameter
+    return Tensor(key, shape, DTYPES[dtype], start, stop)
