@@ -1,4 +1,4 @@
-"""Compile for NVIDIA devices what steps would launch, without a device: python tests/helpers/triton_compile.py
+"""Compile what steps would launch, without a device, for NVIDIA's and AMD's: python tests/helpers/triton_compile.py
 
 Prints registers, bytes of spilled registers and of shared memory per kernel. Fails where a kernel does not compile,
 needs more shared memory than the smallest device gives, or reads a large tensor in narrow words. Needs Triton's
@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from adafactor import Factored
+from adafactor.engine.torch import cuda
 from adafactor.engine.torch.cuda import Step
 from adafactor.torch import Adafactor
 
@@ -31,7 +32,7 @@ SHAPES = [(8, 16), (8, 1024), (8, 4096), (4, 8192), (4, 11008), (2, 28672), (64,
 
 
 def launched(dtype, **options):
-    """The kernels that one step launches, with their arguments; nothing runs."""
+    """The kernels that two steps launch, with their arguments; nothing runs. The second step knows its sums of x²."""
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
     sliced = torch.nn.Parameter(torch.zeros(4, 4096, dtype=dtype))
     for p in (*params, sliced):
@@ -45,13 +46,16 @@ def launched(dtype, **options):
     JITFunction.run = lambda kernel, *args, **kwargs: calls.append((kernel, args, kwargs))
     try:
         optimizer.step()
+        optimizer.step()
     finally:
         JITFunction.run = run
     return calls
 
 
-def compiled(kernel, args, kwargs, capability):
-    options = {"num_warps": kwargs["num_warps"]} if "num_warps" in kwargs else {}
+def compiled(kernel, args, kwargs, target):
+    """A kernel for a `GPUTarget`, and what it was compiled with."""
+    names = ("num_warps", "enable_fp_fusion", *(["maxnreg"] if target.backend == "cuda" else []))
+    options = {name: kwargs[name] for name in names if name in kwargs}
     constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -64,7 +68,7 @@ def compiled(kernel, args, kwargs, capability):
             signature[name] = "i32"
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-    return constants, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return constants, triton.compile(source, target=target, options=options)
 
 
 def usage(cubin):
@@ -77,20 +81,21 @@ def usage(cubin):
     return int(registers), int(spilled)
 
 
-def main():
-    seen, wrong = set(), []
+def nvidia(wrong):
+    seen = set()
     for capability, dtype, options in (
         (90, torch.bfloat16, {"stochastic_rounding": True}),
         (90, torch.bfloat16, {"compensated": True, "diagnostics": True}),
         (90, torch.float32, {"beta1": 0.9, "momentum_dtype": torch.int8}),
     ):
         for kernel, args, kwargs in launched(dtype, **options):
-            constants, binary = compiled(kernel, args, kwargs, capability)
             name = kernel.fn.__name__
+            constants = {key: value for key, value in kwargs.items() if key in kernel.arg_names}
             words = " ".join(f"{key}={value}" for key, value in constants.items())
-            if (capability, name, words) in seen:
+            if (name, words) in seen:
                 continue
-            seen.add((capability, name, words))
+            seen.add((name, words))
+            _, binary = compiled(kernel, args, kwargs, GPUTarget("cuda", capability, 32))
             registers, spilled = usage(binary.asm["cubin"])
             shared = binary.metadata.shared
             wide = WIDE.search(binary.asm["ptx"])
@@ -99,6 +104,30 @@ def main():
                 wrong.append(f"{name} {words} needs {shared} bytes of shared memory")
             if constants.get("ALIGNED") and not wide:
                 wrong.append(f"{name} {words} reads in narrow words")
+
+
+def amd(wrong):
+    for arch, lanes in (("gfx942", 64), ("gfx1100", 32)):
+        cuda._lanes = lambda device, lanes=lanes: lanes
+        seen = set()
+        for kernel, args, kwargs in launched(torch.float32, beta1=0.9):
+            name = f"{kernel.fn.__name__} {[kwargs.get(key) for key in ('NP', 'M', 'ALIGNED', 'SCALE')]}"
+            if name in seen:
+                continue
+            seen.add(name)
+            if kwargs["num_warps"] * lanes > 1024:
+                wrong.append(f"{name} has {kwargs['num_warps'] * lanes} threads on {arch}")
+            _, binary = compiled(kernel, args, kwargs, GPUTarget("hip", arch, lanes))
+            shared = binary.metadata.shared
+            print(f"{name} {arch}: {kwargs['num_warps']} warps, {shared} shared")
+            if shared > 64 * 1024:
+                wrong.append(f"{name} needs {shared} bytes of shared memory on {arch}")
+
+
+def main():
+    wrong = []
+    for which in sys.argv[1:] or ("nvidia", "amd"):
+        {"nvidia": nvidia, "amd": amd}[which](wrong)
     print("\n".join(wrong))
     return 1 if wrong else 0
 

@@ -1,9 +1,8 @@
 """The Triton kernels under the PyTorch front end: a list of work becomes tables on the device and a few launches.
 
-The tables are kept for as long as the same parameters come in the same order. A step then costs the host the
-addresses of the gradients, one copy to the device where these or a learning rate have changed, and about ten
-launches whatever the number of tensors. Nothing waits for the device, and all of it can be captured in a CUDA graph.
-What has no form that the kernels know, and float64, goes to ``eager.py``, tensor by tensor.
+A step costs the host the addresses of the gradients, one copy to the device where these or a learning rate have
+changed, and about ten launches whatever the number of tensors. Nothing waits for the device, and all of it can be
+captured in a CUDA graph. What has no form that the kernels know, and float64, goes to ``eager.py``, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -12,16 +11,21 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Part
 from adafactor.engine.torch import eager, triton_table
+from adafactor.engine.torch.blocks import kept
+from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered
 from adafactor.engine.torch.int8 import BLOCK
 from adafactor.engine.torch.triton_table import FIELDS, FLAGS, NUMBERS, Launch, Tables
 from adafactor.engine.torch.work import Work
@@ -30,20 +34,84 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 _NAMES[torch.int8] = "int8"
 _SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
+_BACKENDS = {"cuda": "amd" if torch.version.hip else "nvidia", "xpu": "intel"}
+_dtype_of = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+# Every so many steps Σx² (eq. 6) is taken from the parameters again, whatever their version counters say.
+REMEASURE = 64
 
 
 @cache
 def why_not(device: torch.device) -> str | None:
     """One sentence that says why Triton kernels cannot run on a device, or ``None`` where they can."""
-    if device.type != "cuda":
-        return f"The Triton kernels are for cuda tensors, not for {device.type} tensors."
+    kind = device.type
+    if kind not in _BACKENDS:
+        return f"The Triton kernels are for {' and '.join(_BACKENDS)} tensors, not for {kind} tensors."
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; the CUDA builds of PyTorch bring it along, or pip install triton."
-    if not torch.cuda.is_available():
-        return "This build of PyTorch has no CUDA." if torch.version.cuda is None else "There is no CUDA device."
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+    module = torch.get_device_module(device)
+    if not module.is_available():
+        none = kind == "cuda" and torch.version.cuda is None and torch.version.hip is None
+        return "This build of PyTorch has no CUDA." if none else f"There is no {kind} device."
+    if importlib.util.find_spec(f"triton.backends.{_BACKENDS[kind]}") is None:
+        return f"The Triton that is installed has no part for {kind} devices."
+    if kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
         return f"Triton needs compute capability 7.0 or later, and {torch.cuda.get_device_name(device)} has less."
+    if kind == "xpu" and not torch.xpu.get_device_capability(device).get("has_fp64", False):
+        return "The Triton kernels count in float64, which this xpu device does not have."
     return None
+
+
+def device_of(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    context: AbstractContextManager[object] = nullcontext()
+    return context if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def is_capturing() -> bool:
+    """Whether the current stream of the accelerator is being captured in a graph."""
+    module = _accelerator()
+    return module is not None and module.is_initialized() and module.is_current_stream_capturing()
+
+
+@cache
+def _accelerator() -> Any:
+    """The module of the accelerator whose streams can be captured, where there is one."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    module = None if kind is None else torch.get_device_module(kind)
+    return module if hasattr(module, "is_current_stream_capturing") else None
+
+
+@cache
+def _lanes(device: torch.device) -> int:
+    """Threads of a warp: 64 on the data-center devices of AMD, else 32."""
+    if device.type != "cuda":
+        return 32
+    return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
+
+
+@cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; 99 KB is the least of compute capability 8.0 and later."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
+
+
+def send(target: Tensor, source: Tensor) -> None:
+    """Copy without waiting. A captured copy reads its source again at every replay."""
+    target.copy_(source, non_blocking=True)
+
+
+def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of an array that a device can read while the host goes on."""
+    source = torch.from_numpy(array)
+    return source.clone() if device.type == "cpu" else source.pin_memory()
+
+
+# What captured steps read, by the optimizer's counter of skipped tensors, which they write: neither a change of groups
+# or of the state nor other lists of gradients may free it. What a capture itself allocates belongs to its graph.
+_captured: Any = WeakIdKeyDictionary()
 
 
 class Step:
@@ -51,7 +119,7 @@ class Step:
 
     def __init__(self, lists: int = 8) -> None:
         self._lists = lists
-        self._tables: dict[tuple[object, ...], Prepared] = {}
+        self._tables: dict[tuple[int, ...], tuple[Triton | None, list[int], list[int]]] = {}
 
     def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
         """One update of every parameter in ``work``, all on one device, in place; see ``work.py``."""
@@ -60,88 +128,123 @@ class Step:
             work = [w for w in work if w.grad.is_contiguous()]
         if not work:
             return
-        key = _key(work)
-        prepared = self._tables.get(key)
-        if prepared is None:
-            if len(self._tables) >= self._lists:  # a model whose list changes every step must not fill the memory
-                self._tables.clear()
-            prepared = self._tables[key] = Prepared(work)
-        if prepared.other:
-            eager.step([work[k] for k in prepared.other], skipped)
-        if prepared.chosen:
-            with device_of(skipped.device):
-                prepared.step([work[k] for k in prepared.chosen], skipped)
+        key = tuple(map(id, work))
+        found = self._tables.pop(key, None)
+        if found is None or (found[0] is not None and found[0].stale()):
+            forms = [form_of(w) for w in work]
+            chosen = [k for k, form in enumerate(forms) if form is not None]
+            other = [k for k, form in enumerate(forms) if form is None]
+            while len(self._tables) >= self._lists:  # a model whose list changes every step must not fill the memory
+                del self._tables[next(iter(self._tables))]
+            found = Triton([work[k] for k in chosen]) if chosen else None, chosen, other
+        self._tables[key] = found  # the last one used goes last
+        prepared, chosen, other = found
+        if other:
+            eager.step([work[k] for k in other], skipped)
+        if prepared is not None:
+            prepared.step([work[k].grad for k in chosen], skipped)
 
 
-def _key(work: Sequence[Work]) -> tuple[object, ...]:
-    """All that the tables depend on: every address but the gradients', of which only the alignment matters."""
-    states = [w.state for w in work]
-    key: list[object] = [all(w.grad.data_ptr() % 16 == 0 for w in work)]
-    key += [w.param.data_ptr() for w in work]
-    for name in ("step", "row", "column", "second_moment", "momentum", "momentum_scale", "residual"):
-        key += [state[name].data_ptr() if name in state else 0 for state in states]
-    key += [0 if w.report is None else w.report.data_ptr() for w in work]
-    for w in work:
-        key += [w.tensor, w.param.dtype, w.grad.dtype, id(w.layout), id(w.settings), w.param.is_contiguous()]
-    return tuple(key)
+class Triton:
+    """A list of work whose every tensor has a `form_of`: its tables on the device, and the buffers between kernels.
 
-
-def device_of(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class Prepared:
-    """The tables of a list of work, on its device, and the buffers between the kernels. It keeps no tensor alive.
+    Gradients are arguments; ``None`` is a tensor without one, which is left alone.
 
     Attributes:
-        chosen: places in the list of what the tables hold, in their order; ``other``: of what they cannot hold.
-        uploads: whatever a captured copy to the device reads again at every replay.
+        records, numbers: the tables, complete; ``plan``: what they were made from.
+        versions: of each parameter when apply left its Σx² (eq. 6) in ``squares``.
     """
 
     def __init__(self, work: Sequence[Work]) -> None:
-        forms = [form_of(w) for w in work]
-        self.chosen = [k for k, form in enumerate(forms) if form is not None]
-        self.other = [k for k, form in enumerate(forms) if form is None]
-        self.uploads: list[Tensor] = []
-        self._kept = [(w.settings, w.layout) for w in work]  # so that no others get their ids
-        if self.chosen:
-            self._build([work[k] for k in self.chosen], [form for form in forms if form is not None])
+        self.work = work
+        self._params = [w.param for w in work]
+        self.device = work[0].param.device
+        self._aligned = [True] * len(work)
+        self._dtypes = [w.param.dtype for w in work]
+        self._states = self._by_slots()
+        self._sums: list[eager.Sums] | None = None
+        self._reserve: Tensor | None = None
+        self._recorded: list[Tensor] = []  # what a capture in progress has made
+        self._streams: set[object] = set()
+        self._build()
 
-    def _build(self, work: list[Work], forms: list[Canonical]) -> None:
-        device = work[0].param.device
-        aligned = all(w.grad.data_ptr() % 16 == 0 for w in work)
-        described = [
-            triton_table.Tensor(form, launch_of(w, form, aligned), w.param.element_size())
-            for w, form in zip(work, forms, strict=True)
+    # ---- tables
+
+    def _by_slots(self) -> list[tuple[Any, list[Work]]]:
+        """The work by the names of its state, each with what takes that out of a dictionary."""
+        groups: dict[tuple[str, ...], list[Work]] = {}
+        for w in self.work:
+            groups.setdefault(w.slots, []).append(w)
+        return [(itemgetter(*slots), members) for slots, members in groups.items()]
+
+    def _look(self) -> tuple[list[Tensor], list[int], list[torch.dtype], list[object]]:
+        """The tensors that the tables hold addresses of, these, and what else a user may change."""
+        tensors = [w.param for w in self.work]
+        for take, members in self._states:
+            tensors += chain.from_iterable(map(take, [w.state for w in members]))
+        said: list[object] = [w.settings for w in self.work]
+        return tensors, list(map(Tensor.data_ptr, tensors)), list(map(_dtype_of, tensors)), said
+
+    def stale(self) -> bool:
+        """Whether a tensor behind an address or a group's settings are others than the tables were made from."""
+        try:
+            tensors, addresses, dtypes, said = self._look()
+        except KeyError:
+            return True
+        old = self._seen
+        same = all(map(is_, tensors, old[0])) and all(map(is_, said, old[3]))
+        return not same or addresses != old[1] or dtypes != old[2]
+
+    def _build(self) -> None:
+        work, device = self.work, self.device
+        self._seen = self._look()
+        self._of_graph = is_capturing()  # its uploads wait for a replay: no eager step may read these tables
+        forms = [form_of(w) for w in work]
+        self._described = [
+            triton_table.Tensor(form, launch_of(w, form, dtype, aligned))
+            for w, form, dtype, aligned in zip(work, forms, self._dtypes, self._aligned, strict=True)
+            if form is not None
         ]
-        plan = triton_table.tables(described)
+        self.plan = plan = triton_table.tables(self._described)
         places: dict[int, int] = {}  # of a group's learning rate
         self._groups = [places.setdefault(id(w.settings), len(places)) for w in work]
-        numbers = self._fill(plan, work, forms)
-        self.plan = plan
-        self.records, self.numbers = self._upload(plan.records, device), self._upload(numbers, device)
-        self.slices = self._upload(plan.slices, device)
-        self.measured = {launch: self._upload(blocks, device) for launch, blocks in plan.measure.items()}
-        self.applied = {launch: self._upload(blocks, device) for launch, blocks in plan.apply.items()}
-        self.columns = {key: self._upload(blocks, device) for key, blocks in plan.columns.items()}
+        self._leaders = [self._groups.index(group) for group in range(len(places))]
+        numbers = self._fill(plan)
+        self._kept: list[Tensor] = []  # all that lives on the device
+
+        def upload(array: NDArray[Any]) -> Tensor:
+            source = pinned(array, device)
+            target = buffer(array.size, source.dtype).view(source.shape)
+            send(target, source)
+            self._kept.append(source)
+            return target
 
         def buffer(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(max(size, 1), dtype=dtype, device=device)
+            made = torch.empty(max(size, 1), dtype=dtype, device=device)
+            self._kept.append(made)
+            return made
 
+        self.records, self.numbers, self.slices = upload(plan.records), upload(numbers), upload(plan.slices)
+        self.measured = {launch: upload(blocks) for launch, blocks in plan.measure.items()}
+        self.applied = {launch: upload(blocks) for launch, blocks in plan.apply.items()}
+        self.columns = {key: upload(blocks) for key, blocks in plan.columns.items()}
         count = len(work)
         self.scalars, self.updated = buffer(4 * count), buffer(count, torch.int64)
         self.sums, self.partials, self.squares = buffer(plan.sums), buffer(3 * plan.partials), buffer(plan.squares)
         self.roots, self.found = buffer(plan.roots), buffer(3 * len(plan.slices))
+        self.matrix_sums: Tensor | None = None
         self.moves = buffer(2 * len(plan.slices))
         self.varying = buffer(count + len(places), torch.int64)  # addresses of gradients, then learning rates
         self.sent: NDArray[np.int64] | None = None  # what it holds
+        self._versions: list[int] | None = None
+        self._steps = 0
+        self._sums = None
 
-    def _fill(self, plan: Tables, work: list[Work], forms: list[Canonical]) -> NDArray[np.float64]:
+    def _fill(self, plan: Tables) -> NDArray[np.float64]:
         """Complete the records with addresses and what the user has said; returns the numbers."""
-        numbers = np.zeros((len(work), len(NUMBERS)))
-        for k, (w, form) in enumerate(zip(work, forms, strict=True)):
-            state, settings = w.state, w.settings
+        numbers = np.zeros((len(self.work), len(NUMBERS)))
+        for k, (w, tensor) in enumerate(zip(self.work, self._described, strict=True)):
+            form, state, settings = tensor.form, w.state, w.settings
             hp, record = settings.hyperparameters, plan.records[k]
             first, second = form.slots
             said: dict[str, int] = {
@@ -151,12 +254,14 @@ class Prepared:
                 "momentum": state["momentum"].data_ptr() if hp.momentum is not None else 0,
                 "scales": state["momentum_scale"].data_ptr() if "momentum_scale" in w.slots else 0,
                 "residual": state["residual"].data_ptr() if w.compensated else 0,
-                "report": 0 if w.report is None else w.report.data_ptr(),
+                "diagnostics": 0 if w.report is None else w.report.data_ptr(),
                 "step": state["step"].data_ptr(),
                 "lr": self._groups[k],
                 "seed": settings.seed - (1 << 64 if settings.seed >> 63 else 0),
-                "identity": w.tensor,
+                "rng_stream": w.tensor,
             }
+            if isinstance(w.layout, Part):
+                _globalise(cast(Any, said), _in_memory(w.layout, form))
             flags = (
                 hp.caps(settings.scheduled),
                 hp.scale_parameter,
@@ -179,83 +284,197 @@ class Prepared:
             )
         return numbers
 
-    def _upload(self, array: NDArray[Any], device: torch.device) -> Tensor:
-        """A copy on the device, without waiting for it. A captured copy reads its source at every replay."""
-        source = torch.from_numpy(array)
-        if device.type != "cuda":
-            return source.clone()
-        source = source.pin_memory()
-        if is_capturing():
-            self.uploads.append(source)
-        return source.to(device, non_blocking=True)
+    # ---- one step
 
-    def step(self, work: Sequence[Work], skipped: Tensor) -> None:
-        """One update of the chosen. Launches only; what they find decides on the device."""
-        launch_all(self, self._send(work), skipped)
-        torch.autograd.graph.increment_version([w.param for w in work])
+    def step(self, grads: Sequence[Tensor | None], skipped: Tensor) -> None:
+        """One update of everything. Launches only; what they find decides on the device."""
+        with device_of(self.device):
+            launch = Launches(self, self._begin(grads))
+            launch.measure(known=self._known(skipped))
+            launch.columns(totals=False)
+            launch.slices(measured=True, finished=True)
+            launch.finish(skipped, count=True)
+            launch.apply()
+        self._wrote(skipped)
 
-    def _send(self, work: Sequence[Work]) -> Tensor:
+    def measure(self, grads: Sequence[Tensor | None]) -> list[eager.Sums]:
+        """Equations 2, 4, 5, 6 and 11. What is written to the sums is what `finish` reads."""
+        with device_of(self.device):
+            self._launches = Launches(self, self._begin(grads))
+            self._launches.measure(known=set())
+            self._launches.totals()
+            self._launches.slices(measured=True, finished=False)
+        if self._sums is None:
+            self._sums = self._views()
+        for sums in self._sums:
+            sums.mu = sums.sum_u2 = None
+        return self._sums
+
+    def finish(self) -> None:
+        """Equations 3, 7, 9 and 10."""
+        with device_of(self.device):
+            launches = self._launches
+            launches.columns(totals=True)
+            launches.slices(measured=False, finished=True)
+            launches.finish(self.updated, count=False)
+
+    def apply(self, skipped: Tensor, absent: Sequence[int] = ()) -> None:
+        """Equations 11 to 13, of everything but what is ``absent``."""
+        with device_of(self.device):
+            self._launches.count(skipped)
+            self._launches.apply()
+        self._wrote(skipped)
+
+    def _wrote(self, skipped: Tensor) -> None:
+        if self._recorded:
+            tensors = [tensor.detach() for tensor in self._seen[0]]
+            _captured[skipped] = [*_captured.get(skipped, ()), [*self._kept, *self._recorded, *tensors]]
+            self._recorded = []
+        torch.autograd.graph.increment_version(self._params)
+        self._versions = [param._version for param in self._params]
+
+    def _known(self, skipped: Tensor) -> set[Launch]:
+        """The launches of measure whose Σx² stand in ``squares``: apply left them, and nobody wrote to x since.
+
+        What the version counter does not count (``param.data``, a graph's replay) is seen every ``REMEASURE`` steps,
+        and once something was captured nothing is taken as known.
+        """
+        versions, old = [param._version for param in self._params], self._versions
+        self._steps += 1
+        if old is None or self._steps % REMEASURE == 0 or skipped in _captured or is_capturing():
+            return set()
+        same = [new == version for new, version in zip(versions, old, strict=True)]
+        return {
+            launch
+            for launch, members in self.plan.members.items()
+            if launch.keeps_squares and all(same[k] for k in members)
+        }
+
+    def _begin(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Bring the gradients' addresses and the learning rates to the device, where they have changed."""
-        count = len(work)
-        lrs = {group: w.lr for group, w in zip(self._groups, work, strict=True)}
-        values = np.zeros(count + len(lrs), np.int64)
-        values[:count] = [w.grad.data_ptr() for w in work]
+        count, capturing = len(self.work), is_capturing()
+        if self._of_graph and not capturing:
+            self._build()
+        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        dtypes = [dtype if grad is None else grad.dtype for grad, dtype in zip(grads, self._dtypes, strict=True)]
+        values = np.zeros(count + len(self._leaders), np.int64)
+        values[:count] = addresses
+        if (values[:count] & 15).any():
+            # A tensor that was once read in narrow words is from then on: buckets of gradients stay where they are.
+            aligned = [seen and address % 16 == 0 for seen, address in zip(self._aligned, addresses, strict=True)]
+        else:
+            aligned = self._aligned
+        if dtypes != self._dtypes or aligned != self._aligned:
+            self._dtypes, self._aligned = dtypes, aligned
+            self._build()
         numbers = values[count:].view(np.float64)
         on_device = {}
-        for group, lr in lrs.items():
+        for group, leader in enumerate(self._leaders):
+            lr = self.work[leader].lr
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[group] = lr
             else:
                 numbers[group] = float(lr)
-        varying = self.varying
-        if self.sent is None or not np.array_equal(values, self.sent):
-            fresh = self._upload(values, varying.device)
-            if is_capturing():  # the graph fills a table of its own; eager steps keep theirs
-                varying = fresh
-                self.uploads.append(fresh)
-            else:
-                varying.copy_(fresh)
+        if capturing:
+            varying = self._capture(values)
+        else:
+            varying = self.varying
+            self._guard()
+            if self.sent is None or not np.array_equal(values, self.sent):
+                send(varying, pinned(values, self.device))
                 self.sent = values
+            if self._reserve is None and self.device.type != "cpu":
+                self._reserve = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         for group, lr in on_device.items():
-            varying[count + group].view(torch.float64).copy_(lr.detach().reshape(()))
+            send(varying[count + group].view(torch.float64), lr.detach().reshape(()))
         return varying
 
+    def _capture(self, values: NDArray[np.int64]) -> Tensor:
+        """A table of the graph's own: eager steps go on with theirs, and no replay reads it.
 
-def is_capturing() -> bool:
-    """Whether the current stream is being captured in a CUDA graph."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return False
-    return torch.cuda.is_current_stream_capturing()
+        Its copy on the host was pinned by an earlier step: pinning inside a capture is an error before PyTorch 2.9.
+        """
+        source, self._reserve = self._reserve, None
+        if source is None:
+            source = pinned(values, self.device)
+        else:
+            source.copy_(torch.from_numpy(values))
+        varying = torch.empty(len(values), dtype=torch.int64, device=self.device)
+        send(varying, source)
+        self._recorded = [source, varying]
+        return varying
+
+    def _guard(self) -> None:
+        """Buffers that another stream than the one they were made on uses are not free before it is done with them."""
+        if self.device.type == "cpu":
+            return
+        stream = torch.accelerator.current_stream(self.device)
+        if stream in self._streams:
+            return
+        if self._streams:
+            for tensor in self._kept:
+                if tensor.device.type != "cpu":
+                    tensor.record_stream(stream)
+        self._streams.add(stream)
+
+    def _views(self) -> list[eager.Sums]:
+        """The buffers as tensors, in the shapes of `eager.Sums`: what is written there is what finish reads."""
+        views = []
+        for k, (w, tensor) in enumerate(zip(self.work, self._described, strict=True)):
+            form, layout = tensor.form, w.layout
+            record = dict(zip(FIELDS, self.plan.records[k].tolist(), strict=True))
+            slices = self.found.view(-1, 3)[record["slice"] : record["slice"] + form.slices]
+            Q = slices[:, 1].view(kept(layout, layout.whole))
+            if not form.factored:
+                views.append(eager.Sums(None, None, slices[:, 0].view(kept(layout, layout.whole)), Q))
+                continue
+            matrices, parts, m = record["matrices"], record["parts"], record["m"]
+            S, W = (
+                self.sums.as_strided((matrices, m), (parts * m, 1), record["sums"] + half * matrices * parts * m).view(
+                    kept(layout, layout.rows)
+                )
+                for half in (0, 1)
+            )
+            views.append(eager.Sums(None, S, W, Q))
+        return views
 
 
 def form_of(w: Work) -> Canonical | None:
     """The kernels' form of a tensor, or ``None`` where only ``eager.py`` can update it."""
     beside = [w.state[name] for name in ("momentum", "residual") if name in w.slots]
     dense = all(tensor.is_contiguous() for tensor in (w.param, *beside))
-    if not dense or w.param.dtype == torch.float64 or isinstance(w.layout, Part):
+    if not dense or w.param.dtype == torch.float64:
         return None
-    return canonical(w.layout)
+    form = canonical(w.layout)
+    if form is None or not isinstance(w.layout, Part):
+        return form
+    draws = w.settings.stochastic_rounding or any(tensor.dtype == torch.int8 for tensor in beside)
+    if form.transposed or not w.layout.size or (draws and not _numbered(w.layout)):
+        return None
+    return form
 
 
-def launch_of(w: Work, form: Canonical, aligned: bool) -> Launch:
+def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool) -> Launch:
     """Which launch a tensor belongs to."""
     settings, hp = w.settings, w.settings.hyperparameters
     momentum = w.state["momentum"] if hp.momentum is not None else None
     tensors = [w.param, *(w.state[name] for name in w.slots if name != "step")]
     aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     int8 = momentum is not None and momentum.dtype == torch.int8
+    part = isinstance(w.layout, Part)
     return Launch(
         tile=triton_table.tile_of(form) if form.factored else None,
         param=_NAMES[w.param.dtype],
-        grad=_NAMES[w.grad.dtype],
+        grad=_NAMES[grad],
         momentum="" if momentum is None else _NAMES[momentum.dtype],
         scale=hp.scale_parameter,
         stochastic=settings.stochastic_rounding and w.param.dtype in (torch.bfloat16, torch.float16),
         compensated=w.compensated,
-        huge=form.size > 1 << 32,
+        huge=(w.layout.slice_size * form.slices if part else form.size) > 1 << 31,
         aligned=aligned and form.columns % 16 == 0,
         flat=not form.factored or (int8 and form.columns % BLOCK != 0),
         sliced=form.slices > 1,
+        part=part,
     )
 
 
@@ -267,62 +486,113 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def launch_all(p: Prepared, varying: Tensor, skipped: Tensor) -> None:
-    """The launches of one step, in order; `triton_kernels.py` says what each does."""
-    kernels = _kernels()
-    count = len(p.chosen)
-    rates = varying[count:].view(torch.float64)
-    kernels.begin[(-(-count // 128),)](p.records, p.numbers, rates, p.scalars, count, BLOCK=128)
-    for launch, blocks in p.measured.items():
-        tile, grid = launch.tile, (len(blocks),)
-        param, grad = kernels.dtype(launch.param), kernels.dtype(launch.grad)
-        if tile is None:
-            kernels.measure_flat[grid](
-                p.records, p.numbers, varying, p.scalars, blocks, p.partials, p.squares,
-                BLOCK=triton_table.FLAT_TILE, PARAM=param, GRAD=grad, SCALE=launch.scale, ALIGNED=launch.aligned,
-            )  # fmt: skip
-            continue
-        if tile.wide:
-            kernels.row_parts[grid](
-                p.records, varying, blocks, p.sums, NP=tile.NP, M=tile.M, GRAD=grad,
-                ALIGNED=launch.aligned, STAGES=tile.stages(_SIZES[launch.grad]), num_warps=tile.warps,
-            )  # fmt: skip
-        kernels.measure[grid](
-            p.records, p.numbers, varying, p.scalars, blocks, p.sums, p.squares,
-            K=tile.K, NP=tile.NP, M=tile.M, PARAM=param, GRAD=grad,
-            SCALE=launch.scale, WIDE=tile.wide, ALIGNED=launch.aligned,
-            STAGES=tile.stages(_SIZES[launch.grad], _SIZES[launch.param] * launch.scale), num_warps=tile.warps,
+class Launches:
+    """The launches of one step; `triton_kernels.py` says what each does."""
+
+    def __init__(self, tables: Triton, varying: Tensor) -> None:
+        self._t, self._varying, self._k = tables, varying, _kernels()
+        self._lanes, self._shared = _lanes(tables.device), _shared(tables.device)
+        # Fused multiply-add is said aloud: a release of Triton that changes its default must not change the bits.
+        self._common = {"enable_fp_fusion": True}
+        self._capped = {"maxnreg": triton_table.REGISTERS} if self._lanes == 32 and torch.version.hip is None else {}
+
+    def _warps(self, warps: int) -> dict[str, Any]:
+        return {"num_warps": warps * 32 // self._lanes, **self._common}
+
+    def measure(self, known: set[Launch]) -> None:
+        """``known``: of which launches Σx² needs no reading."""
+        t, k, varying, count = self._t, self._k, self._varying, len(self._t.work)
+        rates = varying[count:].view(torch.float64)
+        k.begin[(-(-count // 128),)](
+            t.records, t.numbers, rates, t.scalars, count, BLOCK=128, **self._warps(4)
         )  # fmt: skip
-    for (K, P, C), blocks in p.columns.items():
-        kernels.columns[(len(blocks),)](
-            p.records, p.numbers, p.scalars, blocks, p.sums, p.partials, p.roots, K=K, P=P, C=C
-        )
-    kernels.slices[(len(p.slices),)](
-        p.records, p.slices, p.partials, p.squares, p.roots, p.found, KB=16, TB=64, BLOCK=1024
-    )
-    kernels.finish[(count,)](p.records, p.numbers, p.scalars, p.found, p.moves, p.updated, skipped, BLOCK=128)
-    tensors = (p.records, p.numbers, varying, p.scalars)
-    buffers = (p.sums, p.roots, p.moves, p.updated)
-    for launch, blocks in p.applied.items():
-        common = {
-            "PARAM": kernels.dtype(launch.param),
-            "GRAD": kernels.dtype(launch.grad),
-            "MOMENTUM": kernels.dtype(launch.momentum) if launch.momentum else None,
-            "STOCHASTIC": launch.stochastic,
-            "COMPENSATED": launch.compensated,
-            "HUGE": launch.huge,
-            "ALIGNED": launch.aligned,
-        }
-        if launch.flat:
-            factored, size = launch.tile is not None, triton_table.FLAT_TILE
-            kernels.apply_flat[(len(blocks),)](
-                *tensors, blocks, *buffers, BLOCK=size, FACTORED=factored, SLICED=launch.sliced, **common
-            )
-            continue
-        assert launch.tile is not None
-        tile = launch.tile.of_apply
-        stored = (launch.param, launch.grad, launch.momentum, "bfloat16" if launch.compensated else "")
-        stages = tile.stages(*(_SIZES[name] for name in stored if name))
-        kernels.apply[(len(blocks),)](
-            *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, num_warps=tile.warps, **common
-        )
+        for launch, blocks in t.measured.items():
+            tile, grid = launch.tile, (len(blocks),)
+            param, grad = k.dtype(launch.param), k.dtype(launch.grad)
+            scale = launch.scale and launch not in known
+            if tile is None:
+                k.measure_flat[grid](
+                    t.records, t.numbers, varying, t.scalars, blocks, t.partials, t.squares,
+                    BLOCK=triton_table.FLAT_TILE, PARAM=param, GRAD=grad, SCALE=scale, ALIGNED=launch.aligned,
+                    **self._warps(4),
+                )  # fmt: skip
+                continue
+            if tile.wide:
+                k.row_parts[grid](
+                    t.records, varying, blocks, t.sums, NP=tile.NP, M=tile.M, GRAD=grad, ALIGNED=launch.aligned,
+                    STAGES=tile.stages(self._shared, _SIZES[launch.grad]), **self._warps(tile.warps),
+                )  # fmt: skip
+            k.measure[grid](
+                t.records, t.numbers, varying, t.scalars, blocks, t.sums, t.squares,
+                K=tile.K, NP=tile.NP, M=tile.M, PARAM=param, GRAD=grad,
+                SCALE=scale, WIDE=tile.wide, ALIGNED=launch.aligned,
+                STAGES=tile.stages(self._shared, _SIZES[launch.grad], _SIZES[launch.param] * scale),
+                **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
+            )  # fmt: skip
+
+    def totals(self) -> None:
+        t = self._t
+        for (K, P, C), blocks in t.columns.items():
+            self._k.totals[(len(blocks),)](
+                t.records, self._varying, blocks, t.sums, K=K, P=P, C=C, **self._warps(4)
+            )  # fmt: skip
+
+    def columns(self, totals: bool, matrix_sums: bool = False) -> None:
+        t = self._t
+        for (K, P, C), blocks in t.columns.items():
+            self._k.columns[(len(blocks),)](
+                t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.partials, t.roots,
+                t.matrix_sums if matrix_sums else t.roots,
+                K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=matrix_sums, **self._warps(4),
+            )  # fmt: skip
+
+    def slices(self, measured: bool, finished: bool) -> None:
+        t = self._t
+        self._k.slices[(len(t.slices),)](
+            t.records, self._varying, t.slices, t.partials, t.squares, t.roots, t.found,
+            MEASURED=measured, FINISHED=finished, KB=16, TB=64, BLOCK=1024, **self._warps(4),
+        )  # fmt: skip
+
+    def finish(self, skipped: Tensor, count: bool) -> None:
+        t = self._t
+        self._k.finish[(len(t.work),)](
+            t.records, t.numbers, self._varying, t.scalars, t.found, t.moves, t.updated, skipped,
+            BLOCK=128, COUNT=count, **self._warps(4),
+        )  # fmt: skip
+
+    def count(self, skipped: Tensor) -> None:
+        t = self._t
+        self._k.count[(len(t.work),)](t.records, self._varying, t.updated, skipped, **self._warps(1))
+
+    def apply(self) -> None:
+        t, k = self._t, self._k
+        tensors = (t.records, t.numbers, self._varying, t.scalars)
+        buffers = (t.sums, t.roots, t.moves, t.updated, t.squares)
+        for launch, blocks in t.applied.items():
+            constants = {
+                "PARAM": k.dtype(launch.param),
+                "GRAD": k.dtype(launch.grad),
+                "MOMENTUM": k.dtype(launch.momentum) if launch.momentum else None,
+                "STOCHASTIC": launch.stochastic,
+                "COMPENSATED": launch.compensated,
+                "HUGE": launch.huge,
+                "PART": launch.part,
+                "SQUARES": launch.keeps_squares,
+                "ALIGNED": launch.aligned,
+            }
+            coded = launch.momentum == "int8"
+            if launch.flat:
+                factored, size = launch.tile is not None, triton_table.FLAT_TILE
+                k.apply_flat[(len(blocks),)](
+                    *tensors, blocks, *buffers, BLOCK=size, FACTORED=factored, SLICED=launch.sliced, **constants,
+                    **self._warps(8 if coded else 4),
+                )  # fmt: skip
+                continue
+            assert launch.tile is not None
+            tile = launch.tile
+            stored = (launch.param, launch.grad, launch.momentum, "bfloat16" if launch.compensated else "")
+            stages = tile.stages(self._shared, *(_SIZES[name] for name in stored if name))
+            k.apply[(len(blocks),)](
+                *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, **constants,
+                **self._warps(triton_table.CODED_WARPS if coded else tile.warps),
+            )  # fmt: skip

@@ -2,15 +2,18 @@
 
 A program finds its work in tables (``triton_table.py``): a block names a tensor, and the tensor's record holds its
 addresses and its numbers. A tile is K matrices × NP rows × M columns; a matrix has rows of ``m`` neighbours,
-``B1 * m`` apart. Equation numbers are those of ``docs/algorithm.md``.
+``inner * m`` apart. Equation numbers are those of ``docs/algorithm.md``.
 
     begin     per tensor: t, eq. 1 and eq. 8
     measure   rows, and per part of a matrix S and W, and Q (eqs. 2, 4, 5, 6); flat tensors eq. 11
-    columns   S and W over the parts, the columns (eq. 3), and what eq. 7 needs of them
+    totals    S and W over the parts: where other processes add theirs before the columns are finished
+    columns   the columns (eq. 3), and what eq. 7 needs of them
     slices    Σu² and Q of a clip factor
-    finish    per tensor: whether it is updated; per slice eqs. 9 and 10; t
+    finish    per tensor: whether it is updated; per slice eqs. 9 and 10
+    count     t, and how many tensors were left alone
     apply     eqs. 11 to 13; the statistics are written here and not before
 
+A gradient whose address is 0 is none: its tensor is left alone, and not counted.
 No sum depends on the order in which programs run.
 """
 
@@ -26,9 +29,10 @@ from adafactor.engine.torch.triton_table import BLOCK_FIELDS, FIELDS, FLAGS, NO_
 _F, _G = tl.constexpr(len(FIELDS)), tl.constexpr(len(NUMBERS))
 _B, _L = tl.constexpr(len(BLOCK_FIELDS)), tl.constexpr(len(SLICE_FIELDS))
 (
-    _PARAM, _FIRST, _SECOND, _MOMENTUM, _SCALES, _RESIDUAL, _REPORT, _STEP, _LR, _FLAGS, _SEED, _IDENTITY,
-    _N, _B1, _m, _MATRICES, _PER_SLICE, _SLICES, _SLICE_SIZE, _SIZE, _PARTS, _PART_ROWS, _CHUNKS,
-    _SUMS, _FINISHED, _ROOT_MU, _SLICE, _TILES, _PARTIAL, _SQUARES, _ROW_PARTS,
+    _PARAM, _FIRST, _SECOND, _MOMENTUM, _SCALES, _RESIDUAL, _DIAGNOSTICS, _STEP, _LR, _FLAGS, _SEED, _RNG_STREAM,
+    _N, _INNER, _m, _MATRICES, _PER_SLICE, _SLICES, _SLICE_SIZE, _SIZE, _PARTS, _PART_ROWS, _CHUNKS,
+    _GLOBAL_ROWS, _GLOBAL_COLUMNS, _GLOBAL_SIZE, _ROW_OFFSET, _COLUMN_OFFSET,
+    _SUMS, _FINISHED, _ROOT_MU, _SLICE, _TILES, _PARTIAL, _SQUARES, _MOVED, _ROW_PARTS,
 ) = (tl.constexpr(k) for k in range(len(FIELDS)))  # fmt: skip
 _EXPONENT, _LEAST, _EPS1, _EPS2, _CLIP, _DECAYS, _BETA1 = (tl.constexpr(k) for k in range(len(NUMBERS)))
 _CAPS, _SCALE, _AFTER_DECAY, _MAXIMIZE, _SKIP = (tl.constexpr(1 << k) for k in range(len(FLAGS)))
@@ -55,26 +59,46 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return pointer
 
 
+@triton.jit
+def _divide(first, local, divisor, HUGE: tl.constexpr):
+    """Quotient and remainder, int64, of first + local; ``first`` is one number. 32 bits suffice unless HUGE."""
+    if HUGE:
+        e = first + local.to(tl.int64)
+        return e // divisor, e % divisor
+    else:
+        by = divisor.to(tl.uint32)
+        e = (first % divisor).to(tl.uint32) + local.to(tl.uint32)
+        quotient = e // by
+        return (first // divisor) + quotient.to(tl.int64), (e - quotient * by).to(tl.int64)
+
+
+@triton.jit
+def _number(record, run, outer, n, inner):
+    """The number that the first element of a run has in the whole parameter, of which this may be a part."""
+    missing = outer * (tl.load(record + _GLOBAL_ROWS) - n) + tl.load(record + _ROW_OFFSET)
+    return (run + missing * inner) * tl.load(record + _GLOBAL_COLUMNS) + tl.load(record + _COLUMN_OFFSET)
+
+
 @triton.jit(do_not_specialize=["count"])
 def begin(tensors, numbers, lrs, scalars, count, BLOCK: tl.constexpr):
-    """decay, 1 - decay, rho and 1 - lr * weight_decay of every tensor, from the update it is about to make."""
+    """1 - beta(t), beta(t), rho and 1 - lr * weight_decay of every tensor, from the update it is about to make."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = k < count
     record, number = tensors + k * _F, numbers + k * _G
     step = tl.load(record + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
     t = (tl.load(step, mask=mask, other=0) + 1).to(tl.float64)
-    decay = tl.exp2(tl.load(number + _EXPONENT, mask=mask, other=0) * tl.log2(t))
-    decay = tl.maximum(decay, tl.load(number + _LEAST, mask=mask, other=0))
+    ema_weight = tl.exp2(tl.load(number + _EXPONENT, mask=mask, other=0) * tl.log2(t))
+    ema_weight = tl.maximum(ema_weight, tl.load(number + _LEAST, mask=mask, other=0))
     rate = tl.load(lrs + tl.load(record + _LR, mask=mask, other=0), mask=mask, other=0)
     caps = (tl.load(record + _FLAGS, mask=mask, other=0) & _CAPS) != 0
     limit = 1.0 / tl.sqrt(t)
     rho = tl.where(caps & (rate > limit), limit, rate)
-    keep = 1.0 - rate * tl.load(number + _DECAYS, mask=mask, other=0)
+    decay_factor = 1.0 - rate * tl.load(number + _DECAYS, mask=mask, other=0)
     out = scalars + k * 4
-    tl.store(out, decay.to(tl.float32), mask=mask)
-    tl.store(out + 1, (1.0 - decay).to(tl.float32), mask=mask)
+    tl.store(out, ema_weight.to(tl.float32), mask=mask)
+    tl.store(out + 1, (1.0 - ema_weight).to(tl.float32), mask=mask)
     tl.store(out + 2, rho.to(tl.float32), mask=mask)
-    tl.store(out + 3, keep.to(tl.float32), mask=mask)
+    tl.store(out + 3, decay_factor.to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -85,18 +109,21 @@ def row_parts(
     """Row sums over one chunk of columns, for matrices wider than a tile; `measure` adds up the chunks."""
     block = blocks + tl.program_id(0) * _B
     tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    address = tl.load(grads + tensor)
+    if address == 0:
+        return
     record = tensors + tensor * _F
-    m, n, B1 = tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1)
+    m, n, inner = tl.load(record + _m), tl.load(record + _N), tl.load(record + _INNER)
     if ALIGNED:
         m = tl.multiple_of(m, 16)
     chunks, part_rows = tl.load(record + _CHUNKS), tl.load(record + _PART_ROWS)
-    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    grad = _pointer(address, GRAD, ALIGNED)
     out = sums + tl.load(record + _ROW_PARTS)
     j = chunk * M + tl.arange(0, M)
-    first = matrix // B1 * n * B1 + matrix % B1
+    first = matrix // inner * n * inner + matrix % inner
     for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
-        run = first + i * B1
+        run = first + i * inner
         inside = i < n
         mask = inside[:, None] & (j < m)[None, :]
         g = tl.load(grad + run[:, None] * m + j[None, :], mask=mask, other=0).to(tl.float32)
@@ -112,24 +139,27 @@ def measure(
     """One part of K matrices: finishes its rows, and leaves its share of S, W and Q in buffers. g is read once."""
     block = blocks + tl.program_id(0) * _B
     tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    address = tl.load(grads + tensor)
+    if address == 0:
+        return
     record = tensors + tensor * _F
-    m, n, B1, matrices = (
-        tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1), tl.load(record + _MATRICES),
+    m, n, inner, matrices = (
+        tl.load(record + _m), tl.load(record + _N), tl.load(record + _INNER), tl.load(record + _MATRICES),
     )  # fmt: skip
     if ALIGNED:
         m = tl.multiple_of(m, 16)
     parts, part_rows, chunks = (
         tl.load(record + _PARTS), tl.load(record + _PART_ROWS), tl.load(record + _CHUNKS),
     )  # fmt: skip
-    decay, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
-    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    grad = _pointer(address, GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
     finished = sums + tl.load(record + _FINISHED)
-    width = m.to(tl.float32)
+    width = tl.load(record + _GLOBAL_COLUMNS).to(tl.float32)
     k = matrix + tl.arange(0, K)
-    first = k // B1 * n * B1 + k % B1  # the run of a matrix's row 0
+    first = k // inner * n * inner + k % inner  # the run of a matrix's row 0
     j = chunk * M + tl.arange(0, M)
     S = tl.zeros((K, M), tl.float32)
     W = tl.zeros((K, M), tl.float32)
@@ -138,7 +168,7 @@ def measure(
     finishes = tl.where(chunk == 0, n, 0)  # rows whose statistic this program stores
     for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
-        run = first[:, None] + i[None, :] * B1
+        run = first[:, None] + i[None, :] * inner
         inside = here & (i < n)[None, :]
         place = run[:, :, None] * m + j[None, None, :]
         mask = inside[:, :, None] & (j < m)[None, None, :]
@@ -150,7 +180,7 @@ def measure(
                 total += tl.load(sums + tl.load(record + _ROW_PARTS) + run * chunks + c, mask=inside, other=0)
         else:
             total = tl.sum(g2, axis=2)
-        r = past * tl.load(row + run, mask=inside, other=0) + decay * (total / width + eps1)  # eq. 2
+        r = past * tl.load(row + run, mask=inside, other=0) + ema_weight * (total / width + eps1)  # eq. 2
         tl.store(finished + run, r, mask=here & (i < finishes)[None, :])
         u = g * _inverse_root(r)[:, :, None]
         S += tl.sum(g2, axis=1)  # eq. 4
@@ -166,8 +196,12 @@ def measure(
     known = (k < matrices)[:, None] & (j < m)[None, :]
     tl.store(out, S, mask=known)
     tl.store(out + matrices * parts * m, W, mask=known)
-    if SCALE:
-        tl.store(squares + tl.load(record + _SQUARES) + slot * chunks + chunk, Q, mask=k < matrices)
+    if SCALE:  # apply cuts wide rows into up to four, and leaves the next sums there
+        moved = tl.load(record + _MOVED)
+        c = chunk + tl.arange(0, 4)
+        place = tl.load(record + _SQUARES) + slot[:, None] * moved + c[None, :]
+        used = tl.where(chunks == moved, chunk + 1, moved)
+        tl.store(squares + place, tl.where((c == chunk)[None, :], Q[:, None], 0.0), mask=here & (c < used)[None, :])
 
 
 @triton.jit
@@ -178,12 +212,15 @@ def measure_flat(
     """One piece of a slice of an unfactored tensor: its Σu² (eq. 11), a check, and its Σx²."""
     block = blocks + tl.program_id(0) * _B
     tensor, start, end, index = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    address = tl.load(grads + tensor)
+    if address == 0:
+        return
     if ALIGNED:
         start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
     record = tensors + tensor * _F
-    decay, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
-    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    grad = _pointer(address, GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     second_moment = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
     u2 = tl.zeros((BLOCK,), tl.float32)
@@ -193,7 +230,7 @@ def measure_flat(
         e = first + tl.arange(0, BLOCK)
         mask = e < end
         g = tl.load(grad + e, mask=mask, other=0).to(tl.float32)
-        v = past * tl.load(second_moment + e, mask=mask, other=0) + decay * (g * g + eps1)
+        v = past * tl.load(second_moment + e, mask=mask, other=0) + ema_weight * (g * g + eps1)
         u = g * _inverse_root(v)
         u2 += tl.where(mask, u * u, 0.0)
         check += g * g
@@ -208,174 +245,238 @@ def measure_flat(
 
 
 @triton.jit
+def _over_parts(record, source, k, j, mask, parts, m, matrices, K: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """S and W of C columns of K matrices, added up over the parts."""
+    S = tl.zeros((K, C), tl.float32)
+    W = tl.zeros((K, C), tl.float32)
+    stride = tl.load(record + _PARTS) * m
+    for p0 in range(0, parts, P):
+        p = p0 + tl.arange(0, P)
+        place = k[:, None, None] * stride + p[None, :, None] * m + j[None, None, :]
+        inside = mask[:, None, :] & (p < parts)[None, :, None]
+        S += tl.sum(tl.load(source + place, mask=inside, other=0), axis=1)
+        W += tl.sum(tl.load(source + matrices * stride + place, mask=inside, other=0), axis=1)
+    return S, W
+
+
+@triton.jit
+def totals(tensors, grads, blocks, sums, K: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """C columns of K matrices: S and W over all parts, in the place of the first part's."""
+    block = blocks + tl.program_id(0) * _B
+    tensor, matrix, tile, end = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    if tl.load(grads + tensor) == 0:
+        return
+    record = tensors + tensor * _F
+    m, parts, matrices = tl.load(record + _m), tl.load(record + _PARTS), tl.load(record + _MATRICES)
+    k = matrix + tl.arange(0, K)
+    j = tile * C + tl.arange(0, C)
+    mask = (k < end)[:, None] & (j < m)[None, :]
+    source = sums + tl.load(record + _SUMS)
+    S, W = _over_parts(record, source, k, j, mask, parts, m, matrices, K, P, C)
+    place = source + k[:, None] * parts * m + j[None, :]
+    tl.store(place, S, mask=mask)
+    tl.store(place + matrices * parts * m, W, mask=mask)
+
+
+@triton.jit
 def columns(
-    tensors, numbers, scalars, blocks, sums, partials, roots,
-    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    tensors, numbers, grads, scalars, blocks, sums, partials, roots, matrix_sums,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, TOTALS: tl.constexpr, MATRIX_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """C columns of K matrices: S and W over all parts, the finished columns in the place of the first part's S.
+    """C columns of K matrices: finished (eq. 3) in the place of the first part's S, and what eq. 7 needs of them.
 
     Where the tile holds all columns of its matrices their Σu² is known here; otherwise `slices` adds up the tiles.
+    TOTALS: S and W stand in the first part's place alone.
+    MATRIX_SUMS: leave the sum of each matrix's columns, and of W / column, too.
     """
     block = blocks + tl.program_id(0) * _B
     tensor, matrix, tile, end = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    if tl.load(grads + tensor) == 0:
+        return
     record = tensors + tensor * _F
-    m, n, parts = tl.load(record + _m), tl.load(record + _N), tl.load(record + _PARTS)
+    m, parts = tl.load(record + _m), tl.load(record + _PARTS)
     matrices, tiles = tl.load(record + _MATRICES), tl.load(record + _TILES)
-    decay, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
     old = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
     k = matrix + tl.arange(0, K)
     j = tile * C + tl.arange(0, C)
     mask = (k < end)[:, None] & (j < m)[None, :]
     source = sums + tl.load(record + _SUMS)
-    S = tl.zeros((K, C), tl.float32)
-    W = tl.zeros((K, C), tl.float32)
-    for p0 in range(0, parts, P):
-        p = p0 + tl.arange(0, P)
-        place = (k[:, None, None] * parts + p[None, :, None]) * m + j[None, None, :]
-        inside = mask[:, None, :] & (p < parts)[None, :, None]
-        S += tl.sum(tl.load(source + place, mask=inside, other=0), axis=1)
-        W += tl.sum(tl.load(source + matrices * parts * m + place, mask=inside, other=0), axis=1)
+    if TOTALS:
+        S, W = _over_parts(record, source, k, j, mask, 1, m, matrices, K, 1, C)
+    else:
+        S, W = _over_parts(record, source, k, j, mask, parts, m, matrices, K, P, C)
     place = k[:, None] * m + j[None, :]
-    c = past * tl.load(old + place, mask=mask, other=0) + decay * (S / n.to(tl.float32) + eps1)  # eq. 3
+    n = tl.load(record + _GLOBAL_ROWS).to(tl.float32)
+    c = past * tl.load(old + place, mask=mask, other=0) + ema_weight * (S / n + eps1)  # eq. 3
     c = tl.where(mask, c, 0.0)
     # All of this column's parts have been added up: nobody reads its first one again.
     tl.store(source + k[:, None] * parts * m + j[None, :], c, mask=mask)
     total = tl.sum(c, axis=1)
     weighted = tl.sum(tl.where(mask, W / tl.maximum(c, _TINY), 0.0), axis=1)
-    check = tl.sum(S) + tl.sum(W)
+    out = partials + (tl.load(record + _PARTIAL) + tl.load(block + 4)) * 3
+    tl.store(out + 2, tl.sum(S) + tl.sum(W))
+    if MATRIX_SUMS:
+        own = matrix_sums + ((tl.load(record + _ROOT_MU) + k) * tiles + tile) * 2
+        tl.store(own, total, mask=k < end)
+        tl.store(own + 1, weighted, mask=k < end)
     if tiles == 1:
-        index = tl.load(record + _PARTIAL) + tl.load(block + 4)
         mu = total / m.to(tl.float32)
         tl.store(roots + tl.load(record + _ROOT_MU) + k, tl.sqrt(mu), mask=k < end)
-        tl.store(partials + index * 3, tl.sum(mu * weighted))  # eq. 7
-        tl.store(partials + index * 3 + 2, check)
+        tl.store(out, tl.sum(mu * weighted))  # eq. 7
     else:
-        out = partials + (tl.load(record + _PARTIAL) + tl.load(block + 4)) * 3
         tl.store(out, tl.sum(total))
         tl.store(out + 1, tl.sum(weighted))
-        tl.store(out + 2, check)
 
 
 @triton.jit
-def slices(tensors, table, partials, squares, roots, found, KB: tl.constexpr, TB: tl.constexpr, BLOCK: tl.constexpr):
-    """Σu², the check and Q of one slice, from what the programs before have left of it."""
+def slices(
+    tensors, grads, table, partials, squares, roots, found,
+    MEASURED: tl.constexpr, FINISHED: tl.constexpr, KB: tl.constexpr, TB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σu², the check and Q of one slice, from what the programs before have left of it.
+
+    MEASURED: what measure left: Q, and all of an unfactored tensor. FINISHED: what `columns` left.
+    """
     which = tl.program_id(0)
     entry = table + which * _L
     tensor, k_begin, k_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     p_begin, p_end, q_begin, q_end = (
         tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6),
     )  # fmt: skip
+    if tl.load(grads + tensor) == 0:
+        return
     record = tensors + tensor * _F
-    tiles, m = tl.load(record + _TILES), tl.load(record + _m)
-    start, root_mu = partials + tl.load(record + _PARTIAL) * 3, roots + tl.load(record + _ROOT_MU)
-    check = tl.zeros((BLOCK,), tl.float32)
-    u2 = tl.zeros((BLOCK,), tl.float32)
-    for p0 in range(p_begin, p_end, BLOCK):
-        p = p0 + tl.arange(0, BLOCK)
-        check += tl.load(start + p * 3 + 2, mask=p < p_end, other=0)
-        u2 += tl.load(start + p * 3, mask=p < tl.where(tiles == 1, p_end, 0), other=0)
-    per_matrix = tl.zeros((KB,), tl.float32)
-    for k0 in range(k_begin, tl.where(tiles == 1, k_begin, k_end), KB):
-        k = k0 + tl.arange(0, KB)
-        total = tl.zeros((KB,), tl.float32)
-        weighted = tl.zeros((KB,), tl.float32)
-        for c0 in range(0, tiles, TB):
-            c = c0 + tl.arange(0, TB)
-            place = start + (k[:, None] * tiles + c[None, :]) * 3
-            mask = (k < k_end)[:, None] & (c < tiles)[None, :]
-            total += tl.sum(tl.load(place, mask=mask, other=0), axis=1)
-            weighted += tl.sum(tl.load(place + 1, mask=mask, other=0), axis=1)
-        mu = total / m.to(tl.float32)
-        tl.store(root_mu + k, tl.sqrt(mu), mask=k < k_end)
-        per_matrix += mu * weighted  # eq. 7
-    Q = tl.zeros((BLOCK,), tl.float32)
-    for q0 in range(q_begin, q_end, BLOCK):
-        q = q0 + tl.arange(0, BLOCK)
-        Q += tl.load(squares + tl.load(record + _SQUARES) + q, mask=q < q_end, other=0)
     out = found + which * 3
-    tl.store(out, tl.sum(u2) + tl.sum(per_matrix))
-    tl.store(out + 1, tl.sum(Q))
-    tl.store(out + 2, tl.sum(check))
+    if MEASURED:
+        Q = tl.zeros((BLOCK,), tl.float32)
+        for q0 in range(q_begin, q_end, BLOCK):
+            q = q0 + tl.arange(0, BLOCK)
+            Q += tl.load(squares + tl.load(record + _SQUARES) + q, mask=q < q_end, other=0)
+        tl.store(out + 1, tl.sum(Q))
+    flat = tl.load(record + _SECOND) == 0
+    if tl.where(flat, 1 if MEASURED else 0, 1 if FINISHED else 0) != 0:
+        tiles, m = tl.load(record + _TILES), tl.load(record + _m)
+        start, root_mu = partials + tl.load(record + _PARTIAL) * 3, roots + tl.load(record + _ROOT_MU)
+        check = tl.zeros((BLOCK,), tl.float32)
+        u2 = tl.zeros((BLOCK,), tl.float32)
+        for p0 in range(p_begin, p_end, BLOCK):
+            p = p0 + tl.arange(0, BLOCK)
+            check += tl.load(start + p * 3 + 2, mask=p < p_end, other=0)
+            u2 += tl.load(start + p * 3, mask=p < tl.where(tiles == 1, p_end, 0), other=0)
+        per_matrix = tl.zeros((KB,), tl.float32)
+        for k0 in range(k_begin, tl.where(tiles == 1, k_begin, k_end), KB):
+            k = k0 + tl.arange(0, KB)
+            total = tl.zeros((KB,), tl.float32)
+            weighted = tl.zeros((KB,), tl.float32)
+            for c0 in range(0, tiles, TB):
+                c = c0 + tl.arange(0, TB)
+                place = start + (k[:, None] * tiles + c[None, :]) * 3
+                mask = (k < k_end)[:, None] & (c < tiles)[None, :]
+                total += tl.sum(tl.load(place, mask=mask, other=0), axis=1)
+                weighted += tl.sum(tl.load(place + 1, mask=mask, other=0), axis=1)
+            mu = total / m.to(tl.float32)
+            tl.store(root_mu + k, tl.sqrt(mu), mask=k < k_end)
+            per_matrix += mu * weighted  # eq. 7
+        tl.store(out, tl.sum(u2) + tl.sum(per_matrix))
+        tl.store(out + 2, tl.sum(check))
 
 
 @triton.jit
-def finish(tensors, numbers, scalars, found, moves, updated, skipped, BLOCK: tl.constexpr):
+def _count(record, applied, skipped):
+    step = tl.load(record + _STEP).to(tl.pointer_type(tl.int64))
+    tl.store(step, tl.load(step) + applied)
+    tl.atomic_add(skipped, 1 - applied)
+
+
+@triton.jit
+def count(tensors, grads, updated, skipped):
+    """t of a tensor that is updated; or one more that was left alone."""
+    tensor = tl.program_id(0)
+    if tl.load(grads + tensor) == 0:
+        return
+    _count(tensors + tensor.to(tl.int64) * _F, tl.load(updated + tensor), skipped)
+
+
+@triton.jit
+def finish(tensors, numbers, grads, scalars, found, moves, updated, skipped, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """Whether a tensor is updated, and how far its slices move: the factor of u, and alpha (eqs. 9 and 10)."""
     tensor = tl.program_id(0)
+    if tl.load(grads + tensor) == 0:
+        return
     record, number = tensors + tensor.to(tl.int64) * _F, numbers + tensor.to(tl.int64) * _G
-    first, count, flags = tl.load(record + _SLICE), tl.load(record + _SLICES), tl.load(record + _FLAGS)
-    N = tl.load(record + _SLICE_SIZE).to(tl.float32)
+    first, slices, flags = tl.load(record + _SLICE), tl.load(record + _SLICES), tl.load(record + _FLAGS)
+    N = tl.load(record + _GLOBAL_SIZE).to(tl.float32)
     eps2, clip = tl.load(number + _EPS2).to(tl.float32), tl.load(number + _CLIP).to(tl.float32)
     beta1 = tl.load(number + _BETA1).to(tl.float32)
-    rho, keep = tl.load(scalars + tensor * 4 + 2), tl.load(scalars + tensor * 4 + 3)
+    rho, decay_factor = tl.load(scalars + tensor * 4 + 2), tl.load(scalars + tensor * 4 + 3)
     check = tl.zeros((BLOCK,), tl.float32)
-    for s0 in range(0, count, BLOCK):
+    for s0 in range(0, slices, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
-        place, mask = found + (first + s) * 3, s < count
-        u2, Q = tl.load(place, mask=mask, other=0), tl.load(place + 1, mask=mask, other=0)
-        check += u2 + tl.load(place + 2, mask=mask, other=0)
-        alpha = tl.zeros((BLOCK,), tl.float32) + rho
-        scale = tl.sqrt(Q / N) * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(keep), 1.0)
-        alpha = tl.where((flags & _SCALE) != 0, alpha * tl.where(scale <= eps2, eps2, scale), alpha)  # eq. 9
-        excess = tl.sqrt(u2 / N) / clip
-        excess = tl.where(excess <= 1, 1.0, excess)  # NaN stays NaN
-        excess = tl.where(clip == _NONE, 1.0, excess)
-        factor = 1.0 / excess  # eq. 10
+        place = found + (first + s) * 3
+        check += tl.load(place, mask=s < slices, other=0) + tl.load(place + 2, mask=s < slices, other=0)
+    total = tl.sum(check)
+    goes_on = ((total - total) == 0) | ((flags & _SKIP) == 0)
+    applied = tl.where(goes_on, 1, 0).to(tl.int64)
+    tl.store(updated + tensor, applied)
+    asked = tl.load(record + _DIAGNOSTICS).to(tl.pointer_type(tl.float64))
+    reports = tl.where(tl.load(record + _DIAGNOSTICS) != 0, slices, 0)
+    made = tl.where(goes_on, reports, 0)
+    for s0 in range(0, slices, BLOCK):
+        s = s0 + tl.arange(0, BLOCK)
+        place, mask = found + (first + s) * 3, s < slices
+        rms_u = tl.sqrt(tl.load(place, mask=mask, other=0) / N)
+        rms_x = tl.sqrt(tl.load(place + 1, mask=mask, other=0) / N)
+        rms_x = rms_x * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(decay_factor), 1.0)
+        scale = tl.where((flags & _SCALE) != 0, tl.where(rms_x <= eps2, eps2, rms_x), 1.0)  # NaN stays NaN
+        alpha = rho * scale  # eq. 9
+        divisor = rms_u / clip
+        divisor = tl.where(divisor <= 1, 1.0, divisor)
+        divisor = tl.where(clip == _NONE, 1.0, divisor)
+        factor = 1.0 / divisor  # eq. 10
         factor = tl.where((flags & _MAXIMIZE) != 0, -factor, factor)
         factor = factor * tl.where(beta1 > 0, 1.0 - beta1, alpha)
         tl.store(moves + (first + s) * 2, factor, mask=mask)
         tl.store(moves + (first + s) * 2 + 1, alpha, mask=mask)
-    total = tl.sum(check)
-    goes_on = ((total - total) == 0) | ((flags & _SKIP) == 0)
-    counted = tl.where(goes_on, 1, 0).to(tl.int64)
-    tl.store(updated + tensor, counted)
-    step = tl.load(record + _STEP).to(tl.pointer_type(tl.int64))
-    tl.store(step, tl.load(step) + counted)
-    tl.atomic_add(skipped, 1 - counted)
-    report = tl.load(record + _REPORT)
-    if report != 0:
-        asked = report.to(tl.pointer_type(tl.float64))
-        for s0 in range(0, count, BLOCK):
-            s = s0 + tl.arange(0, BLOCK)
-            mask = s < count
-            out, made = asked + s * 4, s < tl.where(counted != 0, count, 0)
-            u2 = tl.load(found + (first + s) * 3, mask=mask, other=0)
-            Q = tl.load(found + (first + s) * 3 + 1, mask=mask, other=0)
-            excess = tl.sqrt(u2 / N) / clip
-            excess = tl.where(excess <= 1, 1.0, excess)
-            excess = tl.where(clip == _NONE, 1.0, excess)
-            scale = tl.sqrt(Q / N) * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(keep), 1.0)
-            scale = tl.where((flags & _SCALE) != 0, tl.where(scale <= eps2, eps2, scale), 1.0)
-            tl.store(out, tl.sqrt(u2 / N).to(tl.float64), mask=made)
-            tl.store(out + 1, excess.to(tl.float64), mask=made)
-            tl.store(out + 2, scale.to(tl.float64), mask=made)
-            left_alone = tl.load(out + 3, mask=mask, other=0) + (1 - counted).to(tl.float64)
-            tl.store(out + 3, left_alone, mask=mask)
+        out = asked + s * 4
+        tl.store(out, rms_u.to(tl.float64), mask=s < made)
+        tl.store(out + 1, divisor.to(tl.float64), mask=s < made)
+        tl.store(out + 2, scale.to(tl.float64), mask=s < made)
+        left_alone = tl.load(out + 3, mask=s < reports, other=0) + (1 - applied).to(tl.float64)
+        tl.store(out + 3, left_alone, mask=s < reports)
+    if COUNT:
+        _count(record, applied, skipped)
 
 
 @triton.jit
 def apply(
-    tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
+    tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated, squares,
     K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, HUGE: tl.constexpr,
-    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+    PART: tl.constexpr, SQUARES: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One part of K matrices, as in `measure`: writes their statistics, momentum and parameters (eqs. 12, 13)."""
+    """One part of K matrices, as in `measure`: writes their statistics, momentum and parameters (eqs. 12, 13).
+
+    SQUARES: the sum of the new x² stays where the next step's measure would leave it (eq. 6).
+    """
     block = blocks + tl.program_id(0) * _B
     tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    address = tl.load(grads + tensor)
+    if address == 0:
+        return
     record = tensors + tensor * _F
-    m, n, B1, matrices = (
-        tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1), tl.load(record + _MATRICES),
+    m, n, inner, matrices = (
+        tl.load(record + _m), tl.load(record + _N), tl.load(record + _INNER), tl.load(record + _MATRICES),
     )  # fmt: skip
     if ALIGNED:
         m = tl.multiple_of(m, 16)
     parts, part_rows = tl.load(record + _PARTS), tl.load(record + _PART_ROWS)
-    keep = tl.load(scalars + tensor * 4 + 3)
+    decay_factor = tl.load(scalars + tensor * 4 + 3)
     beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
-    seed, identity = tl.load(record + _SEED), tl.load(record + _IDENTITY)
+    seed, rng_stream = tl.load(record + _SEED), tl.load(record + _RNG_STREAM)
     t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
-    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    grad = _pointer(address, GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     momentum, scales, residual = param, param, param
     if COMPENSATED:
@@ -388,7 +489,7 @@ def apply(
     k = matrix + tl.arange(0, K)
     j = chunk * M + tl.arange(0, M)
     here = k < matrices
-    first = k // B1 * n * B1 + k % B1
+    first = k // inner * n * inner + k % inner
     slice_ = moves + (tl.load(record + _SLICE) + k // tl.load(record + _PER_SLICE)) * 2
     factor, alpha = tl.load(slice_, mask=here, other=0), tl.load(slice_ + 1, mask=here, other=0)
     known = here[:, None] & (j < m)[None, :]
@@ -403,9 +504,10 @@ def apply(
     c = root_mu[:, None] * _inverse_root(c)
     end = tl.where(goes_on, tl.minimum((part + 1) * part_rows, n), 0)
     stores = tl.where(chunk == 0, n, 0)
+    Q = tl.zeros((K,), tl.float32)
     for i0 in tl.range(part * part_rows, end, NP, num_stages=STAGES):
         i = i0 + tl.arange(0, NP)
-        run = first[:, None] + i[None, :] * B1
+        run = first[:, None] + i[None, :] * inner
         inside = here[:, None] & (i < n)[None, :]
         place = run[:, :, None] * m + j[None, None, :]
         mask = inside[:, :, None] & (j < m)[None, None, :]
@@ -413,35 +515,46 @@ def apply(
         tl.store(row + run, r, mask=here[:, None] & (i < stores)[None, :])
         a = _inverse_root(r) * factor[:, None]
         u = tl.load(grad + place, mask=mask, other=0).to(tl.float32) * a[:, :, None] * c[:, None, :]
-        move(
-            param, momentum, scales, residual, place, mask, u, keep, alpha[:, None, None], beta1, seed, t, identity,
-            PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, K * NP * M,
+        numbered = place
+        if PART:
+            numbered = _number(record, run, first[:, None] // (n * inner), n, inner)[:, :, None] + j[None, None, :]
+        x = move(
+            param, momentum, scales, residual, place, numbered, mask, u, decay_factor, alpha[:, None, None], beta1,
+            seed, t, rng_stream, PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, K * NP * M,
         )  # fmt: skip
+        if SQUARES:
+            Q += tl.sum(tl.sum(x * x, axis=2), axis=1)
+    if SQUARES:
+        slot = (k * parts + part) * tl.load(record + _MOVED) + chunk
+        tl.store(squares + tl.load(record + _SQUARES) + slot, Q, mask=here & goes_on)
 
 
 @triton.jit
 def apply_flat(
-    tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated,
+    tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated, squares,
     BLOCK: tl.constexpr, FACTORED: tl.constexpr, SLICED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, HUGE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    PART: tl.constexpr, SQUARES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One run of elements, for tensors that are not factored, and where blocks of 8-bit momentum cross rows."""
     block = blocks + tl.program_id(0) * _B
     tensor, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    address = tl.load(grads + tensor)
+    if address == 0:
+        return
     if ALIGNED:
         start = tl.multiple_of(start, 16)
     record = tensors + tensor * _F
-    decay, past, keep = (
+    ema_weight, past, decay_factor = (
         tl.load(scalars + tensor * 4),
         tl.load(scalars + tensor * 4 + 1),
         tl.load(scalars + tensor * 4 + 3),
     )
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
     beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
-    seed, identity = tl.load(record + _SEED), tl.load(record + _IDENTITY)
+    seed, rng_stream = tl.load(record + _SEED), tl.load(record + _RNG_STREAM)
     t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
-    grad = _pointer(tl.load(grads + tensor), GRAD, ALIGNED)
+    grad = _pointer(address, GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     momentum, scales, residual = param, param, param
     if COMPENSATED:
@@ -451,36 +564,52 @@ def apply_flat(
         scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
     statistic = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
     column = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
-    m, n, B1, parts = (
-        tl.load(record + _m), tl.load(record + _N), tl.load(record + _B1), tl.load(record + _PARTS),
+    m, n, inner, parts = (
+        tl.load(record + _m), tl.load(record + _N), tl.load(record + _INNER), tl.load(record + _PARTS),
     )  # fmt: skip
     size, slice0, slice_size = tl.load(record + _SIZE), tl.load(record + _SLICE), tl.load(record + _SLICE_SIZE)
-    end = tl.where(tl.load(updated + tensor) != 0, tl.minimum(end, size), 0)
+    goes_on = tl.load(updated + tensor) != 0
+    end = tl.where(goes_on, tl.minimum(end, size), 0)
     if ALIGNED:
         end = tl.multiple_of(end, 16)
+    Q = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, BLOCK):
-        e = first + tl.arange(0, BLOCK)
+        local = tl.arange(0, BLOCK)
+        e = first + local
         mask = e < end
         g = tl.load(grad + e, mask=mask, other=0).to(tl.float32)
         if SLICED:
-            slice_ = moves + (slice0 + e // slice_size) * 2
+            which, _ = _divide(first, local, slice_size, HUGE)
+            slice_ = moves + (slice0 + which) * 2
             factor, alpha = tl.load(slice_, mask=mask, other=0), tl.load(slice_ + 1, mask=mask, other=0)
         else:
             factor, alpha = tl.load(moves + slice0 * 2), tl.load(moves + slice0 * 2 + 1)
+        numbered = e
         if FACTORED:
-            run, j = e // m, e % m
-            k = run // (n * B1) * B1 + run % B1
+            run, j = _divide(first, local, m, HUGE)
+            b, rest = _divide(first - first, run, n * inner, HUGE)
+            i, k = _divide(first - first, rest, inner, HUGE)
+            k += b * inner
             r = tl.load(sums + tl.load(record + _FINISHED) + run, mask=mask, other=0)
             c = tl.load(sums + tl.load(record + _SUMS) + k * parts * m + j, mask=mask, other=0)
             tl.store(statistic + run, r, mask=mask & (j == 0))
-            tl.store(column + k * m + j, c, mask=mask & (run // B1 % n == 0))
+            tl.store(column + k * m + j, c, mask=mask & (i == 0))
             root_mu = tl.load(roots + tl.load(record + _ROOT_MU) + k, mask=mask, other=0)
             u = g * (_inverse_root(r) * factor) * (root_mu * _inverse_root(c))
+            if PART:
+                numbered = _number(record, run, b, n, inner) + j
         else:
-            v = past * tl.load(statistic + e, mask=mask, other=0) + decay * (g * g + eps1)  # eq. 11
+            v = past * tl.load(statistic + e, mask=mask, other=0) + ema_weight * (g * g + eps1)  # eq. 11
             tl.store(statistic + e, v, mask=mask)
             u = g * _inverse_root(v) * factor
-        move(
-            param, momentum, scales, residual, e, mask, u, keep, alpha, beta1, seed, t, identity,
+            if PART:
+                run, j = _divide(first, local, slice_size, HUGE)
+                numbered = _number(record, run, run, 1, 1) + j
+        x = move(
+            param, momentum, scales, residual, e, numbered, mask, u, decay_factor, alpha, beta1, seed, t, rng_stream,
             PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, BLOCK,
         )  # fmt: skip
+        if SQUARES:
+            Q += x * x
+    if SQUARES:
+        tl.store(squares + tl.load(record + _SQUARES) + tl.load(block + 3), tl.sum(Q), mask=goes_on)

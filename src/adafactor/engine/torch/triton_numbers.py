@@ -47,13 +47,13 @@ def _mix(h, key):
 
 
 @triton.jit
-def random_bits(seed, t, identity, place, HUGE: tl.constexpr):
+def random_bits(seed, t, rng_stream, place, HUGE: tl.constexpr):
     """32 random bits per element; ``place``: int64, its row-major place. HUGE: places beyond 2**32 exist."""
     none = tl.full((), 0, tl.uint32)
     k = _mix(seed.to(tl.uint32), none) + _GOLDEN
     k = _mix(k ^ (seed >> 32).to(tl.uint32), none) + _GOLDEN
     k = _mix(k ^ t.to(tl.uint32), none) + _GOLDEN
-    k = _mix(k ^ identity.to(tl.uint32), none) + _GOLDEN
+    k = _mix(k ^ rng_stream.to(tl.uint32), none) + _GOLDEN
     if HUGE:
         k = k ^ (place >> 32).to(tl.uint32)
     k = _mix(k, none) + _GOLDEN
@@ -112,7 +112,7 @@ def encode(value, bits, SIZE: tl.constexpr):
 
 @triton.jit
 def move(
-    param, momentum, scales, residual, place, mask, u, keep, alpha, beta1, seed, t, identity,
+    param, momentum, scales, residual, place, numbered, mask, u, decay_factor, alpha, beta1, seed, t, rng_stream,
     PARAM: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr,
     HUGE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -120,12 +120,15 @@ def move(
 
     Args:
         param, momentum, scales, residual: where the tensors begin.
-        place: int64, every element's place in them.
+        place: int64, every element's place in them; ``numbered``: its number in the whole parameter, for random bits.
         u: the normalised update times 1 - beta1, or without momentum times alpha.
         SIZE: elements of the tile.
+
+    Returns:
+        The stored parameter, float32.
     """
     if STOCHASTIC or MOMENTUM == tl.int8:
-        bits = random_bits(seed, t, identity, place, HUGE)
+        bits = random_bits(seed, t, rng_stream, numbered, HUGE)
     if MOMENTUM == tl.int8:
         old = decode(
             tl.load(momentum + place, mask=mask, other=0), tl.load(scales + place // _BLOCK, mask=mask, other=0)
@@ -143,18 +146,17 @@ def move(
     x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
     if COMPENSATED:
         x += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
-    x = keep * x - u
-    if COMPENSATED:
-        rounded = narrow(x, PARAM)
-        wide = rounded.to(tl.float32)
-        rest = tl.where(wide - wide == 0, x - wide, 0.0)  # of what is not finite nothing is left
-        tl.store(param + place, rounded, mask=mask)
-        tl.store(residual + place, narrow(rest, tl.bfloat16), mask=mask)
-    elif STOCHASTIC:
+    x = decay_factor * x - u
+    if STOCHASTIC:
         if PARAM == tl.bfloat16:
-            h = stochastic_bfloat16(x, bits)
+            stored = stochastic_bfloat16(x, bits).to(PARAM, bitcast=True)
         else:
-            h = stochastic_float16(x, bits)
-        tl.store(param + place, h.to(PARAM, bitcast=True), mask=mask)
+            stored = stochastic_float16(x, bits).to(PARAM, bitcast=True)
     else:
-        tl.store(param + place, narrow(x, PARAM), mask=mask)
+        stored = narrow(x, PARAM)
+    tl.store(param + place, stored, mask=mask)
+    wide = stored.to(tl.float32)
+    if COMPENSATED:
+        rest = tl.where(wide - wide == 0, x - wide, 0.0)  # of what is not finite nothing is left
+        tl.store(residual + place, narrow(rest, tl.bfloat16), mask=mask)
+    return tl.where(mask, wide, 0.0)

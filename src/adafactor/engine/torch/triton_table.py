@@ -17,10 +17,17 @@ from adafactor.engine.torch.int8 import BLOCK as INT8_BLOCK
 
 #: int64 fields of a tensor's record: addresses; what a user has said; the form; where its share of a buffer begins.
 FIELDS = (
-    *("param", "first", "second", "momentum", "scales", "residual", "report"),
-    *("step", "lr", "flags", "seed", "identity"),
-    *("n", "B1", "m", "matrices", "per_slice", "slices", "slice_size", "size", "parts", "part_rows", "chunks"),
-    *("sums", "finished", "root_mu", "slice", "tiles", "partial", "squares", "row_parts"),
+    *("param", "first", "second", "momentum", "scales", "residual", "diagnostics"),
+    *("step", "lr", "flags", "seed", "rng_stream"),
+    *("n", "inner", "m", "matrices", "per_slice", "slices", "slice_size", "size", "parts", "part_rows", "chunks"),
+    *(
+        "global_rows",
+        "global_columns",
+        "global_size",
+        "row_offset",
+        "column_offset",
+    ),  # of what other processes hold parts of
+    *("sums", "finished", "root_mu", "slice", "tiles", "partial", "squares", "moved", "row_parts"),
 )
 #: float64 numbers of a tensor.
 NUMBERS = ("exponent", "least", "eps1", "eps2", "clip", "decays", "beta1")
@@ -34,11 +41,13 @@ WIDEST = 16384  # columns up to which a row's sum and the column sums of its par
 FLAT = 16384  # elements of one program over an unfactored tensor, FLAT_TILE at a time
 FLAT_TILE = 1024
 COLUMNS = 128  # of one tile where the sums over parts are added up
-# S and W of a part take 8 bytes per column, its rows R times the parameter's bytes: 1.6 % of it. A list of few
-# programs is cut finer, up to four times, so that it does not leave most of a device idle.
-PART_ROWS = {4: 128, 2: 256}
-PROGRAMS = 264
+# S and W of a part of R rows take 8 bytes per column, and are written and read once: 16 / R bytes per element. Rows are
+# as many as leave every launch two programs for each place of 132 multiprocessors with 16 warps each, within bounds.
+PART_ROWS = (512, 32)
+WARPS = 2 * 132 * 16
 SHARED = 64 * 1024
+CODED_WARPS = 16  # of a tile with 8-bit momentum, whose arithmetic fills the registers of 8
+REGISTERS = 128  # of a thread of the measuring programs: two of 8 warps, or one of 16, fill a multiprocessor
 
 
 class Tile(NamedTuple):
@@ -57,15 +66,19 @@ class Tile(NamedTuple):
             return self
         return Tile(1, 1, TILE, max(4, TILE // 512), True)
 
-    def stages(self, *itemsizes: int) -> int:
+    def stages(self, shared: int, *itemsizes: int) -> int:
         """How many tiles of tensors of these item sizes are on their way at a time, 3 at most.
 
-        All but one of them wait in shared memory, of which every device gives a program 64 KB or more. Rows of a few
-        elements do not get there in wide words, and their addresses fill the registers.
+        All but one of them wait in shared memory, ``shared`` bytes of which the device gives a program; 64 KB leave
+        room for a second program. Rows of a few elements do not get there in wide words, and their addresses fill the
+        registers.
         """
         if self.M < 16:
             return 1
-        return max(1, min(3, 1 + SHARED // (self.K * self.NP * self.M * sum(itemsizes))))
+        size = self.K * self.NP * self.M * sum(itemsizes)
+        if self.M > 2 * TILE:  # one program fills a multiprocessor
+            return 2 if size + 1024 <= shared else 1
+        return max(1, min(3, 1 + SHARED // size))
 
 
 class Launch(NamedTuple):
@@ -82,15 +95,27 @@ class Launch(NamedTuple):
     aligned: bool
     flat: bool  # apply walks elements, not rows
     sliced: bool
+    part: bool  # other processes hold the rest of the parameter
+
+    @property
+    def of_apply(self) -> Launch:
+        """What the programs of apply have in common: those of several widths share tiles."""
+        if self.tile is None:
+            return self._replace(scale=False)
+        return self._replace(tile=Tile(1, 1, FLAT_TILE, 4, True) if self.flat else self.tile.of_apply, scale=False)
+
+    @property
+    def keeps_squares(self) -> bool:
+        """Whether apply leaves the sums of x² (eq. 6) where measure would: its programs are cut along slices."""
+        return not (self.flat and (self.tile is not None or self.sliced))
 
 
 @dataclass
 class Tensor:
-    """What the tables must know of one tensor; ``itemsize`` is the parameter's."""
+    """What the tables must know of one tensor."""
 
     form: Canonical
     launch: Launch
-    itemsize: int
 
 
 @dataclass
@@ -100,7 +125,9 @@ class Tables:
     Attributes:
         records: int64 (tensors, FIELDS); addresses and what a user has said are still 0.
         slices: int64 (slices, SLICE_FIELDS).
-        measure, apply: per launch its blocks, int64 (programs, BLOCK_FIELDS).
+        measure, apply: per launch its blocks, int64 (programs, BLOCK_FIELDS). Apply walks them backwards: what measure
+            read last is still in the cache.
+        members: per launch of measure its tensors.
         columns: per (K, P, C) of the tile its blocks.
         sums, partials, squares, roots: numbers in each buffer, float32.
     """
@@ -109,6 +136,7 @@ class Tables:
     slices: NDArray[np.int64]
     measure: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     apply: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
+    members: dict[Launch, list[int]] = field(default_factory=dict)
     columns: dict[tuple[int, int, int], NDArray[np.int64]] = field(default_factory=dict)
     sums: int = 0
     partials: int = 0
@@ -135,7 +163,7 @@ def tile_of(form: Canonical) -> Tile:
     wide = form.columns > WIDEST
     M = TILE if wide else _width(form.columns, TILE // 4)
     rows = max(TILE // M, 1)
-    warps = max(4, min(32, max(TILE, M) // 512))
+    warps = max(4, min(16, max(TILE, M) // 512))
     if matrices == 1 or form.rows >= rows:
         return Tile(1, rows, M, warps, wide)
     NP = min(power(form.rows, 4), rows)
@@ -145,7 +173,7 @@ def tile_of(form: Canonical) -> Tile:
 def tables(tensors: Sequence[Tensor]) -> Tables:
     """Cut every tensor into the work of programs, and give it its place in the buffers."""
     result = Tables(np.zeros((len(tensors), len(FIELDS)), np.int64), np.zeros((0, len(SLICE_FIELDS)), np.int64))
-    division = _division(tensors)
+    part_rows = _part_rows(tensors)
     measured: dict[Launch, list[NDArray[np.int64]]] = {}
     applied: dict[Launch, list[NDArray[np.int64]]] = {}
     summed: dict[tuple[int, int, int], list[NDArray[np.int64]]] = {}
@@ -154,9 +182,10 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
     for number, tensor in enumerate(tensors):
         form, launch = tensor.form, tensor.launch
         record = dict.fromkeys(FIELDS, 0)
-        record.update(n=form.rows, B1=form.inner, m=form.columns, matrices=form.outer * form.inner, size=form.size)
+        record.update(n=form.rows, inner=form.inner, m=form.columns, matrices=form.outer * form.inner, size=form.size)
         record.update(slices=form.slices, slice=first_slice, slice_size=form.size // form.slices, tiles=1)
-        record.update(partial=result.partials, squares=result.squares)
+        record.update(global_rows=form.rows, global_columns=form.columns, global_size=record["slice_size"])
+        record.update(partial=result.partials, squares=result.squares, moved=1)
         first_slice += form.slices
         if launch.tile is None:
             blocks, entries = _flat(number, form)
@@ -164,53 +193,56 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
             result.partials += len(blocks)
             result.squares += len(blocks)
         else:
-            _place(record, result, form, launch.tile, _part_rows(tensor, division))
+            _place(record, result, form, launch.tile, part_rows[launch])
             key, sums, ends = _columns(number, form, record)
             summed.setdefault(key, []).append(sums)
             result.partials += len(sums)
             blocks = _parts(number, record, launch.tile)
             moved = _parts(number, record, launch.tile.of_apply)
+            record["squares"] = result.squares
+            result.squares += record["matrices"] * record["parts"] * record["moved"]
             entries = _factored_slices(number, form, record, ends)
         if len(blocks):
             measured.setdefault(launch, []).append(blocks)
-        applied.setdefault(launch, []).append(_runs(number, form) if launch.flat else moved)
+        result.members.setdefault(launch, []).append(number)
+        applied.setdefault(launch.of_apply, []).append(_runs(number, form) if launch.flat else moved)
         slices.append(entries)
         result.records[number] = [record[name] for name in FIELDS]
     result.slices = np.concatenate(slices)
     result.measure = {launch: np.concatenate(blocks) for launch, blocks in measured.items()}
-    result.apply = {launch: np.concatenate(blocks) for launch, blocks in applied.items()}
+    result.apply = {launch: np.concatenate(blocks)[::-1].copy() for launch, blocks in reversed(applied.items())}
     result.columns = {key: np.concatenate(blocks) for key, blocks in summed.items()}
     return result
 
 
-def _part_rows(tensor: Tensor, division: int) -> int:
-    tile = tensor.launch.tile
-    assert tile is not None
-    rows = max(PART_ROWS[tensor.itemsize] // division, 4 * TILE // tile.M)
-    return -(-min(rows, tensor.form.rows) // tile.NP) * tile.NP
-
-
-def _division(tensors: Sequence[Tensor]) -> int:
-    """1, 2 or 4: how much finer than ``PART_ROWS`` the parts of this list are."""
-    factored = [tensor for tensor in tensors if tensor.launch.tile is not None]
-    for division in (1, 2):
-        programs = 0
-        for tensor in factored:
-            assert tensor.launch.tile is not None
-            matrices = -(-tensor.form.outer * tensor.form.inner // tensor.launch.tile.K)
-            programs += matrices * -(-tensor.form.rows // _part_rows(tensor, division))
-        if programs >= PROGRAMS:
-            return division
-    return 4
+def _part_rows(tensors: Sequence[Tensor]) -> dict[Launch, int]:
+    """Rows of a part, for the tensors of each launch."""
+    found: dict[Launch, int] = {}
+    by_launch: dict[Launch, list[Canonical]] = {}
+    for tensor in tensors:
+        by_launch.setdefault(tensor.launch, []).append(tensor.form)
+    most = PART_ROWS[0]
+    for launch, forms in by_launch.items():
+        tile = launch.tile
+        if tile is None:
+            continue
+        shapes = np.array([(-(-form.outer * form.inner // tile.K), form.rows) for form in forms])
+        rows, least = max(most, tile.NP), max(PART_ROWS[1], tile.NP, 4 * TILE // tile.M)
+        while rows > least and tile.warps * (shapes[:, 0] * -(-shapes[:, 1] // rows)).sum() < WARPS:
+            rows //= 2
+        found[launch] = -(-rows // tile.NP) * tile.NP
+    return found
 
 
 def _place(record: dict[str, int], result: Tables, form: Canonical, tile: Tile, part_rows: int) -> None:
     """The parts of a factored tensor, and its share of every buffer."""
     matrices = form.outer * form.inner
+    part_rows = min(part_rows, -(-form.rows // tile.NP) * tile.NP)
     parts = -(-form.rows // part_rows)
     chunks = -(-form.columns // tile.M)
     tiles = -(-form.columns // COLUMNS)
     record.update(per_slice=matrices // form.slices, parts=parts, part_rows=part_rows, chunks=chunks, tiles=tiles)
+    record["moved"] = -(-form.columns // tile.of_apply.M)
     runs = form.outer * form.rows * form.inner
     record["sums"] = -(-result.sums // 16) * 16  # as far apart as wide loads need
     record["finished"] = record["sums"] + 2 * matrices * parts * form.columns
@@ -218,7 +250,6 @@ def _place(record: dict[str, int], result: Tables, form: Canonical, tile: Tile, 
     result.sums = record["row_parts"] + (runs * chunks if tile.wide else 0)
     record["root_mu"] = result.roots
     result.roots += matrices
-    result.squares += matrices * parts * chunks
 
 
 def _grid(*axes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -265,7 +296,7 @@ def _factored_slices(
     number: int, form: Canonical, record: dict[str, int], ends: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     k = np.arange(form.slices + 1) * record["per_slice"]
-    q = k * record["parts"] * record["chunks"]
+    q = k * record["parts"] * record["moved"]
     return np.stack([np.full(form.slices, number), k[:-1], k[1:], ends[:-1], ends[1:], q[:-1], q[1:]], axis=1)
 
 
@@ -282,7 +313,7 @@ def _flat(number: int, form: Canonical) -> tuple[NDArray[np.int64], NDArray[np.i
 
 
 def _runs(number: int, form: Canonical) -> NDArray[np.int64]:
-    """tensor, first element, end: whole blocks of 8-bit momentum, whatever the slices."""
+    """tensor, first element, end, place of the sum of x²: whole blocks of 8-bit momentum, whatever the slices."""
     assert FLAT % INT8_BLOCK == 0
     start = np.arange(0, form.size, FLAT)
-    return _blocks(number, start, start + FLAT)
+    return _blocks(number, start, start + FLAT, np.arange(len(start)))

@@ -1,0 +1,121 @@
+"""What the Triton kernels will be on a device, without one: python benchmarks/gpu_static.py [--json FILE]
+
+Compiles what steps launch and prints for every kernel the registers of a thread, the bytes it spills, the shared
+memory, the programs that fit one multiprocessor, and the machine instructions per element in its innermost loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+import triton_compile as compiling
+
+CAPABILITIES = (90, 80)
+SHARED = {90: 227 * 1024, 80: 163 * 1024}  # of a multiprocessor; a program takes 1 KB more than it asks for
+OPTIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "bfloat16, stochastic": (torch.bfloat16, {"stochastic_rounding": True}),
+    "bfloat16, compensated": (torch.bfloat16, {"compensated": True}),
+    "float32, int8 momentum": (torch.float32, {"beta1": 0.9, "momentum_dtype": torch.int8}),
+}
+DISASSEMBLER = compiling.CUOBJDUMP.with_name("nvdisasm")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+BRANCH = re.compile(r"\bBRA\b.*?`\((\.L_x_\d+)\)|\bBRA\b.*?0x([0-9a-f]+)")
+
+
+def resident(capability: int, registers: int, shared: int, warps: int) -> int:
+    """How many programs of a kernel a multiprocessor holds at a time."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = SHARED[capability] // (shared + 1024)
+    return min(64 // warps, by_registers, by_shared, 32)
+
+
+def loop(cubin: bytes) -> int:
+    """Instructions of the longest loop without a loop in it that reads or writes memory; 0 where there is none."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([DISASSEMBLER, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(code)
+        elif found := INSTRUCTION.search(line):
+            code.append(found[2])
+    loops = []
+    for place, words in enumerate(code):
+        branch = BRANCH.search(words)
+        if branch and branch[1] and labels.get(branch[1], place) < place:
+            loops.append((labels[branch[1]], place))
+    inner = [(a, b) for a, b in loops if not any(c >= a and d <= b and (c, d) != (a, b) for c, d in loops)]
+    sizes = [b - a + 1 for a, b in inner if any(re.search(r"\b(LDG|STG|LDGSTS)\b", words) for words in code[a : b + 1])]
+    return max(sizes, default=0)
+
+
+def elements(name: str, constants: dict[str, Any]) -> int:
+    """Elements that one turn of a kernel's loop is over."""
+    if "BLOCK" in constants:
+        return int(constants["BLOCK"])
+    return int(constants.get("K", 1) * constants.get("NP", 1) * constants["M"]) if "M" in constants else 0
+
+
+def rows(capability: int) -> list[dict[str, Any]]:
+    seen: set[str] = set()
+    made = []
+    compiling.cuda._shared = lambda device: SHARED[capability]
+    for label, (dtype, options) in OPTIONS.items():
+        for kernel, args, kwargs in compiling.launched(dtype, **options):
+            name = kernel.fn.__name__
+            constants, binary = compiling.compiled(kernel, args, kwargs, compiling.GPUTarget("cuda", capability, 32))
+            words = " ".join(f"{key}={value}" for key, value in constants.items())
+            if f"{name} {words}" in seen:
+                continue
+            seen.add(f"{name} {words}")
+            registers, spilled = compiling.usage(binary.asm["cubin"])
+            warps, shared, turn = binary.metadata.num_warps, binary.metadata.shared, elements(name, constants)
+            count = loop(binary.asm["cubin"])
+            tile = " ".join(str(constants[key]) for key in ("K", "NP", "M", "BLOCK", "P", "C") if key in constants)
+            made.append({
+                "kernel": name, "of": label, "tile": tile, "constants": words, "warps": warps, "registers": registers,
+                "spilled": spilled, "shared": shared, "resident": resident(capability, registers, shared, warps),
+                "instructions": round(count * warps * 32 / turn, 1) if turn and count else None,
+            })  # fmt: skip
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
+    arguments = parser.parse_args()
+    found = {}
+    for capability in arguments.capability:
+        print(f"\nsm_{capability}, Triton {compiling.triton.__version__}: registers and bytes spilled per thread,")
+        print("programs per multiprocessor, instructions per element of the innermost loop")
+        print(f"{'kernel':<13} {'first in':<23} {'tile':<13} {'warps':>5} {'regs':>5} {'spill':>5} {'shared':>7} "
+              f"{'programs':>8} {'instr':>6}")  # fmt: skip
+        found[capability] = rows(capability)
+        for r in found[capability]:
+            print(f"{r['kernel']:<13} {r['of']:<23} {r['tile']:<13} {r['warps']:5} {r['registers']:5} {r['spilled']:5} "
+                  f"{r['shared']:7} {r['resident']:8} {r['instructions'] or '':>6}", flush=True)  # fmt: skip
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

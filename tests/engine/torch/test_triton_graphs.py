@@ -1,0 +1,138 @@
+"""What a captured step reads is the graph's own, and lives: capture and replay re-enacted in Triton's interpreter."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch_support import parameters
+from triton_graphs import Graph
+from triton_support import DEVICE, use
+
+from adafactor.engine.torch import cuda
+from adafactor.torch import Adafactor
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a device has graphs of its own: test_gpu.py")
+SGD = {"relative_step": False, "scale_parameter": False, "d": None, "capturable": False}
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    return use(monkeypatch)
+
+
+def made(shape=(4, 16), lr=1e-2, **options):
+    param = torch.nn.Parameter(torch.ones(shape))
+    param.grad = torch.ones(shape)
+    optimizer = Adafactor([param], lr=lr, **{**SGD, **options})
+    optimizer.step()  # the warm-up that docs/torch.md asks for
+    return param, optimizer
+
+
+def moved(param, run):
+    before = param.detach().clone()
+    run()
+    return (param.detach() - before).mean().item()
+
+
+def test_a_replay_reads_a_table_of_its_own(kernel, monkeypatch):
+    param, optimizer = made()
+    static = param.grad
+    with Graph(monkeypatch) as graph:
+        optimizer.step()
+    assert moved(param, graph.replay) == pytest.approx(-0.01, rel=1e-5)
+    param.grad, optimizer.param_groups[0]["lr"] = -torch.ones(4, 16), 5e-3  # a last, smaller batch, say
+    assert moved(param, optimizer.step) == pytest.approx(0.005, rel=1e-5)
+    param.grad = static
+    assert moved(param, graph.replay) == pytest.approx(-0.01, rel=1e-5)
+
+
+def test_two_graphs_do_not_share_one(kernel, monkeypatch):
+    param, optimizer = made()
+    graphs = []
+    for sign in (1.0, -1.0):
+        param.grad = torch.full((4, 16), sign)
+        with Graph(monkeypatch) as graph:
+            optimizer.step()
+        graphs.append((graph, param.grad))
+    for _ in range(2):
+        assert moved(param, graphs[0][0].replay) == pytest.approx(-0.01, rel=1e-5)
+        assert moved(param, graphs[1][0].replay) == pytest.approx(0.01, rel=1e-5)
+
+
+def test_a_list_first_seen_in_a_capture_is_complete_for_the_next_eager_step(kernel, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(4, 16)) for _ in range(2)]
+    optimizer = Adafactor(params, lr=1e-2, **SGD)
+    for p in params:
+        p.grad = torch.ones(4, 16)
+    optimizer.step()
+    kept, params[1].grad = params[1].grad, None
+    with Graph(monkeypatch) as graph:
+        optimizer.step()  # a list of one
+    assert moved(params[0], optimizer.step) == pytest.approx(-0.01, rel=1e-5)  # before any replay
+    assert moved(params[0], graph.replay) == pytest.approx(-0.01, rel=1e-5)
+    params[1].grad = kept
+    assert moved(params[1], optimizer.step) == pytest.approx(-0.01, rel=1e-5)
+
+
+def change_lists(optimizer, params):
+    for k, p in enumerate(params):
+        kept, p.grad = p.grad, None
+        optimizer.step()
+        p.grad = kept
+        del kept
+        if k > 9:
+            break
+
+
+CHANGES = {
+    "other lists": change_lists,
+    "add_param_group": lambda optimizer, params: optimizer.add_param_group(
+        {"params": [torch.nn.Parameter(torch.ones(2))]}
+    ),
+    "load_state_dict": lambda optimizer, params: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "state": lambda optimizer, params: optimizer.state.clear(),
+    "data": lambda optimizer, params: [setattr(p, "data", p.data.clone()) for p in params],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_a_graph_reads_is_not_freed(kernel, monkeypatch, change):
+    """Every address in the tables that a capture recorded belongs to memory that lives as long as the optimizer."""
+    params = parameters([(4, 16), *[(3,)] * 10])
+    optimizer = Adafactor(params, lr=1e-2, **SGD)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    addresses = {t.data_ptr() for p in params for t in (p, *optimizer.state[p].values())}
+    with Graph(monkeypatch) as graph:
+        optimizer.step()
+    skipped = next(iter(optimizer._skipped.values()))
+    tensors = [a for _, args, _ in graph.recorded for a in args if isinstance(a, torch.Tensor) and a is not skipped]
+    tables = {t.untyped_storage().data_ptr() for t in tensors}
+    assert len(tables) > 12
+    del tensors
+    graph.recorded.clear()
+    change(optimizer, params)
+    if change is not change_lists:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    gc.collect()
+    (held,) = cuda._captured[skipped]
+    assert addresses <= {t.data_ptr() for t in held}
+    assert tables <= {t.untyped_storage().data_ptr() for t in held}
+
+
+def test_nothing_is_kept_longer_than_the_optimizer(kernel, monkeypatch):
+    param, optimizer = made()
+    with Graph(monkeypatch) as graph:
+        optimizer.step()
+    graph.recorded.clear()
+    row = weakref.ref(optimizer.state[param]["row"])
+    kernel._tables.clear()  # which is the optimizer's own outside of tests
+    del optimizer
+    gc.collect()
+    assert row() is None
+    assert not cuda._captured
