@@ -78,7 +78,7 @@ def rows(capability: int) -> list[dict[str, Any]]:
     made = []
     compiling.cuda._shared = lambda device: SHARED[capability]
     for label, (dtype, options) in OPTIONS.items():
-        for kernel, args, kwargs in compiling.launched(dtype, **options):
+        for kernel, args, kwargs in compiling.launched(dtype, steps=2, **options):
             name = kernel.fn.__name__
             constants, binary = compiling.compiled(kernel, args, kwargs, compiling.GPUTarget("cuda", capability, 32))
             words = " ".join(f"{key}={value}" for key, value in constants.items())

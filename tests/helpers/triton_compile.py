@@ -31,8 +31,8 @@ WORDS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
 SHAPES = [(8, 16), (8, 1024), (8, 4096), (4, 8192), (4, 11008), (2, 28672), (64, 3, 3), (4096,)]
 
 
-def launched(dtype, **options):
-    """The kernels that two steps launch, with their arguments; nothing runs. The second step knows its sums of x²."""
+def launched(dtype, steps=1, **options):
+    """The kernels that steps launch, with their arguments; nothing runs. The second step knows its sums of x²."""
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
     sliced = torch.nn.Parameter(torch.zeros(4, 4096, dtype=dtype))
     for p in (*params, sliced):
@@ -45,8 +45,8 @@ def launched(dtype, **options):
     run = JITFunction.run
     JITFunction.run = lambda kernel, *args, **kwargs: calls.append((kernel, args, kwargs))
     try:
-        optimizer.step()
-        optimizer.step()
+        for _ in range(steps):
+            optimizer.step()
     finally:
         JITFunction.run = run
     return calls
