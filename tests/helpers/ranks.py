@@ -1,79 +1,135 @@
 """Real processes for the sharded tests: one per rank, gloo, and a time limit, so that a hang is a failure.
 
-``run(file, function, world)`` starts ``world`` processes that call ``function(rank, world, **arguments)`` of a file and
-gives back what each returned (anything ``torch.save`` takes).
+``run(file, function, world)`` has ``world`` processes call ``function(rank, world, **arguments)`` of a file and gives
+back what each returned (anything ``torch.save`` takes). The processes of a world stay for the next call, because
+starting them takes longer than most cases; where one fails or hangs, all of that world end.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import time
+import traceback
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def start(file: str, function: str, world: int, place: str, arguments: dict[str, Any]) -> list[subprocess.Popen[str]]:
-    """The processes, started; their results go to ``place``."""
-    torch.save(arguments, Path(place) / "arguments.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ADAFACTOR_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, file, function, str(rank), str(world), place],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+class World:
+    """The processes of one world; they end with this one, because then there is nothing more to read."""
+
+    def __init__(self, size: int) -> None:
+        self.place = TemporaryDirectory()
+        self.folder = Path(self.place.name)
+        self.calls = 0
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ADAFACTOR_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
+        self.logs = [(self.folder / f"{rank}.log").open("w+") for rank in range(size)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), str(size), str(self.folder)],
+                env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank, log in enumerate(self.logs)
+        ]  # fmt: skip
+
+    def run(self, file: str, function: str, limit: float, arguments: dict[str, Any]) -> list[Any]:
+        call = self.folder / str(self.calls)
+        self.calls += 1
+        call.mkdir()
+        torch.save((file, function, arguments), call / "task.pt")
+        for process in self.processes:
+            assert process.stdin is not None
+            print(call, file=process.stdin, flush=True)
+        results = [call / f"{rank}.pt" for rank in range(len(self.processes))]
+        end = time.monotonic() + limit
+        while not all(result.exists() for result in results):
+            ended = [process.poll() for process in self.processes]
+            if any(status is not None for status in ended) or time.monotonic() > end:
+                self.close()
+                raise AssertionError(self._told(ended))
+            time.sleep(0.01)
+        return [torch.load(result, weights_only=False) for result in results]
+
+    def _told(self, ended: list[int | None]) -> str:
+        """What the ranks wrote: those that failed, or all of them if none did."""
+        failed = [rank for rank, status in enumerate(ended) if status is not None]
+        told = []
+        for rank in failed or range(len(ended)):
+            self.logs[rank].seek(0)
+            how = f"ended with {ended[rank]}" if failed else "hung"
+            told.append(f"rank {rank} of {len(ended)} {how}:\n{self.logs[rank].read()[-4000:]}")
+        return "\n".join(told)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
 
-def finish(processes: list[subprocess.Popen[str]], limit: float) -> list[tuple[int | None, str]]:
-    """Exit status (None: still running when the time was up, and killed) and output of every process."""
-    end = time.monotonic() + limit
-    found: list[tuple[int | None, str]] = []
-    for process in processes:
-        try:
-            output, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
-            found.append((process.returncode, output))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            found.append((None, process.communicate()[0]))
-    return found
+_worlds: dict[int, World] = {}
 
 
 def run(file: str, function: str, world: int, limit: float = 90, **arguments: Any) -> list[Any]:
     """What every rank returned. AssertionError with the output where a rank failed or hung."""
-    with TemporaryDirectory() as place:
-        ended = finish(start(file, function, world, place, arguments), limit)
-        for rank, (status, output) in enumerate(ended):
-            told = "hung" if status is None else f"ended with {status}"
-            assert status == 0, f"rank {rank} of {world} {told}:\n{output[-4000:]}"
-        return [torch.load(Path(place) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    if world not in _worlds:
+        _worlds[world] = World(world)
+    try:
+        return _worlds[world].run(file, function, limit, arguments)
+    except BaseException:
+        end(world)
+        raise
 
 
-def main() -> None:
-    file, function, rank, world, place = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-    sys.path.insert(0, str(Path(file).parent))
-    torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("cases", file)
+@atexit.register
+def end(*sizes: int) -> None:
+    """End the processes of the named worlds, of all by default."""
+    for size in sizes or list(_worlds):
+        if size in _worlds:
+            _worlds.pop(size).close()
+
+
+@cache
+def load(file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=world)
-    result = getattr(module, function)(rank, world, **torch.load(Path(place) / "arguments.pt", weights_only=False))
-    torch.save(result, Path(place) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return module
+
+
+def main() -> None:
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for line in sys.stdin:
+        call = Path(line.strip())
+        file, function, arguments = torch.load(call / "task.pt", weights_only=False)
+        sys.path.insert(0, str(Path(file).parent))
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        try:
+            result = getattr(load(file), function)(rank, world, **arguments)
+        except BaseException:
+            traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(1)  # at once: the other ranks may wait for this one
+        torch.save(result, call / f"{rank}.new")
+        (call / f"{rank}.new").rename(call / f"{rank}.pt")
+        sys.path.pop(0)
 
 
 if __name__ == "__main__":
