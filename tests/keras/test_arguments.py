@@ -248,3 +248,78 @@ def test_an_impossible_factoring_is_refused_before_anything_is_created(answer):
         optimizer.build(make_variables([np.ones((2, 3))], names=["kernel"]))
     assert not optimizer.built
     assert len(optimizer.variables) == 2
+
+
+# -- numbers ----
+
+ONE = {
+    "np.float32": np.float32,
+    "np 0-d": np.array,
+    "np (1,)": lambda value: np.array([value]),
+    "np (1, 1)": lambda value: np.array([[value]], "float32"),
+}
+NUMBERS = {name: value for name, value in EVERYTHING.items() if isinstance(value, float)}
+
+
+@pytest.mark.parametrize("kind", ONE)
+def test_numbers_may_be_numpys_and_the_configuration_has_pythons(kind):
+    given = {name: ONE[kind](value) for name, value in NUMBERS.items()}
+    counts = {"gradient_accumulation_steps": np.int64(2), "min_dim_size_to_factor": np.int32(3)}
+    flags = {"scale_parameter": np.bool_(False), "diagnostics": np.bool_(True), "relative_step": np.bool_(True)}
+    config = Adafactor(**given, **counts, **flags).get_config()
+    json.dumps(config)
+    for name, value in (NUMBERS | {name: value.item() for name, value in (counts | flags).items()}).items():
+        assert config[name] == pytest.approx(value)
+        assert type(config[name]) in (float, int, bool)
+
+
+class Returning(keras.optimizers.schedules.LearningRateSchedule):
+    """Whatever people's schedules return."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, step):
+        return self.make()
+
+    def get_config(self):
+        return {}
+
+
+RETURNED = ONE | {
+    "float": float,
+    "list": lambda value: [value],
+    "tensor": lambda value: keras.ops.convert_to_tensor(value, "float32"),
+    "tensor (1,)": lambda value: keras.ops.convert_to_tensor([value], "float32"),
+    "bfloat16": lambda value: keras.ops.cast(value, "bfloat16"),
+    "float16 (1, 1)": lambda value: keras.ops.convert_to_tensor([[value]], "float16"),
+}
+STEPS = {"plain": {}, "momentum": {"beta_1": 0.5}, "decay": {"weight_decay": 0.25}}
+
+
+@pytest.mark.parametrize("way", [Returning, lambda make: make], ids=["schedule", "callable"])
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("kind", RETURNED)
+def test_a_schedule_may_return_an_array_of_one_number(kind, options, way):
+    values = [np.ones((2, 3)), np.ones(3), np.ones(())]
+
+    def moved(learning_rate, base=Adafactor):
+        variables, optimizer = make_variables(values), base(learning_rate, relative_step=False, **options)
+        optimizer.apply(tensors(values), variables)
+        assert np.shape(optimizer.learning_rate) == ()
+        return numbers(variables)
+
+    class Extended(Adafactor):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(gradient, variable, learning_rate)
+
+    learning_rate, expected = way(lambda: RETURNED[kind](0.125)), moved(0.125)
+    for base in (Adafactor, Extended):
+        for one, other in zip(moved(learning_rate, base), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_schedule_that_returns_several_numbers_is_refused():
+    optimizer, variables = Adafactor(lambda: np.ones(2)), make_variables([np.ones((2, 3))])
+    with pytest.raises(ValueError, match=r"learning_rate must be one number, got 'shape \(2,\)'\. Return a scalar"):
+        optimizer.apply(tensors([np.ones((2, 3))]), variables)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from adafactor.core.errors import message
 
@@ -51,6 +53,8 @@ class Hyperparameters:
 
     def __post_init__(self, vocabulary: Mapping[str, str] | None) -> None:
         words = vocabulary or {}
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
         def number(argument: str, rule: str, holds: bool | None, remedy: str) -> None:
             value = getattr(self, argument)
@@ -98,6 +102,11 @@ class Hyperparameters:
     def rho(self, learning_rate: float, t: int, scheduled: bool = False) -> float:
         """The relative step size rho(t) (eq. 8) for update ``t`` counted from 1."""
         return min(learning_rate, 1.0 / math.sqrt(t)) if self.caps(scheduled) else learning_rate
+
+
+def plain(value: Any) -> Any:
+    """Python's number or flag where ``value`` is NumPy's, or an array of one; anything else as it is."""
+    return value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
 
 
 def is_traced(value: object) -> bool:

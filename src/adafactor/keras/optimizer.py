@@ -16,10 +16,10 @@ from keras.src.backend import in_stateless_scope  # not public, and nothing publ
 from adafactor.core import factoring as _factoring
 from adafactor.core.errors import message
 from adafactor.core.factoring import Factoring, Layout, layout
-from adafactor.core.hyperparameters import Hyperparameters, RelativeStep
+from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, plain
 from adafactor.keras import arguments, checkpoint
 from adafactor.keras.step import Member, update_one
-from adafactor.keras.variables import dense, is_sparse, path_of, reduced_layout, static_shape, statistics_dtype
+from adafactor.keras.variables import dense, is_sparse, path_of, reduced_layout, scalar, static_shape, statistics_dtype
 
 # What the last axis of a variable of diagnostics holds.
 DIAGNOSTICS = ("update_rms", "clip_factor", "parameter_scale")
@@ -114,12 +114,13 @@ class Adafactor(keras.optimizers.Optimizer):
             beta_2_max=beta_2_max,
             scale_parameter=scale_parameter,
         )
+        min_dim_size_to_factor, diagnostics = plain(min_dim_size_to_factor), plain(diagnostics)
         _factoring.validate(factoring, min_dim_size_to_factor)
         if not isinstance(diagnostics, bool):
             raise TypeError(message("diagnostics", "True or False", diagnostics, "Leave it out for the default."))
         if not callable(learning_rate):
             learning_rate = float(arguments.number("learning_rate", learning_rate, "Pass a float or a schedule."))
-        arguments.validate(
+        keras_own = arguments.validate(
             weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
@@ -129,20 +130,7 @@ class Adafactor(keras.optimizers.Optimizer):
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
-        super().__init__(
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            name=name,
-            **kwargs,
-        )
+        super().__init__(learning_rate=learning_rate, use_ema=use_ema, name=name, **keras_own, **kwargs)
         self._hyperparameters = hyperparameters
         self.factoring = factoring
         self.min_dim_size_to_factor = min_dim_size_to_factor
@@ -358,6 +346,10 @@ class Adafactor(keras.optimizers.Optimizer):
             state = self._slots[place], self._momentums[place], self._reports[place]
             members.append(Member(place, variable, gradient, its_layout, *state, decay))
         return members
+
+    def _get_current_learning_rate(self) -> Any:
+        """As Keras's; a schedule or callable may return an array of one number."""
+        return scalar("learning_rate", super()._get_current_learning_rate())
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         """Nothing: the step decays a variable while it reads it anyway, unless the step is somebody else's."""

@@ -48,6 +48,16 @@ def static_shape(gradient: Any) -> tuple[int | None, ...] | None:
     return None if getattr(shape, "rank", 0) is None else tuple(shape)
 
 
+def scalar(argument: str, value: Any) -> Any:
+    """A number, or a tensor or variable of shape (), from what may be an array of one number."""
+    shape = static_shape(value)
+    if not shape:
+        return value
+    if any(n not in (None, 1) for n in shape):
+        raise ValueError(message(argument, "one number", f"shape {shape}", "Return a scalar from the schedule."))
+    return ops.reshape(ops.convert_to_tensor(value), ())
+
+
 def reduced_layout(its_layout: Any, rank: int, removed: Shape) -> Any:
     """The distribution layout of a variable of ``rank`` axes less the axes that a statistic does not have."""
     if its_layout is None or not removed:

@@ -8,7 +8,7 @@ updates, state = optimizer.update(grads, state, params)
 params = optax.apply_updates(params, updates)
 """
 
+from adafactor.optax.state import AdafactorState, Diagnostics
 from adafactor.optax.transformation import Adafactor, adafactor
-from adafactor.optax.update import AdafactorState, Diagnostics
 
 __all__ = ["Adafactor", "AdafactorState", "Diagnostics", "adafactor"]

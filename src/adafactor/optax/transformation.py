@@ -13,8 +13,10 @@ import optax
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Factoring, Shape
-from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, in_range
-from adafactor.optax.update import AdafactorState, Roles, Transformation, Tree
+from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, in_range, plain
+from adafactor.optax.state import AdafactorState
+from adafactor.optax.trees import Tree
+from adafactor.optax.update import Roles, Transformation
 
 Numeric = Any  # a number, or a scalar array under optax.inject_hyperparams
 ScalarOrSchedule = Any
@@ -41,12 +43,14 @@ class Adafactor(optax.GradientTransformationExtraArgs):
     twice.
     """
 
-    step: Callable[[Tree, Tree, AdafactorState], tuple[Tree, AdafactorState]]
+    __slots__ = ()  # two functions and nothing else, so that it goes through a pytree, a copy and a pickle as they do
 
-    def __new__(cls, init: Any, update: Any, step: Any) -> Adafactor:
-        self: Adafactor = super().__new__(cls, init, update)
-        self.step = step
-        return self
+    @property
+    def step(self) -> Callable[[Tree, Tree, AdafactorState], tuple[Tree, AdafactorState]]:
+        transformation = getattr(self.update, "__self__", None)
+        if not isinstance(transformation, Transformation):
+            raise AttributeError("An Adafactor with another update than its own has no step: call update.")
+        return transformation.step
 
 
 def adafactor(
@@ -138,7 +142,7 @@ def adafactor(
         shardings,
         _flag("diagnostics", diagnostics),
     )
-    return Adafactor(transformation.init, transformation.update, transformation.step)
+    return Adafactor(transformation.init, transformation.update)
 
 
 def _unfactored(path: str, shape: Shape) -> None:
@@ -154,10 +158,10 @@ def _hyperparameters(decay_rate: Any, **others: Any) -> Hyperparameters:
 
 
 def _known(value: Any) -> Any:
-    """A Python number of an array whose value is known; what is traced stays as it is."""
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
-        return value.item()
-    return value
+    """A Python number of an array of one whose value is known; what is traced stays so, of shape ()."""
+    if not isinstance(value, jax.Array) or value.size != 1:
+        return plain(value)
+    return value.reshape(()) if isinstance(value, jax.core.Tracer) else value.item()
 
 
 def _number(argument: str, value: Any, remedy: str, low: float = 0.0) -> Any:
@@ -174,6 +178,7 @@ def _number(argument: str, value: Any, remedy: str, low: float = 0.0) -> Any:
 
 
 def _flag(argument: str, value: Any) -> bool:
+    value = plain(value)
     if not isinstance(value, bool):
         raise TypeError(message(argument, "True or False", value, "Name it in static_args of inject_hyperparams."))
     return value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,47 +18,9 @@ from adafactor.core.factoring import Factored, Layout, Rule, Shape, layout, vali
 from adafactor.core.hyperparameters import Hyperparameters, is_traced
 from adafactor.engine.xla import arrays, primitives
 from adafactor.engine.xla import sharded as shards
-
-Tree = Any  # a pytree, of what its context says
-
-SLOTS = ("row", "column", "second_moment")
-
-
-class Diagnostics(NamedTuple):
-    """Of the last update, per parameter and per slice of its batch axes. Trees like the parameters'.
-
-    Attributes:
-        update_rms: root mean square of the normalised update before clipping (eq. 7). Its spikes precede those of
-            the loss.
-        clip_factor: what clipping divided the update by, at least 1 (eq. 10).
-        parameter_scale: what the learning rate was multiplied by (eq. 9); 1 where that is off.
-    """
-
-    update_rms: Tree
-    clip_factor: Tree
-    parameter_scale: Tree
-
-
-class AdafactorState(NamedTuple):
-    """What Adafactor remembers. The trees have the structure of the parameters, with ``None`` for what does not exist.
-
-    Attributes:
-        count: int32[], the number of updates made.
-        row, column: second-moment statistics of factored parameters, of the parameter's shape less its column axes
-            or its row axes.
-        second_moment: that of the other parameters, of the parameter's shape.
-        momentum: average of the updates, or ``None`` without momentum.
-        diagnostics: of the last update, with ``diagnostics=True``.
-
-    Statistics are float32, float64 for a float64 parameter.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # as optax calls it, over tuple.count
-    row: Tree
-    column: Tree
-    second_moment: Tree
-    momentum: Tree
-    diagnostics: Diagnostics | None = None
+from adafactor.optax import state as states
+from adafactor.optax.state import SLOTS, AdafactorState, Diagnostics
+from adafactor.optax.trees import Tree, broadcast, flatten, is_function, paths, unflatten
 
 
 @dataclass(frozen=True)
@@ -69,21 +32,30 @@ class Roles:
     batch_axes: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.factoring, str) or callable(self.factoring):
+        if self._by_policy:
             validate(self.factoring, 1)
         if not is_traced(self.min_dim_size_to_factor):
             validate("last_two", _integer(self.min_dim_size_to_factor))
 
-    def of(self, tree: Tree, factored: Sequence[bool] | None = None) -> list[Layout]:
+    @property
+    def _by_policy(self) -> bool:
+        """Whether one policy or callable decides for every parameter; else a tree has an entry for each."""
+        return isinstance(self.factoring, str) or is_function(self.factoring, _is_spec)
+
+    def of(self, tree: Tree, factored: Sequence[bool] | None = None) -> list[Layout | None]:
         """The layout of every leaf. ``factored`` says of each whether its state is, if there is a state."""
-        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-        batches = _broadcast(self.batch_axes, tree, _is_axes)
-        by_policy = isinstance(self.factoring, str) or callable(self.factoring)
-        rules = [self.factoring] * len(paths) if by_policy else _broadcast(self.factoring, tree, _is_spec)
-        layouts = []
-        for k, ((path, leaf), batch, rule) in enumerate(zip(paths, batches, rules, strict=True)):
-            name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), tuple(leaf.shape)
-            batch = (batch,) if isinstance(batch, int) else tuple(batch)
+        leaves, _ = flatten(tree)
+        batches = broadcast("batch_axes", self.batch_axes, tree, _is_axes)
+        whole = [self.factoring] * len(leaves)
+        rules = whole if self._by_policy else broadcast("factoring", self.factoring, tree, _is_spec)
+        names = [""] * len(leaves) if all(isinstance(rule, str) for rule in rules) else _names(tree)
+        layouts: list[Layout | None] = []
+        for k, (leaf, batch, rule) in enumerate(zip(leaves, batches, rules, strict=True)):
+            if leaf is None:
+                layouts.append(None)
+                continue
+            name, shape = names[k], tuple(leaf.shape)
+            batch = tuple(int(axis) for axis in ((batch,) if isinstance(batch, Integral) else batch))
             if isinstance(rule, str):
                 least = self._least(None if factored is None else factored[k])
                 layouts.append(layout(shape, rule, least, name=name, batch_axes=batch))  # type: ignore[arg-type]
@@ -123,38 +95,32 @@ class Transformation:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def init(self, params: Tree) -> AdafactorState:
-        leaves, treedef = _flatten(params)
+        leaves, treedef = flatten(params)
         layouts, placed = self.roles.of(params), self._placed(params)
-        trees: dict[str, list[Any]] = {name: [None] * len(leaves) for name in SLOTS}
-        for k, (leaf, its_layout) in enumerate(zip(leaves, layouts, strict=True)):
-            gone = {"row": its_layout.columns, "column": its_layout.rows}
-            for name in its_layout.slots:
-                trees[name][k] = _zeros(leaf, _statistics_dtype(leaf), gone.get(name, ()), placed[k])
-        momentum = None
-        if self.hp.momentum is not None:
-            momentum = treedef.unflatten(
-                [_zeros(leaf, self.momentum_dtype, (), sharding) for leaf, sharding in zip(leaves, placed, strict=True)]
-            )
-        diagnostics = None
-        if self.diagnostics:
-            reports = [
-                _zeros(leaf, _statistics_dtype(leaf), its_layout.whole, sharding)
-                for leaf, its_layout, sharding in zip(leaves, layouts, placed, strict=True)
-            ]
-            diagnostics = Diagnostics(*(treedef.unflatten([jnp.copy(a) for a in reports]) for _ in range(3)))
+
+        def zeros(name: str, dtype: Any = None) -> Tree:
+            """A tree of zeros for every leaf that has something of this name."""
+            made, removed = [], []
+            for leaf, its_layout, sharding in zip(leaves, layouts, placed, strict=True):
+                gone = None if its_layout is None else _removed(its_layout, name)
+                removed.append(gone or ())
+                made.append(None if gone is None else _zeros(leaf, dtype or _statistics_dtype(leaf), gone, sharding))
+            return unflatten(treedef, made, removed)
+
+        momentum = None if self.hp.momentum is None else zeros("momentum", self.momentum_dtype)
+        diagnostics = Diagnostics(*(zeros("diagnostics") for _ in range(3))) if self.diagnostics else None
         count = jnp.zeros([], jnp.int32)
         mesh = next((sharding.mesh for sharding in placed if sharding is not None), None)
         if mesh is not None and not isinstance(mesh, jax.sharding.AbstractMesh):
             # where every later count will be
             count = jax.device_put(count, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        statistics = (treedef.unflatten(trees[name]) for name in SLOTS)
-        return AdafactorState._make((count, *statistics, momentum, diagnostics))
+        return AdafactorState._make((count, *(zeros(name) for name in SLOTS), momentum, diagnostics))
 
     def _placed(self, params: Tree) -> list[Any]:
         """The sharding of every parameter over several devices, ``None`` where there is none or nobody knows."""
         if self.shardings is None:
-            return [shards.of(leaf) for leaf in jax.tree.leaves(params)]
-        return _broadcast(self.shardings, params, lambda value: isinstance(value, jax.sharding.Sharding))
+            return [None if leaf is None else shards.of(leaf) for leaf in flatten(params)[0]]
+        return broadcast("shardings", self.shardings, params, lambda value: isinstance(value, jax.sharding.Sharding))
 
     # -- update --------------------------------------------------------------------------------------------------------
 
@@ -195,42 +161,41 @@ class Transformation:
         """1 - beta(t) and rho(t) (eqs. 1 and 8)."""
         t = jnp.maximum(state.count - jnp.asarray(self.decay_offset, jnp.int32) + 1, 1).astype(jnp.result_type(float))
         scheduled = callable(self.learning_rate)
-        rho = self.learning_rate(state.count) if scheduled else self.learning_rate
+        rho = _scalar("learning_rate", self.learning_rate(state.count)) if scheduled else self.learning_rate
         rho = jnp.asarray(1.0 if rho is None else rho, t.dtype)
         return arrays.schedule(primitives.ops, t, rho, self.hp, scheduled)
 
     def _decays(self, params: Tree, state: AdafactorState) -> list[Any]:
         """What every parameter loses of itself: 0 where it does not decay."""
-        leaves = jax.tree.leaves(params)
         rate, mask = self.weight_decay_rate, self.weight_decay_mask
         if rate is None:
-            return [0] * len(leaves)
-        rate = rate(state.count) if callable(rate) else rate
-        mask = mask(params) if callable(mask) else mask
-        return [rate if chosen else 0 for chosen in (_broadcast(True if mask is None else mask, params, None))]
+            return [0] * len(flatten(params)[0])
+        rate = _scalar("weight_decay_rate", rate(state.count)) if callable(rate) else rate
+        mask = mask(params) if is_function(mask) else mask
+        chosen = broadcast("weight_decay_mask", True if mask is None else mask, params)
+        return [rate if each else 0 for each in chosen]
 
     def _work(self, grads: Tree, state: AdafactorState, params: Tree | None) -> _Work:
         given = grads if params is None else params
-        leaves, treedef = _flatten(given)
-        slots = {name: treedef.flatten_up_to(getattr(state, name)) for name in SLOTS}
-        layouts = self.roles.of(given, [row is not None for row in slots["row"]])
-        flat = treedef.flatten_up_to(grads)
-        momentum = [None] * len(leaves) if self.hp.momentum is None else treedef.flatten_up_to(state.momentum)
+        leaves, treedef = flatten(given)
+        flat = states.of(state, given, self.hp.momentum is not None, self.diagnostics)
+        layouts = self.roles.of(given, [row is not None for row in flat.slots["row"]])
+        gradients = treedef.flatten_up_to(grads)
         where, tensors = [], []
-        for k, (x, g, its_layout) in enumerate(zip(leaves, flat, layouts, strict=True)):
+        for k, (x, g, its_layout) in enumerate(zip(leaves, gradients, layouts, strict=True)):
+            if its_layout is None:
+                continue
+            states.check(k, flat, its_layout, given)
             if g is not None and tuple(g.shape) != its_layout.shape:
                 rule = f"of its parameter's shape {its_layout.shape}"
                 raise ValueError(message("a gradient", rule, tuple(g.shape), "Reshape or sum it before the update."))
             if g is None or not its_layout.size:
                 continue
             where.append(k)
-            own = {name: slots[name][k] for name in its_layout.slots}
-            tensors.append(primitives.Tensor(its_layout, x, g, own, momentum=momentum[k]))
-        decays = self._decays(given, state)
-        reports = [treedef.flatten_up_to(tree) for tree in state.diagnostics or ()]
-        return _Work(
-            treedef, leaves, flat, tensors, where, decays, self._placed(given), slots, momentum, reports, state
-        )
+            own = {name: jnp.asarray(flat.slots[name][k], _statistics_dtype(x)) for name in its_layout.slots}
+            momentum = flat.momentum[k] if flat.momentum else None
+            tensors.append(primitives.Tensor(its_layout, x, g, own, momentum=momentum))
+        return _Work(treedef, leaves, gradients, tensors, where, self._decays(given, state), self._placed(given), flat)
 
     def _measure(self, work: _Work, state: AdafactorState) -> list[primitives.Measured]:
         decay, rho = self._numbers(state)
@@ -266,10 +231,7 @@ class _Work:
     where: list[int]
     decays: list[Any]
     placed: list[Any]
-    slots: dict[str, list[Any]]
-    momentum: list[Any]
-    reports: list[list[Any]]
-    old: AdafactorState
+    flat: states.Flat
 
     def keep(
         self,
@@ -279,17 +241,22 @@ class _Work:
         report: jax.Array | None = None,
     ) -> None:
         for name, value in slots.items():
-            self.slots[name][k] = value
-        self.momentum[k] = momentum
-        for number, values in enumerate(self.reports):
+            self.flat.slots[name][k] = value
+        if momentum is not None:
+            self.flat.momentum[k] = momentum
+        for number, values in enumerate(self.flat.diagnostics):
             assert report is not None
             values[k] = report[..., number]
 
     def state(self) -> AdafactorState:
-        trees = (self.treedef.unflatten(self.slots[name]) for name in SLOTS)
-        momentum = None if self.old.momentum is None else self.treedef.unflatten(self.momentum)
-        diagnostics = Diagnostics(*map(self.treedef.unflatten, self.reports)) if self.reports else None
-        return AdafactorState._make((optax.safe_increment(self.old.count), *trees, momentum, diagnostics))
+        return self.flat.state(optax.safe_increment(self.flat.old.count))
+
+
+def _removed(its_layout: Layout, name: str) -> Shape | None:
+    """The parameter's axes that a part of the state lacks, ``None`` where there is no such part."""
+    if name in SLOTS and name not in its_layout.slots:
+        return None
+    return {"row": its_layout.columns, "column": its_layout.rows, "diagnostics": its_layout.whole}.get(name, ())
 
 
 def _zeros(leaf: Any, dtype: Any, removed: Shape, sharding: Any) -> jax.Array:
@@ -320,23 +287,25 @@ def _always(spec: Any) -> Rule:
     return lambda name, shape: spec
 
 
-def _flatten(tree: Tree, is_leaf: Any = None) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(tree, is_leaf=is_leaf)
+def _names(tree: Tree) -> list[str]:
+    return ["/".join(path) for path in paths(tree)]
 
 
-def _broadcast(prefix: Tree, tree: Tree, is_leaf: Any) -> list[Any]:
-    """The leaves of a prefix of the tree, one for every leaf of the tree."""
-    leaves, treedef = _flatten(prefix, is_leaf)
-    subtrees = treedef.flatten_up_to(tree)
-    return [leaf for leaf, subtree in zip(leaves, subtrees, strict=True) for _ in jax.tree.leaves(subtree)]
+def _scalar(argument: str, value: Any) -> Any:
+    """What a schedule gave, as an array of shape ()."""
+    if jnp.size(value) != 1:
+        raise ValueError(message(argument, "a schedule of one number", jnp.shape(value), "Return a scalar."))
+    return jnp.reshape(value, ())
 
 
 def _is_axes(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, tuple | list) and all(isinstance(axis, int) for axis in value))
+    return isinstance(value, Integral) or (
+        isinstance(value, tuple | list) and all(isinstance(axis, Integral) for axis in value)
+    )
 
 
 def _is_spec(value: Any) -> bool:
-    return value is None or isinstance(value, Factored)
+    return value is None or isinstance(value, Factored | str)
 
 
 def _integer(value: Any) -> Any:
