@@ -36,6 +36,7 @@ _SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 _BACKENDS = {"cuda": "amd" if torch.version.hip else "nvidia", "xpu": "intel"}
 _dtype_of = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_version_of = Tensor._version.__get__  # type: ignore[attr-defined]
 
 # Every so many steps Σx² (eq. 6) is taken from the parameters again, whatever their version counters say.
 REMEASURE = 64
@@ -331,7 +332,7 @@ class Triton:
             _captured[skipped] = [*_captured.get(skipped, ()), [*self._kept, *self._recorded, *tensors]]
             self._recorded = []
         torch.autograd.graph.increment_version(self._params)
-        self._versions = [param._version for param in self._params]
+        self._versions = list(map(_version_of, self._params))
 
     def _known(self, skipped: Tensor) -> set[Launch]:
         """The launches of measure whose Σx² stand in ``squares``: apply left them, and nobody wrote to x since.
@@ -339,15 +340,15 @@ class Triton:
         What the version counter does not count (``param.data``, a graph's replay) is seen every ``REMEASURE`` steps,
         and once something was captured nothing is taken as known.
         """
-        versions, old = [param._version for param in self._params], self._versions
+        versions, old = list(map(_version_of, self._params)), self._versions
         self._steps += 1
         if old is None or self._steps % REMEASURE == 0 or skipped in _captured or is_capturing():
             return set()
-        same = [new == version for new, version in zip(versions, old, strict=True)]
+        changed = set() if versions == old else {k for k, version in enumerate(versions) if version != old[k]}
         return {
             launch
             for launch, members in self.plan.members.items()
-            if launch.keeps_squares and all(same[k] for k in members)
+            if launch.keeps_squares and (not changed or changed.isdisjoint(members))
         }
 
     def _begin(self, grads: Sequence[Tensor | None]) -> Tensor:
@@ -355,15 +356,13 @@ class Triton:
         count, capturing = len(self.work), is_capturing()
         if self._of_graph and not capturing:
             self._build()
-        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-        dtypes = [dtype if grad is None else grad.dtype for grad, dtype in zip(grads, self._dtypes, strict=True)]
+        addresses, dtypes = self._of_gradients(grads)
         values = np.zeros(count + len(self._leaders), np.int64)
         values[:count] = addresses
+        aligned = self._aligned
         if (values[:count] & 15).any():
             # A tensor that was once read in narrow words is from then on: buckets of gradients stay where they are.
-            aligned = [seen and address % 16 == 0 for seen, address in zip(self._aligned, addresses, strict=True)]
-        else:
-            aligned = self._aligned
+            aligned = [seen and address % 16 == 0 for seen, address in zip(aligned, addresses, strict=True)]
         if dtypes != self._dtypes or aligned != self._aligned:
             self._dtypes, self._aligned = dtypes, aligned
             self._build()
@@ -388,6 +387,15 @@ class Triton:
         for group, lr in on_device.items():
             send(varying[count + group].view(torch.float64), lr.detach().reshape(()))
         return varying
+
+    def _of_gradients(self, grads: Sequence[Tensor | None]) -> tuple[list[int], list[torch.dtype]]:
+        """Their addresses and dtypes; 0 and the last known for those that are not there."""
+        try:
+            return list(map(Tensor.data_ptr, grads)), list(map(_dtype_of, grads))  # type: ignore[arg-type]
+        except TypeError:
+            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+            dtypes = [dtype if grad is None else grad.dtype for grad, dtype in zip(grads, self._dtypes, strict=True)]
+            return addresses, dtypes
 
     def _capture(self, values: NDArray[np.int64]) -> Tensor:
         """A table of the graph's own: eager steps go on with theirs, and no replay reads it.

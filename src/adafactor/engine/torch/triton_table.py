@@ -5,7 +5,7 @@ Everything follows from the tensors' canonical forms (``canonical.py``), and is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -170,44 +170,65 @@ def tile_of(form: Canonical) -> Tile:
     return Tile(rows // NP, NP, M, warps, wide)
 
 
+@dataclass
+class _Kind:
+    """What tensors of one form and launch have in common: tables of one of them, numbered 0, which begin at 0."""
+
+    record: dict[str, int]
+    measure: NDArray[np.int64]
+    apply: NDArray[np.int64]
+    slices: NDArray[np.int64]
+    columns: tuple[tuple[int, int, int], NDArray[np.int64]] | None = None
+    sums: int = 0
+    partials: int = 0
+    squares: int = 0
+    roots: int = 0
+
+
 def tables(tensors: Sequence[Tensor]) -> Tables:
     """Cut every tensor into the work of programs, and give it its place in the buffers."""
+    kinds: dict[tuple[Canonical, Launch], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.form, tensor.launch), []).append(number)
+    part_rows = _part_rows(kinds)
     result = Tables(np.zeros((len(tensors), len(FIELDS)), np.int64), np.zeros((0, len(SLICE_FIELDS)), np.int64))
-    part_rows = _part_rows(tensors)
     measured: dict[Launch, list[NDArray[np.int64]]] = {}
     applied: dict[Launch, list[NDArray[np.int64]]] = {}
     summed: dict[tuple[int, int, int], list[NDArray[np.int64]]] = {}
-    slices = []
+    slices: list[NDArray[np.int64]] = []
     first_slice = 0
-    for number, tensor in enumerate(tensors):
-        form, launch = tensor.form, tensor.launch
-        record = dict.fromkeys(FIELDS, 0)
-        record.update(n=form.rows, inner=form.inner, m=form.columns, matrices=form.outer * form.inner, size=form.size)
-        record.update(slices=form.slices, slice=first_slice, slice_size=form.size // form.slices, tiles=1)
-        record.update(global_rows=form.rows, global_columns=form.columns, global_size=record["slice_size"])
-        record.update(partial=result.partials, squares=result.squares, moved=1)
-        first_slice += form.slices
-        if launch.tile is None:
-            blocks, entries = _flat(number, form)
-            moved = blocks
-            result.partials += len(blocks)
-            result.squares += len(blocks)
-        else:
-            _place(record, result, form, launch.tile, part_rows[launch])
-            key, sums, ends = _columns(number, form, record)
-            summed.setdefault(key, []).append(sums)
-            result.partials += len(sums)
-            blocks = _parts(number, record, launch.tile)
-            moved = _parts(number, record, launch.tile.of_apply)
-            record["squares"] = result.squares
-            result.squares += record["matrices"] * record["parts"] * record["moved"]
-            entries = _factored_slices(number, form, record, ends)
-        if len(blocks):
-            measured.setdefault(launch, []).append(blocks)
-        result.members.setdefault(launch, []).append(number)
-        applied.setdefault(launch.of_apply, []).append(_runs(number, form) if launch.flat else moved)
-        slices.append(entries)
-        result.records[number] = [record[name] for name in FIELDS]
+    for (form, launch), members in kinds.items():
+        kind = _kind(form, launch, part_rows.get(launch, 0))
+        numbers, count = np.array(members), len(members)
+        result.records[numbers] = [kind.record[name] for name in FIELDS]
+
+        def every(blocks: NDArray[np.int64], numbers: NDArray[np.int64] = numbers) -> NDArray[np.int64]:
+            copies = np.tile(blocks, (len(numbers), 1))
+            copies[:, 0] = np.repeat(numbers, len(blocks))
+            return copies
+
+        begins = (
+            (("sums", "finished", "row_parts"), result.sums, kind.sums),
+            (("partial",), result.partials, kind.partials),
+            (("squares",), result.squares, kind.squares),
+            (("root_mu",), result.roots, kind.roots),
+            (("slice",), first_slice, form.slices),
+        )
+        for names, begin, size in begins:
+            for name in names:
+                result.records[numbers, FIELDS.index(name)] += begin + size * np.arange(count)
+        result.sums += count * kind.sums
+        result.partials += count * kind.partials
+        result.squares += count * kind.squares
+        result.roots += count * kind.roots
+        first_slice += count * form.slices
+        if len(kind.measure):
+            measured.setdefault(launch, []).append(every(kind.measure))
+        applied.setdefault(launch.of_apply, []).append(every(kind.apply))
+        if kind.columns is not None:
+            summed.setdefault(kind.columns[0], []).append(every(kind.columns[1]))
+        slices.append(every(kind.slices))
+        result.members.setdefault(launch, []).extend(members)
     result.slices = np.concatenate(slices)
     result.measure = {launch: np.concatenate(blocks) for launch, blocks in measured.items()}
     result.apply = {launch: np.concatenate(blocks)[::-1].copy() for launch, blocks in reversed(applied.items())}
@@ -215,41 +236,62 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
     return result
 
 
-def _part_rows(tensors: Sequence[Tensor]) -> dict[Launch, int]:
+def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
+    record = dict.fromkeys(FIELDS, 0)
+    record.update(n=form.rows, inner=form.inner, m=form.columns, matrices=form.outer * form.inner, size=form.size)
+    record.update(slices=form.slices, slice_size=form.size // form.slices, tiles=1, moved=1)
+    record.update(global_rows=form.rows, global_columns=form.columns, global_size=record["slice_size"])
+    runs = _runs(form)
+    if launch.tile is None:
+        blocks, entries = _flat(form)
+        return _Kind(record, blocks, runs, entries, partials=len(blocks), squares=len(blocks))
+    sums = _place(record, form, launch.tile, part_rows)
+    key, columns, ends = _columns(form, record)
+    moved = runs if launch.flat else _parts(record, launch.tile.of_apply)
+    return _Kind(
+        record,
+        _parts(record, launch.tile),
+        moved,
+        _factored_slices(form, record, ends),
+        (key, columns),
+        sums=-(-sums // 16) * 16,  # as far apart as wide loads need
+        partials=len(columns),
+        squares=record["matrices"] * record["parts"] * record["moved"],
+        roots=record["matrices"],
+    )
+
+
+def _part_rows(kinds: Mapping[tuple[Canonical, Launch], Sequence[int]]) -> dict[Launch, int]:
     """Rows of a part, for the tensors of each launch."""
     found: dict[Launch, int] = {}
-    by_launch: dict[Launch, list[Canonical]] = {}
-    for tensor in tensors:
-        by_launch.setdefault(tensor.launch, []).append(tensor.form)
-    most = PART_ROWS[0]
-    for launch, forms in by_launch.items():
+    by_launch: dict[Launch, list[tuple[int, int]]] = {}
+    for (form, launch), members in kinds.items():
+        if launch.tile is not None:
+            matrices = len(members) * -(-form.outer * form.inner // launch.tile.K)
+            by_launch.setdefault(launch, []).append((matrices, form.rows))
+    for launch, sizes in by_launch.items():
         tile = launch.tile
-        if tile is None:
-            continue
-        shapes = np.array([(-(-form.outer * form.inner // tile.K), form.rows) for form in forms])
-        rows, least = max(most, tile.NP), max(PART_ROWS[1], tile.NP, 4 * TILE // tile.M)
-        while rows > least and tile.warps * (shapes[:, 0] * -(-shapes[:, 1] // rows)).sum() < WARPS:
+        assert tile is not None
+        matrices, rows_of = np.array(sizes).T
+        rows, least = max(PART_ROWS[0], tile.NP), max(PART_ROWS[1], tile.NP, 4 * TILE // tile.M)
+        while rows > least and tile.warps * (matrices * -(-rows_of // rows)).sum() < WARPS:
             rows //= 2
         found[launch] = -(-rows // tile.NP) * tile.NP
     return found
 
 
-def _place(record: dict[str, int], result: Tables, form: Canonical, tile: Tile, part_rows: int) -> None:
-    """The parts of a factored tensor, and its share of every buffer."""
+def _place(record: dict[str, int], form: Canonical, tile: Tile, part_rows: int) -> int:
+    """The parts of a factored tensor, and the numbers that its sums take."""
     matrices = form.outer * form.inner
     part_rows = min(part_rows, -(-form.rows // tile.NP) * tile.NP)
     parts = -(-form.rows // part_rows)
     chunks = -(-form.columns // tile.M)
-    tiles = -(-form.columns // COLUMNS)
-    record.update(per_slice=matrices // form.slices, parts=parts, part_rows=part_rows, chunks=chunks, tiles=tiles)
-    record["moved"] = -(-form.columns // tile.of_apply.M)
+    record.update(per_slice=matrices // form.slices, parts=parts, part_rows=part_rows, chunks=chunks)
+    record.update(tiles=-(-form.columns // COLUMNS), moved=-(-form.columns // tile.of_apply.M))
     runs = form.outer * form.rows * form.inner
-    record["sums"] = -(-result.sums // 16) * 16  # as far apart as wide loads need
-    record["finished"] = record["sums"] + 2 * matrices * parts * form.columns
+    record["finished"] = 2 * matrices * parts * form.columns
     record["row_parts"] = record["finished"] + runs
-    result.sums = record["row_parts"] + (runs * chunks if tile.wide else 0)
-    record["root_mu"] = result.roots
-    result.roots += matrices
+    return record["row_parts"] + (runs * chunks if tile.wide else 0)
 
 
 def _grid(*axes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -257,23 +299,22 @@ def _grid(*axes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [values.ravel() for values in np.meshgrid(*axes, indexing="ij")]
 
 
-def _blocks(number: int, *values: Any) -> NDArray[np.int64]:
+def _blocks(*values: Any) -> NDArray[np.int64]:
     result = np.zeros((len(values[0]), len(BLOCK_FIELDS)), np.int64)
-    result[:, 0] = number
     for place, value in enumerate(values, start=1):
         result[:, place] = value
     return result
 
 
-def _parts(number: int, record: dict[str, int], tile: Tile) -> NDArray[np.int64]:
+def _parts(record: dict[str, int], tile: Tile) -> NDArray[np.int64]:
     """tensor, first matrix, part, chunk of columns."""
     matrices = np.arange(0, record["matrices"], tile.K)
     chunks = np.arange(-(-record["m"] // tile.M))
-    return _blocks(number, *_grid(matrices, np.arange(record["parts"]), chunks))
+    return _blocks(*_grid(matrices, np.arange(record["parts"]), chunks))
 
 
 def _columns(
-    number: int, form: Canonical, record: dict[str, int]
+    form: Canonical, record: dict[str, int]
 ) -> tuple[tuple[int, int, int], NDArray[np.int64], NDArray[np.int64]]:
     """tensor, first matrix, tile, end of the matrices, place of the partial sums; and where each slice's end.
 
@@ -282,25 +323,23 @@ def _columns(
     tiles, per_slice = record["tiles"], record["per_slice"]
     if tiles > 1:
         matrix, tile = _grid(np.arange(record["matrices"]), np.arange(tiles))
-        blocks = _blocks(number, matrix, tile, matrix + 1, np.arange(len(matrix)))
+        blocks = _blocks(matrix, tile, matrix + 1, np.arange(len(matrix)))
         return (1, 8, COLUMNS), blocks, np.arange(form.slices + 1) * per_slice * tiles
     C = _width(form.columns, COLUMNS // 2)
     K = 1 if per_slice == 1 else max(1, 1024 // C)
     slice_, first = _grid(np.arange(form.slices), np.arange(0, per_slice, K))
     end = np.minimum(first + K, per_slice) + slice_ * per_slice
-    blocks = _blocks(number, first + slice_ * per_slice, 0, end, np.arange(len(first)))
+    blocks = _blocks(first + slice_ * per_slice, 0, end, np.arange(len(first)))
     return (K, 8 if K == 1 else 1, C), blocks, np.arange(form.slices + 1) * (len(first) // form.slices)
 
 
-def _factored_slices(
-    number: int, form: Canonical, record: dict[str, int], ends: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _factored_slices(form: Canonical, record: dict[str, int], ends: NDArray[np.int64]) -> NDArray[np.int64]:
     k = np.arange(form.slices + 1) * record["per_slice"]
     q = k * record["parts"] * record["moved"]
-    return np.stack([np.full(form.slices, number), k[:-1], k[1:], ends[:-1], ends[1:], q[:-1], q[1:]], axis=1)
+    return np.stack([np.zeros(form.slices, np.int64), k[:-1], k[1:], ends[:-1], ends[1:], q[:-1], q[1:]], axis=1)
 
 
-def _flat(number: int, form: Canonical) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _flat(form: Canonical) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """tensor, first element, end, place of the sums; and the slices."""
     size = form.size // form.slices
     slice_, start = _grid(np.arange(form.slices), np.arange(0, size, FLAT))
@@ -308,12 +347,12 @@ def _flat(number: int, form: Canonical) -> tuple[NDArray[np.int64], NDArray[np.i
     index = np.arange(len(start))
     p = np.arange(form.slices + 1) * (len(start) // form.slices)
     zeros = np.zeros(form.slices, np.int64)
-    entries = np.stack([np.full(form.slices, number), zeros, zeros, p[:-1], p[1:], p[:-1], p[1:]], axis=1)
-    return _blocks(number, start + slice_ * size, end + slice_ * size, index), entries
+    entries = np.stack([np.zeros(form.slices, np.int64), zeros, zeros, p[:-1], p[1:], p[:-1], p[1:]], axis=1)
+    return _blocks(start + slice_ * size, end + slice_ * size, index), entries
 
 
-def _runs(number: int, form: Canonical) -> NDArray[np.int64]:
+def _runs(form: Canonical) -> NDArray[np.int64]:
     """tensor, first element, end, place of the sum of x²: whole blocks of 8-bit momentum, whatever the slices."""
     assert FLAT % INT8_BLOCK == 0
     start = np.arange(0, form.size, FLAT)
-    return _blocks(number, start, start + FLAT, np.arange(len(start)))
+    return _blocks(start, start + FLAT, np.arange(len(start)))
