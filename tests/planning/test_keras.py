@@ -86,6 +86,77 @@ def test_a_keras_file_says_what_is_trained(model, tmp_path):
     assert plan(tmp_path / "model.keras").usages[0].gradients == plan(model.trainable_variables).usages[0].gradients
 
 
+def adapted(rank, mode):
+    layers = keras.layers
+    model = keras.Sequential([
+        layers.Input((7,), dtype="int32"), layers.Embedding(50, 12),
+        layers.EinsumDense("abc,cde->abde", (7, 3, 5), bias_axes="de"), layers.Conv2D(6, (1, 3)), layers.Flatten(),
+        layers.Dense(9), layers.LayerNormalization(), layers.Dense(5), layers.Dense(4, use_bias=False),
+    ])  # fmt: skip
+    if mode is not None:
+        model.quantize(mode)
+    if rank:
+        for layer in model.layers:
+            if hasattr(layer, "enable_lora"):
+                layer.enable_lora(rank)
+    model.layers[-2].trainable = False
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a .quantize. method")
+@pytest.mark.parametrize("mode", [None, "int8", "int4", "float8"])
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_adapters_and_quantized_layers(rank, mode, tmp_path):
+    if mode == "float8" and rank:
+        pytest.skip("Keras does not save these")
+    model = adapted(rank, mode)
+    model.save(tmp_path / "model.keras")
+    found = plan(tmp_path / "model.keras", framework="keras")
+    assert described(found.parameters, True) == of(model.trainable_variables)
+    assert found.usages[0].state == plan(model.trainable_variables, framework="keras").usages[0].state
+
+
+@keras.saving.register_keras_serializable("adafactor-tests")
+class Block(keras.layers.Layer):
+    """A layer of one's own, whose configuration does not tell what is in it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.inner = keras.layers.Dense(4, name="inner")
+
+    def build(self, shape):
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x)
+
+
+def test_what_a_frozen_layer_contains_is_frozen(tmp_path):
+    x = keras.Input((3,))
+    model = keras.Model(x, Block(name="second")(Block(name="first", trainable=False)(x)))
+    model.save(tmp_path / "model.keras")
+    found = read(tmp_path / "model.keras")
+    assert described(found, True) == of(model.layers[2].trainable_variables)
+    assert len(described(found, False)) == 2
+
+
+@pytest.mark.parametrize("rank", [-1, 2.0, True, "4", None, [4], 2**62])
+def test_a_rank_that_is_none(rank, tmp_path):
+    adapted(2, "int4").save(tmp_path / "good.keras")
+    with zipfile.ZipFile(tmp_path / "good.keras") as good, zipfile.ZipFile(tmp_path / "bad.keras", "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            if name == "config.json":
+                content = content.replace(b'"lora_rank": 2', b'"lora_rank": ' + json.dumps(rank).encode())
+                content = content.replace(b'"equation": "abc,cde->abde"', b'"equation": "abc,,->->"')
+            bad.writestr(name, content)
+    if rank == 2**62:
+        with pytest.raises(Refused, match="of fewer than"):
+            read(tmp_path / "bad.keras")
+    else:
+        assert not [p for p in read(tmp_path / "bad.keras") if "lora" in p.name]
+
+
 def test_weights_alone(model, tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     found = read(tmp_path / "model.weights.h5")

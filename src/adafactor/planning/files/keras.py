@@ -14,13 +14,11 @@ from typing import Any, BinaryIO
 
 from adafactor.core.errors import Refused, message
 from adafactor.core.untrusted import cut, parse
+from adafactor.planning.files.keras_layers import Layer, layers
 from adafactor.planning.parameters import Parameter
 
 MAX_CONFIG = 32_000_000
 WEIGHTS = "model.weights.h5"
-
-#: Variables of a layer, counted from the end, that are not trained whatever it says.
-_STATISTICS = {"BatchNormalization": 2, "Normalization": 3}
 
 
 def open_archive(path: Path) -> list[Parameter]:
@@ -45,7 +43,7 @@ def open_archive(path: Path) -> list[Parameter]:
         start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
         if start + info.file_size > file.seek(0, io.SEEK_END):
             raise Refused(message(f"{WEIGHTS} in {name}", "inside the archive", info.file_size, damaged))
-        return _variables(Window(file, start, info.file_size), name, _layers(config))
+        return _variables(Window(file, start, info.file_size), name, layers(config))
 
 
 def open_weights(path: Path) -> list[Parameter]:
@@ -100,24 +98,7 @@ def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
     return archive.read(info)
 
 
-def _layers(config: Any) -> dict[str, tuple[str, bool] | None]:
-    """Class of every layer and whether it is trainable, by name; ``None`` where a name stands for different ones."""
-    found: dict[str, tuple[str, bool] | None] = {}
-    waiting = [config]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += value
-        elif isinstance(value, dict):
-            waiting += value.values()
-            its = value.get("config")
-            if isinstance(value.get("class_name"), str) and isinstance(its, dict) and isinstance(its.get("name"), str):
-                said = (value["class_name"], its.get("trainable") is not False)
-                found[its["name"]] = said if found.get(its["name"], said) == said else None
-    return found
-
-
-def _variables(file: Any, name: str, layers: dict[str, tuple[str, bool] | None]) -> list[Parameter]:
+def _variables(file: Any, name: str, known: dict[str, Layer]) -> list[Parameter]:
     try:
         import h5py
     except ImportError:
@@ -141,12 +122,25 @@ def _variables(file: Any, name: str, layers: dict[str, tuple[str, bool] | None])
         with h5py.File(file, "r") as opened:
             opened.visititems(visit)
             for group, members in groups.items():
-                kind, trainable = layers.get(str(opened[group].attrs.get("name", "")) if group else "") or ("", True)
+                layer = _layer_of(group, opened, known)
                 members.sort(key=lambda member: member[0])
-                last = len(members) - _STATISTICS.get(kind, 0)
                 for position, (_, p) in enumerate(members):
-                    found.append(Parameter(p.name, p.shape, p.dtype, trainable and position < last))
+                    found.append(Parameter(p.name, p.shape, p.dtype, layer.trains(position, len(members))))
+                for matrix, shape in zip("ab", layer.adapters(members[0][1].shape), strict=False):
+                    found.append(Parameter(f"{group}/lora_{matrix}", shape, "float32", layer.trainable))
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         remedy = "The file is damaged or not Keras's."
         raise Refused(message(name, f"HDF5 as Keras writes it ({cut(str(error))})", "something else", remedy)) from None
     return found
+
+
+def _layer_of(group: str, opened: Any, known: dict[str, Layer]) -> Layer:
+    """The layer whose variables are in a group ``.../vars``: its own words, or those of the layer around it."""
+    path = group
+    while path:
+        layer = known.get(str(opened[path].attrs.get("name", ""))) if path in opened else None
+        if layer is not None:
+            return layer if path == group else Layer(trainable=layer.trainable)
+        outer = path.removesuffix("/vars").rpartition("/")[0]
+        path = f"{outer}/vars" if outer else ""
+    return Layer()
