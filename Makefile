@@ -19,7 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 FILES := $(sort $(shell find src -name '*.py'))
 MODULES := $(shell echo $(FILES) | cksum | cut -d' ' -f1)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
-PYTEST := $(BIN)/python -m pytest --quiet
+# Two workers with a thread each; a file stays with one of them, for the sake of its fixtures.
+PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -48,7 +49,7 @@ test-optax: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/optax tests/engine/xla
 
 test-convert: $(VENV)/test.$(MODULES)
-	TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/convert tests/planning
+	$(PYTEST) tests/convert tests/planning
 
 # Pages, links, recipes, and the site.
 test-docs: $(VENV)/docs.$(MODULES)
@@ -56,11 +57,11 @@ test-docs: $(VENV)/docs.$(MODULES)
 
 # Once per backend: Keras reads it when it is imported.
 test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/test.$(MODULES)
-	KERAS_BACKEND=$* TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) tests/keras
+	KERAS_BACKEND=$* $(PYTEST) tests/keras
 
 # ARGS="--times 20": twenty times as many examples, kills and steps.
 test-robustness: $(VENV)/test.$(MODULES)
-	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(PYTEST) tests/robustness $(ARGS)
+	KERAS_BACKEND=torch $(PYTEST) tests/robustness $(ARGS)
 	KERAS_BACKEND=jax $(PYTEST) tests/robustness/test_keras_properties.py $(ARGS)
 
 lint: $(VENV)/lint.$(MODULES)
