@@ -11,11 +11,11 @@ FRAMEWORKS = {"jax", "jaxlib", "keras", "optax", "tensorflow", "torch", "triton"
 
 
 def imported_by(statement):
-    """The top-level modules that a fresh interpreter holds after ``statement``."""
-    code = f"import sys\n{statement}\n"
-    code += "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    """The modules that a fresh interpreter holds after ``statement``, and the packages they are in."""
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    names = set(result.stdout.split())
+    return names | {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("module", ["adafactor", "adafactor.core.factoring", "adafactor.core.reference"])
@@ -48,6 +48,17 @@ def test_the_torch_front_end_loads_torch_at_most():
 def test_the_check_of_the_torch_front_end_can_fail():
     pytest.importorskip("torch")
     assert "convert.state" in loaded_by("import adafactor.torch; import adafactor.convert")[0]
+
+
+@pytest.mark.parametrize(
+    ("front_end", "own"), [("torch", {"torch", "triton"}), ("optax", {"jax", "jaxlib", "optax"}), ("keras", None)]
+)
+def test_a_front_end_imports_neither_another_framework_nor_what_converts(front_end, own):
+    pytest.importorskip(front_end)
+    found = imported_by(f"import adafactor.{front_end}")
+    assert own is None or found & FRAMEWORKS <= own  # Keras imports its backend, and TensorFlow where there is one
+    assert f"adafactor.{front_end}" in found
+    assert not {name for name in found if name.startswith(("adafactor.convert", "adafactor.planning", "adafactor.cli"))}
 
 
 def test_adafactor_without_its_framework_is_an_error_that_shows_the_line():
