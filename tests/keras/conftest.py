@@ -27,6 +27,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "backend(*names, reason): deselect the test on other Keras backends, which lack what it tests"
     )
+    config.addinivalue_line("markers", "once: the backend has no part in it: deselect the test on all but one")
 
 
 def pytest_report_header():
@@ -35,7 +36,8 @@ def pytest_report_header():
 
 def pytest_collection_modifyitems(config, items):
     def runs(item):
-        return all(BACKEND in mark.args for mark in item.iter_markers("backend"))
+        on = [mark.args for mark in item.iter_markers("backend")] + [("jax",) for _ in item.iter_markers("once")]
+        return all(BACKEND in names for names in on)
 
     elsewhere = [item for item in items if not runs(item)]
     if elsewhere:

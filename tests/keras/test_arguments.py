@@ -68,6 +68,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("argument", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
 def test_a_refusal_says_argument_rule_value_and_remedy(argument, value):
     with pytest.raises((TypeError, ValueError)) as refusal:
@@ -81,20 +82,24 @@ def test_a_refusal_says_argument_rule_value_and_remedy(argument, value):
     assert wrong_type or not isinstance(value, str) or argument in ("relative_step", "factoring")
 
 
+@pytest.mark.once
 def test_every_argument_but_the_name_and_a_flag_is_checked():
     assert EVERYTHING.keys() - REFUSED.keys() == {"name", "use_ema"}
 
 
+@pytest.mark.once
 def test_only_one_kind_of_gradient_clipping_is_allowed():
     with pytest.raises(ValueError, match="Only one of"):
         Adafactor(clipnorm=1.0, clipvalue=1.0)
 
 
+@pytest.mark.once
 def test_an_unknown_argument_is_refused():
     with pytest.raises(ValueError, match="not recognized"):
         Adafactor(beta_3=0.5)
 
 
+@pytest.mark.once
 def test_the_first_arguments_are_keras_own_in_its_order():
     import inspect
 
@@ -104,6 +109,7 @@ def test_the_first_arguments_are_keras_own_in_its_order():
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) : -1])
 
 
+@pytest.mark.once
 def test_hyperparameters_are_attributes_that_cannot_be_set_by_mistake():
     optimizer = Adafactor(clip_threshold=2.0)
     assert optimizer.clip_threshold == optimizer.hyperparameters.clip_threshold == 2.0
@@ -125,6 +131,7 @@ def round_trips():
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", round_trips())
 @pytest.mark.parametrize("factoring", ["smallest", rows_are_all_but_the_last], ids=["policy", "callable"])
 def test_a_configuration_makes_an_equal_optimizer(way, factoring):
@@ -145,17 +152,20 @@ def test_a_schedule_survives_its_configuration():
     assert float(again.learning_rate) == 0.5
 
 
+@pytest.mark.once
 def test_an_optimizer_is_found_by_its_registered_name():
     assert type(keras.optimizers.get("adafactor>Adafactor")) is Adafactor
     assert type(keras.optimizers.get("adafactor")) is keras.optimizers.Adafactor
 
 
+@pytest.mark.once
 def test_a_configuration_of_keras_own_adafactor_is_understood():
     config = keras.optimizers.Adafactor(0.5, clip_threshold=2.0, name="theirs").get_config()
     optimizer = Adafactor.from_config(config)
     assert (float(optimizer.learning_rate), optimizer.clip_threshold, optimizer.name) == (0.5, 2.0, "theirs")
 
 
+@pytest.mark.once
 def test_names_are_picked_like_those_of_keras():
     first, second, named = Adafactor(), Adafactor(), Adafactor(name="mine")
     assert (first.name, second.name, named.name) == ("adafactor", "adafactor_1", "mine")
@@ -261,6 +271,7 @@ ONE = {
 NUMBERS = {name: value for name, value in EVERYTHING.items() if isinstance(value, float)}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ONE)
 def test_numbers_may_be_numpys_and_the_configuration_has_pythons(kind):
     given = {name: ONE[kind](value) for name, value in NUMBERS.items()}

@@ -146,6 +146,7 @@ BAD = {
 }
 
 
+@pytest.mark.once
 @both
 @pytest.mark.parametrize(("argument", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_the_constructor_refuses_what_makes_no_sense(cls, right, argument, value):
@@ -158,6 +159,7 @@ def test_the_constructor_refuses_what_makes_no_sense(cls, right, argument, value
     assert repr(value) in str(refusal.value)
 
 
+@pytest.mark.once
 @both
 @pytest.mark.parametrize("rate", [-0.1, math.nan, math.inf])
 def test_the_learning_rate_must_be_a_finite_number_from_0(cls, right, rate):

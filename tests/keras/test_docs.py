@@ -18,6 +18,7 @@ def test_every_block_runs(page, tmp_path):
     pages.run(page, tmp_path)
 
 
+@pytest.mark.once
 def test_the_table_of_kept_numbers_is_right():
     from adafactor import layout
 

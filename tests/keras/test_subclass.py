@@ -49,9 +49,9 @@ def test_an_update_step_that_changes_nothing_changes_nothing(options):
     assert_close(trained(rated(Adafactor, 1.0)(**options)), trained(Adafactor(**options)))
 
 
-@pytest.mark.parametrize("options", [OPTIONS[name] for name in OPTIONS if name != "momentum"], ids=str)
-def test_a_subclass_of_ours_is_one_of_keras_own(options):
-    options = {"learning_rate": 0.1} | options
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "momentum"])
+def test_a_subclass_of_ours_is_one_of_keras_own(name):
+    options = {"learning_rate": 0.1} | OPTIONS[name]
     ours = rated(Adafactor, 0.25)(**options, relative_step="always")
     assert_close(trained(ours), trained(rated(keras.optimizers.Adafactor, 0.25)(**options)))
 
