@@ -24,13 +24,6 @@ Shapes = Mapping[str, Shape]
 Chooser = Callable[[Shape], Layout]
 
 
-def kept(its_layout: Layout) -> dict[str, Shape]:
-    """The axes that every statistic has, in order."""
-    every = range(len(its_layout.shape))
-    gone = {"row": its_layout.columns, "column": its_layout.rows}
-    return {slot: tuple(axis for axis in every if axis not in gone.get(slot, ())) for slot in its_layout.slots}
-
-
 def estimate(parameter: Parameter) -> Array:
     """The second moment of every element, float64: row × column / mean (0 where the mean is 0), or as it is."""
     if not parameter.layout.factored:
@@ -60,7 +53,7 @@ def fitted(parameter: Parameter, wanted: Layout, report: Report) -> Parameter:
             "the target's file does not tell batch axes: tell its optimizer, or clipping and parameter scale are taken "
             "over whole parameters"
         )
-    have, want = kept(parameter.layout), kept(wanted)
+    have, want = ({slot: its.keeps(slot) for slot in its.slots} for its in (parameter.layout, wanted))
     if have == want:
         report.changes.append(Change(parameter.name, "kept"))
         return replace(parameter, layout=wanted)
@@ -100,7 +93,6 @@ def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -
     old = parameter.layout
     rows, columns, batch = (tuple(sorted(place[axis] for axis in axes)) for axes in (old.rows, old.columns, old.batch))
     new = Layout(tuple(old.shape[axis] for axis in permutation), rows, columns, batch)
-    axes_of = {**kept(old), "momentum": tuple(range(rank))}
     lost = [slot for slot, value in parameter.extra.items() if value.shape != parameter.shape]
     if parameter.momentum is not None and (parameter.momentum.shape != old.shape or "momentum_scale" in lost):
         lost.append("momentum")
@@ -110,7 +102,7 @@ def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -
     slots = {}
     for slot, value in parameter.slots.items():
         if slot not in lost:
-            axes = axes_of.get(slot, tuple(range(rank)))
+            axes = old.keeps(slot)
             order = [axes.index(axis) for axis in permutation if axis in axes]
             slots[slot] = np.ascontiguousarray(value.transpose(order)) if order else value
     return rows_first(replace(parameter, layout=new, slots=slots))

@@ -69,12 +69,12 @@ class Layout:
     @cached_property
     def row_shape(self) -> Shape:
         """Shape of the row statistic: the parameter's without its column axes."""
-        return tuple(n for axis, n in enumerate(self.shape) if axis not in self.columns)
+        return tuple(self.shape[axis] for axis in self.keeps("row"))
 
     @cached_property
     def column_shape(self) -> Shape:
         """Shape of the column statistic: the parameter's without its row axes."""
-        return tuple(n for axis, n in enumerate(self.shape) if axis not in self.rows)
+        return tuple(self.shape[axis] for axis in self.keeps("column"))
 
     @cached_property
     def n(self) -> int:
@@ -102,6 +102,15 @@ class Layout:
         if self.factored:
             return {"row": self.row_shape, "column": self.column_shape}
         return {"second_moment": self.shape}
+
+    def lacks(self, slot: str) -> Shape:
+        """The axes that a statistic is a mean over; whatever else is kept of a parameter lacks none."""
+        return {"row": self.columns, "column": self.rows}.get(slot, ())
+
+    def keeps(self, slot: str) -> Shape:
+        """The other axes, in order."""
+        lacks = self.lacks(slot)
+        return tuple(axis for axis in range(len(self.shape)) if axis not in lacks)
 
     @property
     def state_size(self) -> int:

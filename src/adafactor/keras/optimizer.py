@@ -203,12 +203,13 @@ class Adafactor(keras.optimizers.Optimizer):
 
     def _add_statistic(self, variable: Any, name: str, its_layout: Layout) -> Any:
         slots = its_layout.slots | {"momentum": its_layout.shape}
-        axes = {"row": its_layout.columns, "column": its_layout.rows}.get(name, ())
         with self._beside(variable):
             return self.add_variable(
                 shape=slots[name],
                 dtype=statistics_dtype(variable),
-                layout=reduced_layout(getattr(variable, "_layout", None), len(its_layout.shape), axes),
+                layout=reduced_layout(
+                    getattr(variable, "_layout", None), len(its_layout.shape), its_layout.lacks(name)
+                ),
                 name=f"{path_of(variable).replace('/', '_')}_{name}",
             )
 

@@ -256,7 +256,7 @@ def _removed(its_layout: Layout, name: str) -> Shape | None:
     """The parameter's axes that a part of the state lacks, ``None`` where there is no such part."""
     if name in SLOTS and name not in its_layout.slots:
         return None
-    return {"row": its_layout.columns, "column": its_layout.rows, "diagnostics": its_layout.whole}.get(name, ())
+    return its_layout.whole if name == "diagnostics" else its_layout.lacks(name)
 
 
 def _zeros(leaf: Any, dtype: Any, removed: Shape, sharding: Any) -> jax.Array:

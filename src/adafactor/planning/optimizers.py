@@ -216,11 +216,10 @@ class Adafactor(Optimizer):
         if self.framework == "torch" and not parameter.size:
             return {}  # it leaves empty tensors alone
         roles, itemsize = self.layout(parameter), 8 if parameter.dtype == "float64" else 4
-        gone = {"row": roles.columns, "column": roles.rows}
         found = {"step": 8} if self.framework == "torch" else {}
         for name, shape in roles.slots.items():
             # Dimension 0 is split where the statistic keeps it; a statistic that does not is replicated.
-            local: Shape = shape if 0 in gone.get(name, ()) else local_shape(shape, shards)
+            local: Shape = shape if 0 in roles.lacks(name) else local_shape(shape, shards)
             found[name] = itemsize * math.prod(local)
         if self.momentum is not None:
             size = parameter.local(shards).size

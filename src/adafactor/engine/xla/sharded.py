@@ -89,11 +89,7 @@ def measure(
         ]
 
     def statistics(layout: Layout, spec: PartitionSpec) -> dict[str, PartitionSpec]:
-        gone = {"row": layout.columns, "column": layout.rows}
-        return {
-            name: PartitionSpec(*(entry for axis, entry in enumerate(spec) if axis not in gone.get(name, ())))
-            for name in layout.slots
-        }
+        return {name: PartitionSpec(*(spec[axis] for axis in layout.keeps(name))) for name in layout.slots}
 
     def factors(layout: Layout, spec: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
         gone = (layout.columns, layout.rows if layout.factored else layout.whole)

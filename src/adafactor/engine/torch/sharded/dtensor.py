@@ -76,15 +76,9 @@ def statistic(local: Tensor, param: DTensor, shape: Shape, axes: Sequence[int]) 
     return made
 
 
-def kept_axes(roles: Layout, slot: str) -> tuple[int, ...]:
-    """The parameter's axes that a statistic keeps."""
-    reduced = {"row": roles.columns, "column": roles.rows}.get(slot, ())
-    return tuple(axis for axis in range(len(roles.shape)) if axis not in reduced)
-
-
 def adopt(value: Tensor, param: DTensor, roles: Layout, slot: str, dtype: torch.dtype) -> DTensor:
     """A loaded statistic or momentum, whole or sharded in whatever way, as ``param`` needs it. Copies."""
-    part, axes = placement_of(param, roles).part, kept_axes(roles, slot)
+    part, axes = placement_of(param, roles).part, roles.keeps(slot)
     shape = tuple(roles.shape[axis] for axis in axes)
     local = torch.empty(tuple(part.shape[axis] for axis in axes), dtype=dtype, device=param.to_local().device)
     wanted = statistic(local, param, shape, axes)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout
 from adafactor.engine.torch import eager
-from adafactor.engine.torch.sharded.dtensor import kept_axes, placement_of, statistic
+from adafactor.engine.torch.sharded.dtensor import placement_of, statistic
 from adafactor.engine.torch.sharded.placement import Placement
 from adafactor.engine.torch.work import Settings, Work, math_dtype
 
@@ -81,7 +81,7 @@ class Shard:
             dtype = w.settings.momentum_dtype or dtype
         elif slot == "residual":
             dtype = torch.bfloat16
-        axes = kept_axes(roles, slot)
+        axes = roles.keeps(slot)
         local = torch.zeros([part.shape[axis] for axis in axes], dtype=dtype, device=device)
         return statistic(local, self.param, tuple(roles.shape[axis] for axis in axes), axes)
 
