@@ -17,7 +17,7 @@ not exist is an array of shape (1,) there, and ``None`` here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,135 +30,111 @@ from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles,
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
+from adafactor.convert.trees import Flat, Tree, array, flat, grafted, joined, plain, put
 from adafactor.core.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X, in_our_words, largest_two
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Factored, Layout, Shape, layout
 from adafactor.core.files import PathLike, replacing
 from adafactor.core.untrusted import reading
 
-Tree = Any
-Flat = dict[str, Any]  # leaves by path
-
-_OURS = ("count", "row", "column", "second_moment")  # and momentum, where there is one
-_THEIRS = ("count", "v_row", "v_col", "v")
-_T5X_SLOTS = ("v_row", "v_col", "v", "m")
+_STATISTICS = ("row", "column", "second_moment")
+_COUNTS = ({"count"}, {"count", "ema"})  # members of optax's chain beside the statistics
 
 
 @dataclass
 class _Found:
-    """Where a tree keeps what. ``slots`` has the leaves by our name of the slot and the parameter's path."""
+    """Where a tree keeps what.
+
+    Attributes:
+        format: whose tree it is.
+        slots: leaves by our name of the slot and the parameter's path.
+        paths: where in the whole tree each of them is.
+        counts: where the counts are, which are all the same; the first is the state's own.
+        params: parameters by path, where the tree has them.
+        rates: hyperparameters that are in the tree, with where they are.
+    """
 
     format: str
-    count: Any
-    slots: dict[str, Flat]
+    slots: dict[str, Flat] = field(default_factory=dict)
+    paths: dict[str, dict[str, str]] = field(default_factory=dict)
+    counts: list[str] = field(default_factory=list)
+    count: Any = None
     params: Flat = field(default_factory=dict)
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, tuple[str, Any]] = field(default_factory=dict)
 
-
-# -- trees as nested dictionaries --------------------------------------------------------------------------------------
-
-
-def plain(tree: Tree) -> Any:
-    """A pytree as ``flax.serialization.to_state_dict`` has it: dictionaries, lists by their indices as text."""
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return {name: plain(getattr(tree, name)) for name in tree._fields}
-    if isinstance(tree, list | tuple):
-        return {str(index): plain(value) for index, value in enumerate(tree)}
-    if isinstance(tree, Mapping):
-        return {str(name): plain(value) for name, value in tree.items()}
-    if tree is None or isinstance(tree, bool | int | float | str | np.ndarray | np.generic):
-        return tree
-    if hasattr(tree, "__array__"):
-        return _array(tree)
-    import jax
-
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)[0]
-    if len(leaves) == 1 and not leaves[0][0]:
-        return tree  # a leaf of a kind that nobody here knows
-    nested: dict[str, Any] = {}
-    for path, leaf in leaves:
-        _put(nested, jax.tree_util.keystr(path, simple=True, separator="/"), plain(leaf))
-    return nested
-
-
-def _put(nested: dict[str, Any], path: str, value: Any) -> None:
-    *folders, last = path.split("/")
-    for folder in folders:
-        nested = nested.setdefault(folder, {})
-    nested[last] = value
-
-
-def _flat(tree: Any, prefix: str = "", stop: Callable[[Any], bool] = lambda value: False) -> Flat:
-    """Leaves by path; ``None`` counts as one."""
-    if not isinstance(tree, Mapping) or stop(tree):
-        return {prefix: tree}
-    found: Flat = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{prefix}/{name}" if prefix else str(name), stop)
-    return found
-
-
-def _array(value: Any) -> Array:
-    if not getattr(value, "is_fully_addressable", True):
-        remedy = "Gather it with jax.experimental.multihost_utils.process_allgather(state, tiled=True)."
-        raise Refused(message("an array", "on this process as a whole", str(value.sharding), remedy))
-    return np.asarray(value)
+    def add(self, slot: str, tree: Any, path: str) -> None:
+        """A slot that is a tree like the parameters'."""
+        self.slots[slot] = flat(tree)
+        self.paths[slot] = {name: joined(path, name) for name in self.slots[slot]}
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-def _states(tree: Any, params: Flat, hyperparameters: dict[str, Any]) -> Iterator[tuple[_Found, dict[str, Any]]]:
-    """Every Adafactor state in a plain tree, and the dictionary that holds it."""
+def _states(tree: Any, path: str, around: _Found) -> Iterator[_Found]:
+    """Every Adafactor state in a plain tree. ``around`` holds the parameters, counts and rates found on the way."""
     if not isinstance(tree, Mapping):
         return
     for word in ("params", "target"):
         if isinstance(tree.get(word), Mapping):
-            params = _flat(tree[word])
+            around = replace(around, params=flat(tree[word]))
     if isinstance(tree.get("hyperparams"), Mapping):
-        hyperparameters = {name: value for name, value in tree["hyperparams"].items() if np.ndim(value) == 0}
-    if set(_OURS) <= set(tree):
-        slots = {slot: _flat(tree[slot]) for slot in _OURS[1:]}
-        if tree.get("momentum") is not None:
-            slots["momentum"] = _flat(tree["momentum"])
-        yield _Found(OUR_OPTAX, tree["count"], slots, params, hyperparameters), dict(tree)
+        at = joined(path, "hyperparams")
+        rates = {name: (joined(at, name), value) for name, value in tree["hyperparams"].items() if np.ndim(value) == 0}
+        counts = [*around.counts, *([joined(path, "count")] if {"count", "inner_state"} <= set(tree) else [])]
+        around = replace(around, rates=rates, counts=counts)
+    if {"count", *_STATISTICS} <= set(tree):
+        found = _found(OUR_OPTAX, tree, path, around)
+        for slot in (*_STATISTICS, *(["momentum"] if tree.get("momentum") is not None else [])):
+            found.add(slot, tree[slot], joined(path, slot))
+        yield found
         return
     if "param_states" in tree and "step" in tree:
-        leaves = _flat(tree["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
-        by_slot = {slot: {path: each[word] for path, each in leaves.items()} for slot, word in _t5x_words(leaves)}
-        yield _Found(T5X, tree["step"], by_slot, params), dict(tree)
+        found, at = _found(T5X, tree, path, around, "step"), joined(path, "param_states")
+        leaves = flat(tree["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
+        _check_t5x(leaves)
+        for word, slot in FORMATS[T5X].slots.items():
+            found.slots[slot] = {name: each[word] for name, each in leaves.items()}
+            found.paths[slot] = {name: joined(at, name, word) for name in leaves}
+        yield found
         return
-    chain = [value for value in tree.values() if isinstance(value, Mapping)]
-    for value in chain:
-        if set(_THEIRS) <= set(value):
-            slots = {"row": _flat(value["v_row"]), "column": _flat(value["v_col"]), "second_moment": _flat(value["v"])}
-            averages = [each["ema"] for each in chain if set(each) == {"count", "ema"}]
-            if averages:
-                slots["momentum"] = _flat(averages[0])
-            yield _Found(OPTAX, value["count"], slots, params, hyperparameters), dict(tree)
+    chain = {name: value for name, value in tree.items() if isinstance(value, Mapping)}
+    words = FORMATS[OPTAX].slots
+    for name, value in chain.items():
+        if {"count", *(word for word, slot in words.items() if slot != "momentum")} <= set(value):
+            found = _found(OPTAX, value, joined(path, name), around)
+            for other, each in chain.items():
+                if set(each) in _COUNTS:
+                    found.counts.append(joined(path, other, "count"))
+                for word in set(each) & set(words) if each is value or set(each) == _COUNTS[1] else ():
+                    found.add(words[word], each[word], joined(path, other, word))
+            yield found
         else:
-            yield from _states(value, params, hyperparameters)
+            yield from _states(value, joined(path, name), around)
 
 
-def _t5x_words(leaves: Flat) -> list[tuple[str, str]]:
+def _found(format: str, tree: Mapping[str, Any], path: str, around: _Found, word: str = "count") -> _Found:
+    counts = [joined(path, word), *around.counts]
+    return _Found(format, counts=counts, count=tree[word], params=around.params, rates=around.rates)
+
+
+def _check_t5x(leaves: Flat) -> None:
+    words = FORMATS[T5X].slots
     for path, each in leaves.items():
-        if not isinstance(each, Mapping) or not set(_T5X_SLOTS) <= set(each):
-            raise Refused(
-                message(f"the state of {path}", f"with {', '.join(_T5X_SLOTS)}", each, "It is not Adafactor's.")
-            )
-        for word in _T5X_SLOTS:
+        if not isinstance(each, Mapping) or not set(words) <= set(each):
+            raise Refused(message(f"the state of {path}", f"with {', '.join(words)}", each, "It is not Adafactor's."))
+        for word in words:
             if not hasattr(each[word], "shape"):
                 remedy = "T5X keeps large arrays in files beside; restore the checkpoint with T5X and pass its tree."
                 raise Refused(message(f"{word} of {path}", "an array", type(each[word]).__name__, remedy))
-    return list(zip(("row", "column", "second_moment", "momentum"), _T5X_SLOTS, strict=True))
 
 
 def _find(tree: Any) -> _Found:
-    found = list(_states({"": tree}, {}, {}))
+    found = list(_states({"": tree}, "", _Found("")))
     if len(found) != 1:
         remedy = "Pass the one optimizer state; parts behind optax.partition one by one."
         raise Refused(message("the tree", "with the state of one Adafactor", f"{len(found)} of them", remedy))
-    return found[0][0]
+    return found[0]
 
 
 def format_of(tree: Tree) -> str:
@@ -220,25 +196,25 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
         source = load(source)
     with reading("the tree", "a state of Adafactor"):
         found = _find(plain(source))
-        count = int(_array(found.count))
+        count = int(array(found.count))
         parameters = []
         for name in found.slots["second_moment"]:
             leaves = {slot: found.slots[slot].get(name) for slot in found.slots}
             if any(leaf is not None for leaf in leaves.values()):
                 parameters.append(_read_one(found, name, leaves, count, shapes, axes))
-    own = {name: np.asarray(value).item() for name, value in found.hyperparameters.items()}
+    own = {name: np.asarray(value).item() for name, (_, value) in found.rates.items()}
     return State(tuple(parameters), (in_our_words(found.format, own),), "jax", found.format)
 
 
 def _read_one(
     found: _Found, name: str, leaves: Mapping[str, Any], count: int, shapes: Shapes | None, axes: Axes | None
 ) -> Parameter:
-    slots = {slot: _array(leaf) for slot, leaf in leaves.items() if leaf is not None}
+    slots = {slot: array(leaf) for slot, leaf in leaves.items() if leaf is not None}
     dtype, rms = None, None
     shape = tuple(shapes[name]) if shapes is not None and name in shapes else None
     param = found.params.get(name)
     if param is not None and hasattr(param, "shape"):
-        values = _array(param)
+        values = array(param)
         shape, dtype = values.shape, str(values.dtype)
         rms = rms_of(values)
     momentum = slots.pop("momentum", None)
@@ -319,7 +295,8 @@ def write(
         template = _make(state, format, own)
         found = _find(plain(template))
     known = state.named()
-    filled: dict[str, Flat] = {slot: {} for slot in found.slots}
+    filled: Flat = dict.fromkeys(found.counts, count)
+    filled |= {at: own[name] for name, (at, _) in found.rates.items() if isinstance(own.get(name), int | float)}
     for name in known:
         new = _write_one(known[name], found, group, report)
         for slot, leaves in found.slots.items():
@@ -334,14 +311,14 @@ def write(
                 )
             if value.dtype.itemsize > old.dtype.itemsize:
                 report.note(f"{format} keeps statistics or momentum in {old.dtype.name}: they are rounded", lossy=True)
-            filled[slot][name] = value.astype(old.dtype)
+            filled[found.paths[slot][name]] = value.astype(old.dtype)
         if "momentum" in new and "momentum" not in found.slots:
             report.dropped("Momentum", [name], "the template has none")
         kept = found.slots.get("momentum", {}).get(name)
         if "momentum" not in new and kept is not None and not (found.format == T5X and _placeholder(np.asarray(kept))):
             report.dropped("Momentum", [name], adapt.STARTS)
-    new = _members({"": template}, _New(found.format, filled, count, own))[""]
-    if int(_array(_find(plain(new)).count)) != count:
+    new = grafted(template, filled)
+    if int(array(_find(plain(new)).count)) != count:
         raise Refused(
             message(
                 "the template", "of tuples and dictionaries", type(template).__name__, "Pass the optimizer's state."
@@ -389,7 +366,7 @@ def _make(state: State, format: str, own: Mapping[str, Any]) -> Any:
     if format == T5X:
         states: dict[str, Any] = {}
         for parameter in state.parameters:
-            _put(states, parameter.name, _t5x_zeros(parameter, int(own.get("min_dim_size_to_factor", 128))))
+            put(states, parameter.name, _t5x_zeros(parameter, int(own.get("min_dim_size_to_factor", 128))))
         return {"state": {"step": np.zeros((), np.int32), "param_states": states}}
     import jax
     import optax
@@ -400,7 +377,7 @@ def _make(state: State, format: str, own: Mapping[str, Any]) -> Any:
     for parameter in state.parameters:
         wide = any(value.dtype == np.float64 for value in parameter.statistics.values())
         dtype = np.float64 if wide else np.float32
-        _put(params, parameter.name, jax.ShapeDtypeStruct(parameter.shape, dtype))
+        put(params, parameter.name, jax.ShapeDtypeStruct(parameter.shape, dtype))
     arguments = {name: value for name, value in own.items() if name != "factoring" and value is not None}
     for word in ("clipping_threshold", "learning_rate"):  # whose None means something
         if word in own:
@@ -439,123 +416,6 @@ def _t5x_zeros(parameter: Parameter, least: int) -> dict[str, Array]:
     if own.factored:
         return {**zeros, "v_row": np.zeros(own.row_shape, np.float32), "v_col": np.zeros(own.column_shape, np.float32)}
     return {**zeros, "v": np.zeros(parameter.shape, np.float32)}
-
-
-@dataclass(frozen=True)
-class _New:
-    """What goes into a template: the format, leaves by slot and path, the count, hyperparameters in its words."""
-
-    format: str
-    filled: Mapping[str, Flat]
-    count: int
-    own: Mapping[str, Any]
-
-
-def _replaced(tree: Any, new: _New) -> Any:
-    """The tree with its one Adafactor state replaced; its structure, and everything else in it, stays."""
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        names: Sequence[Any] = tree._fields
-        values = {name: getattr(tree, name) for name in names}
-        return type(tree)(**_members(values, new))
-    if isinstance(tree, list | tuple):
-        members = _members({str(index): value for index, value in enumerate(tree)}, new)
-        return type(tree)(members.values())
-    if isinstance(tree, Mapping):
-        return _same_kind(tree, _members(dict(tree), new))
-    if hasattr(tree, "replace") and hasattr(tree, "opt_state"):  # a flax TrainState
-        return type(tree).replace(tree, opt_state=_replaced(tree.opt_state, new))
-    return tree
-
-
-def _same_kind(tree: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
-    kind: Any = type(tree)
-    return members if kind is dict else kind(members)
-
-
-def _members(values: dict[Any, Any], new: _New) -> dict[Any, Any]:
-    keys = set(values)
-    if new.format == OUR_OPTAX and set(_OURS) <= keys:
-        slots = {
-            slot: _graft(values[slot], new.filled[slot]) for slot in (*_OURS[1:], "momentum") if slot in new.filled
-        }
-        return {**values, **slots, "count": _counter(values["count"], new.count)}
-    if new.format == T5X and {"param_states", "step"} <= keys:
-        leaves = _flat(values["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
-        states: dict[str, Any] = {}
-        for path, each in leaves.items():
-            _put(
-                states, path, {word: new.filled[slot].get(path, each[word]) for slot, word in _t5x_words({path: each})}
-            )
-        return {**values, "param_states": states, "step": _counter(values["step"], new.count)}
-    if new.format == OPTAX and any(set(_THEIRS) <= set(_fields(value)) for value in values.values()):
-        return {name: _link(value, new) for name, value in values.items()}
-    members = {name: _replaced(value, new) for name, value in values.items()}
-    if {"count", "hyperparams", "inner_state"} <= keys:  # optax.inject_hyperparams
-        told = {name: value for name, value in new.own.items() if isinstance(value, int | float)}
-        known = {name: _like(old, np.asarray(told[name], np.asarray(old).dtype)) if name in told else old
-                 for name, old in values["hyperparams"].items()}  # fmt: skip
-        return {**members, "hyperparams": known, "count": _counter(values["count"], new.count)}
-    return members
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: getattr(value, name) for name in value._fields}
-    return dict(value) if isinstance(value, Mapping) else {}
-
-
-def _link(value: Any, new: _New) -> Any:
-    """One member of optax's chain: every one that counts, counts alike."""
-    fields = _fields(value)
-    changed = dict(fields)
-    if set(_THEIRS) <= set(fields):
-        for word, slot in zip(_THEIRS[1:], ("row", "column", "second_moment"), strict=True):
-            changed[word] = _graft(fields[word], new.filled[slot])
-    elif set(fields) == {"count", "ema"}:
-        changed["ema"] = _graft(fields["ema"], new.filled["momentum"])
-    elif set(fields) != {"count"}:
-        return value
-    changed["count"] = _counter(fields["count"], new.count)
-    return type(value)(**changed) if isinstance(value, tuple) else changed
-
-
-def _counter(old: Any, count: int) -> Any:
-    return _like(old, np.asarray(count, np.asarray(old).dtype))
-
-
-def _like(old: Any, value: Array) -> Any:
-    """An array of the kind of the old one: JAX's, where it was, or NumPy's."""
-    if hasattr(old, "sharding"):
-        import jax
-
-        return jax.device_put(value, old.sharding)
-    return value
-
-
-def _graft(tree: Any, leaves: Flat) -> Any:
-    """The tree with new leaves by path."""
-    if isinstance(tree, Mapping) and type(tree) is dict:
-        return _graft_dict(tree, leaves, "")
-    import jax
-
-    structure: Any
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
-    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
-    return structure.unflatten([_like(leaf, leaves[name]) if name in leaves else leaf for name, leaf in named])
-
-
-def _graft_dict(tree: dict[Any, Any], leaves: Flat, prefix: str) -> dict[Any, Any]:
-    new = {}
-    for name, value in tree.items():
-        path = f"{prefix}/{name}" if prefix else str(name)
-        new[name] = (
-            _graft_dict(value, leaves, path)
-            if type(value) is dict
-            else _like(value, leaves[path])
-            if path in leaves
-            else value
-        )
-    return new
 
 
 def save(tree: Tree, path: PathLike) -> None:
