@@ -12,6 +12,7 @@ from adafactor.convert import jax as jax_files
 from adafactor.convert import keras as keras_files
 from adafactor.convert import state
 from adafactor.convert import torch as torch_files
+from adafactor.convert.keras_order import order_of
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter, State
 from adafactor.core.errors import Refused
@@ -111,9 +112,9 @@ def test_accumulators_do_not_tell_how_many_gradients_make_an_update():
     saved = keras_files.load(optimizer)
     saved.config.clear()
     with pytest.raises(Refused, match=r"got '2 of them'. .* tell use_ema, gradient_accumulation_steps and factoring"):
-        keras_files._order(saved, None)
+        order_of(saved, None)
     saved.config["use_ema"] = False
-    order = keras_files._order(saved, None)
+    order = order_of(saved, None)
     with pytest.raises(Refused, match="gradient_accumulation_steps must be known, got None"):
         keras_files._accumulated(saved, order)
 

@@ -14,12 +14,10 @@ file pass the shapes, in order. Keras's own files tell their shapes: its paramet
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +25,18 @@ import numpy as np
 
 from adafactor.convert import adapt
 from adafactor.convert.axes import Axes, Shapes, fitted, rms_of
+from adafactor.convert.keras_order import ACCUMULATOR, AVERAGE, STEPS, Order, Saved, order_of
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
-from adafactor.core.dialects import KERAS, OUR_KERAS, in_our_words, last_two
+from adafactor.core.dialects import in_our_words
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import Factored, Layout, Shape, layout
+from adafactor.core.factoring import Shape
 from adafactor.core.files import PathLike, replacing
 from adafactor.core.untrusted import check_zip, reading
 
 VERSION_KEY = "state_version"
 _VARS, _WEIGHTS, _CONFIG = "optimizer/vars", "model.weights.h5", "config.json"
-#: Slots for what Keras's base class keeps of every variable.
-AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
-_STEPS = "gradient_accumulation_steps"
-
-
-@dataclass
-class Saved:
-    """The optimizer part of a live optimizer or a file: arrays by position, and what is known of them."""
-
-    ours: bool
-    values: list[Array]
-    config: dict[str, Any]
-    variables: list[tuple[str, Shape]] | None = None
-    dtypes: list[str] = field(default_factory=list)
-    rms: list[float | None] = field(default_factory=list)
-
-    @property
-    def format(self) -> str:
-        return OUR_KERAS if self.ours else KERAS
-
-
-@dataclass
-class _Member:
-    """A trainable variable, and the positions of its state."""
-
-    name: str
-    layout: Layout
-    slots: dict[str, int]
-
-
-@dataclass
-class _Order:
-    """Which position is what."""
-
-    members: list[_Member]
-    learning_rate: int | None
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -192,101 +155,6 @@ def _numpy(variable: Any) -> Array:
     return np.array(keras.ops.convert_to_numpy(variable))
 
 
-# -- positions ---------------------------------------------------------------------------------------------------------
-
-
-def _order(saved: Saved, axes: Axes | None) -> _Order:
-    """Which position is what: the one reading that fits every shape.
-
-    Raises:
-        Refused: no reading fits, or several do.
-    """
-    found = list(_orders(saved, axes))
-    if not found and saved.ours and saved.variables is None:
-        remedy = "Pass the shapes of the model's trainable variables, in order (--shapes)."
-        raise Refused(message("a file of adafactor.keras without a model", "read with shapes", None, remedy))
-    if len(found) != 1:
-        remedy = f"Check the shapes and their order; tell use_ema, {_STEPS} and factoring (--set), or --axes."
-        got = f"{len(found)} of them"
-        raise Refused(
-            message(f"the {len(saved.values)} variables of the optimizer", "readable in one way", got, remedy)
-        )
-    return found[0]
-
-
-def _orders(saved: Saved, axes: Axes | None) -> Iterator[_Order]:
-    config = saved.config
-    # Options that the configuration does not tell are tried.
-    rates = [0, 1] if "learning_rate" not in config else [int(isinstance(config["learning_rate"], int | float))]
-    averages = [0, 1] if "use_ema" not in config else [int(bool(config["use_ema"]))]
-    accumulators = [int(bool(config[_STEPS]))] if _STEPS in config else [0, 1]
-    momenta = [0, 1] if "beta_1" not in config else [int(bool(config["beta_1"]))]
-    variables = saved.variables
-    if not saved.ours:
-        momenta = [0]
-        variables = variables if variables is not None else _shapes_of_theirs(saved.values)
-    if variables is None:
-        return
-    for rate, average, accumulator, momentum in itertools.product(rates, averages, accumulators, momenta):
-        order = _Order([], 1 if rate else None)
-        position = 1 + rate
-        extra: list[dict[str, int]] = [{} for _ in variables]
-        for slot, there in ((AVERAGE, average), (ACCUMULATOR, accumulator)):
-            for index in range(len(variables) if there else 0):
-                extra[index][slot] = position
-                position += 1
-        for (name, shape), slots in zip(variables, extra, strict=True):
-            if saved.ours:
-                its_layout = _layout(config, name, shape, axes)
-                words_here = [*its_layout.slots, *(["momentum"] if momentum else [])]
-            else:
-                its_layout = last_two(shape)
-                words_here = ["row", "column", ""] if its_layout.factored else ["", "", "second_moment"]
-            own = {slot: position + offset for offset, slot in enumerate(words_here) if slot}
-            position += len(words_here)
-            order.members.append(_Member(name, its_layout, {**own, **slots}))
-        if position == len(saved.values) and _fits(order, saved.values):
-            yield order
-
-
-def _fits(order: _Order, values: Sequence[Array]) -> bool:
-    if values[0].shape != () or (order.learning_rate is not None and values[1].shape != ()):
-        return False
-    for member in order.members:
-        shapes = {**member.layout.slots}
-        if any(values[at].shape != shapes.get(slot, member.layout.shape) for slot, at in member.slots.items()):
-            return False
-    return True
-
-
-def _shapes_of_theirs(values: Sequence[Array]) -> list[tuple[str, Shape]] | None:
-    """From the end backwards: r, c and velocity tell the shape of their variable."""
-    shapes: list[Shape] = []
-    end = len(values)
-    while end >= 3:
-        row, column, velocity = values[end - 3 : end]
-        shape = velocity.shape
-        if len(shape) >= 2:
-            fits = row.shape == shape[:-1] and column.shape == (*shape[:-2], shape[-1])
-        else:
-            fits = row.shape == column.shape == () and row.dtype.kind == column.dtype.kind == "i"
-        if not fits or (end == 3 and not shape):
-            break
-        shapes.insert(0, shape)
-        end -= 3
-    return [(str(number), shape) for number, shape in enumerate(shapes)] or None
-
-
-def _layout(config: Mapping[str, Any], name: str, shape: Shape, axes: Axes | None) -> Layout:
-    if axes is not None and name in axes:
-        return layout(shape, lambda *_: axes[name] or Factored(), name=name)
-    policy = config.get("factoring", "last_two")
-    if isinstance(policy, Mapping):
-        remedy = "Pass its axes (--axes), or a live optimizer."
-        raise Refused(message(f"the axes of {name}", "told by a policy's name", "a function", remedy))
-    return layout(shape, policy, config.get("min_dim_size_to_factor", 1), name=name)
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +182,7 @@ def read(
     saved = load(source, shapes)
     saved.config = {**saved.config, **(hyperparameters or {})}
     with reading("the optimizer", "an Adafactor of Keras"):
-        order = _order(saved, axes)
+        order = order_of(saved, axes)
         group = _group(saved, order, report)
         steps, accumulated = int(saved.values[0]), _accumulated(saved, order)
         if steps % accumulated:
@@ -342,17 +210,17 @@ def read(
     return State(tuple(parameters), (group,), "keras", saved.format)
 
 
-def _accumulated(saved: Saved, order: _Order) -> int:
+def _accumulated(saved: Saved, order: Order) -> int:
     """Gradients per update."""
-    if saved.config.get(_STEPS):
-        return int(saved.config[_STEPS])
+    if saved.config.get(STEPS):
+        return int(saved.config[STEPS])
     if any(ACCUMULATOR in member.slots for member in order.members):
-        remedy = f"Pass it (--set {_STEPS}=4); the file has accumulators."
-        raise Refused(message(_STEPS, "known", None, remedy))
+        remedy = f"Pass it (--set {STEPS}=4); the file has accumulators."
+        raise Refused(message(STEPS, "known", None, remedy))
     return 1
 
 
-def _group(saved: Saved, order: _Order, report: Report) -> dict[str, Any]:
+def _group(saved: Saved, order: Order, report: Report) -> dict[str, Any]:
     own = {name: value for name, value in saved.config.items() if isinstance(value, str | int | float | type(None))}
     if not isinstance(saved.config.get("learning_rate"), int | float):
         own.pop("learning_rate", None)
@@ -399,7 +267,7 @@ def write(
     if format is not None and saved.format != format:
         raise Refused(message("the template", f"of {format}", saved.format, "Compile the model with that class."))
     saved.config = {**saved.config, **(hyperparameters or {})}
-    order = _order(saved, axes)
+    order = order_of(saved, axes)
     wanted = {member.name: member.layout.shape for member in order.members}
     group = adapt.one_group(state, saved.format, report)
     state = adapt.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
@@ -425,7 +293,7 @@ def write(
             _note_config(saved, told, report)
 
 
-def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[Array]:
+def _values(state: State, saved: Saved, order: Order, report: Report) -> list[Array]:
     """What every position of the target will hold."""
     count = adapt.one_count(state, saved.format, report)
     values = [np.zeros_like(value) for value in saved.values]
@@ -449,7 +317,7 @@ def _values(state: State, saved: Saved, order: _Order, report: Report) -> list[A
             else:
                 report.dropped("Momentum", [member.name], adapt.STARTS)
         if not saved.ours and member.layout.factored:
-            at = member.slots["column"] + 1
+            at = member.slots["column"] + 1  # the velocity
             values[at] = _velocity(parameter, saved.values[at])
     for slot, names in extra.items():
         report.dropped(slot, names, f"this {saved.format} has no such state")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from adafactor.core.dialects import KERAS, keras_order, last_two
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, layout
 from adafactor.keras.variables import path_of
@@ -72,27 +73,28 @@ def _keras_positions(
     It stores row, column and velocity of every variable. Below rank 2 the first two are placeholders, which are
     missing from a file written inside a ``LossScaleOptimizer``; the number of variables ``saved`` in the file tells.
     """
-    roles = [(len(variable.shape) >= 2, its_layout) for variable, its_layout in zip(variables, layouts, strict=True)]
-    own = sum(len(its_layout.slots) + momentum for _, its_layout in roles if its_layout is not None)
+    pairs = [
+        (its_layout, keras_order(KERAS, last_two(tuple(variable.shape))))
+        for variable, its_layout in zip(variables, layouts, strict=True)
+    ]
+    own = sum(len(its_layout.slots) + momentum for its_layout in layouts if its_layout is not None)
     start = count - own
-    kept = sum(3 if matrix else 1 for matrix, its_layout in roles if its_layout is not None)
-    placeholders = 0 if saved == start + kept else 2
+    if saved == start + sum(len(list(filter(None, words))) for its_layout, words in pairs if its_layout is not None):
+        pairs = [(its_layout, list(filter(None, words))) for its_layout, words in pairs]
     position = start
     positions: list[int | None] = list(range(start))
-    for variable, (matrix, its_layout) in zip(variables, roles, strict=True):
-        if not matrix:
-            position += placeholders
+    for variable, (its_layout, words) in zip(variables, pairs, strict=True):
         if its_layout is None:
+            position += words.count("")
             continue
         if its_layout.factored and its_layout != layout(its_layout.shape, "last_two"):
             remedy = 'Pass factoring="last_two" to load this file.'
             rule = "the last two axes, as in a file of keras.optimizers.Adafactor"
             axes = (its_layout.rows, its_layout.columns)
             raise ValueError(message(f"the factored axes of {path_of(variable)}", rule, axes, remedy))
-        if its_layout.factored:
-            positions += [position, position + 1]
-        else:
-            positions += [position + 2 if matrix else position]
+        # The velocity of a matrix that we do not factor is its second moment, as far as Keras has one.
+        wanted = list(its_layout.slots) if its_layout.factored else words[-1:]
+        positions += [position + words.index(word) for word in wanted]
         positions += [None] if momentum else []
-        position += 3 if matrix else 1
+        position += len(words)
     return positions, position
