@@ -64,7 +64,7 @@ class Tile(NamedTuple):
         """The tile of the second pass, which needs no whole rows."""
         if self.M <= TILE:
             return self
-        return Tile(1, 1, TILE, max(4, TILE // 512), True)
+        return Tile(1, 1, TILE, max(4, TILE // 512), False)
 
     def stages(self, shared: int, *itemsizes: int) -> int:
         """How many tiles of tensors of these item sizes are on their way at a time, 3 at most.
@@ -325,7 +325,7 @@ def _columns(
         matrix, tile = _grid(np.arange(record["matrices"]), np.arange(tiles))
         blocks = _blocks(matrix, tile, matrix + 1, np.arange(len(matrix)))
         return (1, 8, COLUMNS), blocks, np.arange(form.slices + 1) * per_slice * tiles
-    C = _width(form.columns, COLUMNS // 2)
+    C = COLUMNS if per_slice == 1 else _width(form.columns, COLUMNS // 2)  # single matrices share one launch
     K = 1 if per_slice == 1 else max(1, 1024 // C)
     slice_, first = _grid(np.arange(form.slices), np.arange(0, per_slice, K))
     end = np.minimum(first + K, per_slice) + slice_ * per_slice
