@@ -60,7 +60,7 @@ def test_every_element_is_visited_once_in_each_pass(small, monkeypatch):
     for number, tensor in enumerate(tensors):
         tile, launch = tensor.launch.tile, tensor.launch
         assert (visits(tables, number, tables.measure[launch], tile) == 1).all()
-        moved = None if launch.flat else tile.of_apply
+        moved = None if launch.flat else tile.of_apply(False)
         assert (visits(tables, number, tables.apply[launch.of_apply], moved) == 1).all()
         columns = sum(int((blocks[:, 0] == number).sum()) for blocks in tables.columns.values())
         assert (columns > 0) == tensor.form.factored

@@ -602,5 +602,5 @@ class Launches:
             stages = tile.stages(self._shared, *(_SIZES[name] for name in stored if name))
             k.apply[(len(blocks),)](
                 *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, **constants,
-                **self._warps(triton_table.CODED_WARPS if coded else tile.warps),
+                **self._warps(tile.warps),
             )  # fmt: skip

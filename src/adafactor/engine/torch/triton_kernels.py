@@ -22,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adafactor.engine.torch.int8 import BLOCK as CODED
 from adafactor.engine.torch.triton_numbers import move
 from adafactor.engine.torch.triton_table import BLOCK_FIELDS, FIELDS, FLAGS, NO_CLIP, NUMBERS, SLICE_FIELDS
 
@@ -37,6 +38,7 @@ _B, _L = tl.constexpr(len(BLOCK_FIELDS)), tl.constexpr(len(SLICE_FIELDS))
 _EXPONENT, _LEAST, _EPS1, _EPS2, _CLIP, _DECAYS, _BETA1 = (tl.constexpr(k) for k in range(len(NUMBERS)))
 _CAPS, _SCALE, _AFTER_DECAY, _MAXIMIZE, _SKIP = (tl.constexpr(1 << k) for k in range(len(FLAGS)))
 _NONE = tl.constexpr(NO_CLIP)
+_BLOCK = tl.constexpr(CODED)
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
 
 
@@ -196,12 +198,16 @@ def measure(
     known = (k < matrices)[:, None] & (j < m)[None, :]
     tl.store(out, S, mask=known)
     tl.store(out + matrices * parts * m, W, mask=known)
-    if SCALE:  # apply cuts wide rows into up to four, and leaves the next sums there
+    if SCALE:  # apply cuts wide rows into up to eight, and leaves the next sums there
         moved = tl.load(record + _MOVED)
-        c = chunk + tl.arange(0, 4)
-        place = tl.load(record + _SQUARES) + slot[:, None] * moved + c[None, :]
-        used = tl.where(chunks == moved, chunk + 1, moved)
-        tl.store(squares + place, tl.where((c == chunk)[None, :], Q[:, None], 0.0), mask=here & (c < used)[None, :])
+        per_chunk = (moved + chunks - 1) // chunks
+        c = tl.arange(0, 8)
+        place = tl.load(record + _SQUARES) + slot[:, None] * moved + chunk * per_chunk + c[None, :]
+        tl.store(
+            squares + place,
+            tl.where((c == 0)[None, :], Q[:, None], 0.0),
+            mask=here & (c < per_chunk)[None, :] & (chunk * per_chunk + c < moved)[None, :],
+        )
 
 
 @triton.jit
@@ -518,9 +524,16 @@ def apply(
         numbered = place
         if PART:
             numbered = _number(record, run, first[:, None] // (n * inner), n, inner)[:, :, None] + j[None, None, :]
+        coded, coded_here = place, mask
+        if MOMENTUM == tl.int8:
+            b = chunk * (M // _BLOCK) + tl.arange(0, M // _BLOCK)
+            coded = tl.reshape(run[:, :, None] * (m // _BLOCK) + b[None, None, :], (K * NP * (M // _BLOCK),))
+            coded_here = inside[:, :, None] & (b < m // _BLOCK)[None, None, :]
+            coded_here = tl.reshape(coded_here, (K * NP * (M // _BLOCK),))
         x = move(
-            param, momentum, scales, residual, place, numbered, mask, u, decay_factor, alpha[:, None, None], beta1,
-            seed, t, rng_stream, PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, K * NP * M,
+            param, momentum, scales, residual, place, numbered, mask, coded, coded_here, u, decay_factor,
+            alpha[:, None, None], beta1, seed, t, rng_stream,
+            PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, K * NP * M,
         )  # fmt: skip
         if SQUARES:
             Q += tl.sum(tl.sum(x * x, axis=2), axis=1)
@@ -605,9 +618,13 @@ def apply_flat(
             if PART:
                 run, j = _divide(first, local, slice_size, HUGE)
                 numbered = _number(record, run, run, 1, 1) + j
+        coded, coded_here = e, mask
+        if MOMENTUM == tl.int8:
+            coded = first // _BLOCK + tl.arange(0, BLOCK // _BLOCK)
+            coded_here = coded * _BLOCK < end
         x = move(
-            param, momentum, scales, residual, e, numbered, mask, u, decay_factor, alpha, beta1, seed, t, rng_stream,
-            PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, BLOCK,
+            param, momentum, scales, residual, e, numbered, mask, coded, coded_here, u, decay_factor, alpha, beta1,
+            seed, t, rng_stream, PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, BLOCK,
         )  # fmt: skip
         if SQUARES:
             Q += x * x

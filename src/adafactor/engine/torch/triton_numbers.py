@@ -95,24 +95,24 @@ def decode(code, scale):
 @triton.jit
 def encode(value, bits, SIZE: tl.constexpr):
     """The code of every number of a tile, and the scale of its block; 256 neighbours of the tile are a block."""
-    blocks = tl.reshape(value, (SIZE // _BLOCK, _BLOCK))
-    # A number that is not finite makes the scale, and so the whole block, NaN.
-    scale = tl.max(tl.abs(blocks), axis=1) + tl.sum(blocks * 0.0, axis=1)
-    wide = tl.broadcast_to(tl.expand_dims(scale, 1), (SIZE // _BLOCK, _BLOCK))
-    wide = tl.reshape(wide, value.shape)
-    square = tl.where(wide > 0, tl.abs(value) / tl.where(wide > 0, wide, 1.0), 0.0) * _SQUARE
+    # The bits of magnitudes are in the order of the numbers, and those of NaN above all.
+    magnitude = (value.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32, bitcast=True)
+    largest = tl.max(tl.reshape(magnitude, (SIZE // _BLOCK, _BLOCK)), axis=1).to(tl.float32, bitcast=True)
+    scale = largest + largest * 0.0  # a number that is not finite makes the scale, and so the whole block, NaN
+    inverse = _SQUARE / tl.where(scale > 0, scale, 1.0)
+    wide = tl.broadcast_to(tl.expand_dims(inverse, 1), (SIZE // _BLOCK, _BLOCK))
+    square = tl.abs(value) * tl.reshape(wide, value.shape)
     below = tl.floor(tl.sqrt(square))
-    share = (square - below * below) / (2 * below + 1)
-    q = below + tl.where((bits & 0xFFFF).to(tl.float32) * 0.0000152587890625 < share, 1.0, 0.0)  # 2**-16
-    q = tl.minimum(
-        q, _LARGEST
-    )  # a device divides by an approximate reciprocal: the largest may be above 1 times itself
+    drawn = (bits & 0xFFFF).to(tl.float32) * 0.0000152587890625  # 2**-16
+    q = below + tl.where(drawn * (2 * below + 1) < square - below * below, 1.0, 0.0)
+    q = tl.minimum(q, _LARGEST)  # a quotient rounded up may exceed 1, a device's approximate one anyway
     return tl.where(value < 0, -q, q).to(tl.int8), scale
 
 
 @triton.jit
 def move(
-    param, momentum, scales, residual, place, numbered, mask, u, decay_factor, alpha, beta1, seed, t, rng_stream,
+    param, momentum, scales, residual, place, numbered, mask, coded, known, u, decay_factor, alpha, beta1,
+    seed, t, rng_stream,
     PARAM: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr,
     HUGE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +121,7 @@ def move(
     Args:
         param, momentum, scales, residual: where the tensors begin.
         place: int64, every element's place in them; ``numbered``: its number in the whole parameter, for random bits.
+        coded: int64 (SIZE / 256,), the place of the scale of each 256 elements of 8-bit momentum; ``known``: is there.
         u: the normalised update times 1 - beta1, or without momentum times alpha.
         SIZE: elements of the tile.
 
@@ -130,14 +131,13 @@ def move(
     if STOCHASTIC or MOMENTUM == tl.int8:
         bits = random_bits(seed, t, rng_stream, numbered, HUGE)
     if MOMENTUM == tl.int8:
-        old = decode(
-            tl.load(momentum + place, mask=mask, other=0), tl.load(scales + place // _BLOCK, mask=mask, other=0)
-        )
+        scale = tl.load(scales + coded, mask=known, other=0)
+        wide = tl.broadcast_to(tl.expand_dims(scale, 1), (SIZE // _BLOCK, _BLOCK))
+        old = decode(tl.load(momentum + place, mask=mask, other=0), tl.reshape(wide, place.shape))
         u = tl.where(mask, beta1 * old + u, 0.0)
         code, scale = encode(u, bits, SIZE)
         tl.store(momentum + place, code, mask=mask)
-        where = tl.max(tl.reshape(tl.where(mask, place // _BLOCK, -1), (SIZE // _BLOCK, _BLOCK)), axis=1)
-        tl.store(scales + where, scale, mask=where >= 0)
+        tl.store(scales + coded, scale, mask=known)
         u = alpha * u
     elif MOMENTUM is not None:
         u = beta1 * tl.load(momentum + place, mask=mask, other=0).to(tl.float32) + u

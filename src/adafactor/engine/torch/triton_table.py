@@ -46,7 +46,6 @@ COLUMNS = 128  # of one tile where the sums over parts are added up
 PART_ROWS = (512, 32)
 WARPS = 2 * 132 * 16
 SHARED = 64 * 1024
-CODED_WARPS = 16  # of a tile with 8-bit momentum, whose arithmetic fills the registers of 8
 REGISTERS = 128  # of a thread of the measuring programs: two of 8 warps, or one of 16, fill a multiprocessor
 
 
@@ -59,12 +58,14 @@ class Tile(NamedTuple):
     warps: int
     wide: bool
 
-    @property
-    def of_apply(self) -> Tile:
-        """The tile of the second pass, which needs no whole rows."""
-        if self.M <= TILE:
+    def of_apply(self, coded: bool) -> Tile:
+        """The tile of the second pass, which needs no whole rows; half as large for the work on 8-bit momentum."""
+        size = min(TILE, self.K * self.NP * self.M)
+        size = max(size // 2, INT8_BLOCK) if coded else size
+        if size == self.K * self.NP * self.M:
             return self
-        return Tile(1, 1, TILE, max(4, TILE // 512), False)
+        M = min(self.M, size)
+        return Tile(1, size // M, M, 8, False)
 
     def stages(self, shared: int, *itemsizes: int) -> int:
         """How many tiles of tensors of these item sizes are on their way at a time, 3 at most.
@@ -102,7 +103,8 @@ class Launch(NamedTuple):
         """What the programs of apply have in common: those of several widths share tiles."""
         if self.tile is None:
             return self._replace(scale=False)
-        return self._replace(tile=Tile(1, 1, FLAT_TILE, 4, True) if self.flat else self.tile.of_apply, scale=False)
+        tile = Tile(1, 1, FLAT_TILE, 4, True) if self.flat else self.tile.of_apply(self.momentum == "int8")
+        return self._replace(tile=tile, scale=False)
 
     @property
     def keeps_squares(self) -> bool:
@@ -245,9 +247,11 @@ def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
     if launch.tile is None:
         blocks, entries = _flat(form)
         return _Kind(record, blocks, runs, entries, partials=len(blocks), squares=len(blocks))
+    moves = launch.tile.of_apply(launch.momentum == "int8" and not launch.flat)
     sums = _place(record, form, launch.tile, part_rows)
+    record["moved"] = -(-form.columns // moves.M)
     key, columns, ends = _columns(form, record)
-    moved = runs if launch.flat else _parts(record, launch.tile.of_apply)
+    moved = runs if launch.flat else _parts(record, moves)
     return _Kind(
         record,
         _parts(record, launch.tile),
@@ -287,7 +291,7 @@ def _place(record: dict[str, int], form: Canonical, tile: Tile, part_rows: int) 
     parts = -(-form.rows // part_rows)
     chunks = -(-form.columns // tile.M)
     record.update(per_slice=matrices // form.slices, parts=parts, part_rows=part_rows, chunks=chunks)
-    record.update(tiles=-(-form.columns // COLUMNS), moved=-(-form.columns // tile.of_apply.M))
+    record["tiles"] = -(-form.columns // COLUMNS)
     runs = form.outer * form.rows * form.inner
     record["finished"] = 2 * matrices * parts * form.columns
     record["row_parts"] = record["finished"] + runs
