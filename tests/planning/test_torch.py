@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.profiler import ProfilerActivity, profile
 
 import adafactor.torch
-from adafactor import plan
+from adafactor import layout, plan
+from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, transformer
+from adafactor.core.canonical import canonical
 from adafactor.core.errors import Refused
 from adafactor.planning import optimizers as rules
 from adafactor.planning.files import read
@@ -275,8 +277,43 @@ def test_temporaries_of_torch_operations(dtype, momentum, monkeypatch):
         p.grad = torch.ones_like(p)
     options = {} if momentum is None else {"beta1": 0.9, "momentum_dtype": getattr(torch, momentum)}
     measured = peak(adafactor.torch.Adafactor(params, fused=False, **options))
-    (usage,) = plan(params, optimizers=[rules.Adafactor(momentum=momentum)]).usages
+    (usage,) = plan(params, optimizers=[rules.Adafactor(momentum=momentum, triton=False)]).usages
     assert measured <= usage.temporaries <= 2 * measured
+
+
+@pytest.mark.parametrize("model", ["Llama layer", "Llama", "GPT-2", "LoRA", "convolutions"])
+def test_temporaries_of_the_triton_kernels(model):
+    """Against the tables that the kernels get, which no parameter has to exist for."""
+    from adafactor.engine.torch import triton_table
+
+    shapes = {
+        "Llama layer": LLAMA_LAYER, "Llama": [*LLAMA_LAYER * 32, (32000, 4096), (32000, 4096)], "GPT-2": GPT2_SMALL,
+        "LoRA": LORA, "convolutions": [(512, 256, 3, 3), (64, 3, 7, 7), (512,)] * 9,
+    }[model]  # fmt: skip
+    forms = [canonical(layout(shape)) for shape in shapes]
+    launches = [
+        triton_table.Launch(
+            triton_table.tile_of(form) if form.factored else None, "float32", "float32", "", True, False, False, False,
+            True, not form.factored, False, False,
+        )
+        for form in forms
+    ]  # fmt: skip
+    tables = triton_table.tables(list(map(triton_table.Tensor, forms, launches)))
+    needed = 4 * (tables.sums + 3 * tables.partials + tables.squares + tables.roots)
+    (usage,) = plan(shapes, optimizers=[rules.Adafactor()]).usages
+    assert 0.8 * needed <= usage.temporaries <= 1.2 * needed
+    if model == "Llama":
+        assert usage.temporaries < 0.006 * usage.weights
+    whole = plan(shapes, optimizers=[rules.Adafactor()])
+    assert whole.without_triton().usages[0].temporaries != usage.temporaries
+
+
+def test_torch_operations_need_no_more_than_the_peer():
+    """A model of 41 M parameters once needed 269 MB."""
+    shapes = transformer(512, 12, 5000)
+    ours, peer = plan(shapes, optimizers=[rules.Adafactor(triton=False), rules.TorchAdafactor()]).usages
+    assert ours.temporaries <= 4 * 3 * (1 << 22)
+    assert ours.temporaries < 50e6 < peer.weights
 
 
 def test_temporaries_of_the_peers():

@@ -8,11 +8,12 @@ else's source, its docstring says which.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.errors import message
 from adafactor.core.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
 from adafactor.core.untrusted import BITS
@@ -27,7 +28,9 @@ MOMENTUM = (None, "float32", "bfloat16", "float16", "int8")
 BLOCK = 256
 HALF = ("bfloat16", "float16")
 #: Elements of a block of torch operations on an accelerator (``engine/torch/blocks.py``).
-DEVICE_BLOCK = 1 << 24
+DEVICE_BLOCK = 1 << 22
+#: How the Triton kernels cut matrices (``engine/torch/triton_table.py``): most and fewest rows of a part, warps in all.
+PART_ROWS, WARPS = (512, 32), 2 * 132 * 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,7 @@ class Adafactor(Optimizer):
             together with FSDP2's parameters.
         compensated: PyTorch only: a bfloat16 residual for every bfloat16 or float16 weight.
         release: PyTorch only, ``step_in_backward``: gradients are used and freed in the backward pass.
+        triton: PyTorch only: the Triton kernels run, as on a GPU with a CUDA build; False is for torch operations.
     """
 
     label: str = ""
@@ -194,6 +198,7 @@ class Adafactor(Optimizer):
     min_dim_size_to_factor: int = 1
     momentum: str | None = None
     compensated: bool = False
+    triton: bool = True
 
     def __post_init__(self) -> None:
         validate(self.factoring, self.min_dim_size_to_factor)
@@ -236,18 +241,62 @@ class Adafactor(Optimizer):
         return {"torch": 0, "keras": 8, "jax": 4}[self.framework]
 
     def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int | None:
-        """PyTorch: of torch operations on an accelerator, block by block; the native kernels need next to nothing.
+        """PyTorch on a GPU: what stands between the Triton kernels, or blocks of torch operations without them.
 
-        Two blocks, one more with momentum, four for half-precision parameters, and a few row and column sums.
+        The latter are two blocks, one more with momentum, four for half-precision parameters, and a few row and column
+        sums. Parameters of float64 know no other way. The native kernels of the CPU need next to nothing.
         """
         if self.framework != "torch" or not trained:
             return None if trained else 0
-        half = any(p.dtype in HALF for p in trained)
-        itemsize = 8 if any(p.dtype == "float64" for p in trained) else 4
-        block = max(min(p.local(shards).size, DEVICE_BLOCK) for p in trained)
-        layouts = [self.layout(p) for p in trained]
+        rest: list[Parameter] = []
+        kernels: list[Layout] = []
+        for p in trained:
+            known = self.triton and p.dtype != "float64" and canonical(self.layout(p)) is not None
+            if known:
+                kernels.append(self.layout(p))
+            else:
+                rest.append(p)
+        lists = (
+            [[roles] for roles in kernels] if self.release else [kernels]
+        )  # a step's sums lie where the last one's lay
+        buffers = max(map(kernel_buffers, lists), default=0) // shards
+        if not rest:
+            return buffers
+        half = any(p.dtype in HALF for p in rest)
+        itemsize = 8 if any(p.dtype == "float64" for p in rest) else 4
+        block = max(min(p.local(shards).size, DEVICE_BLOCK) for p in rest)
+        layouts = [self.layout(p) for p in rest]
         sums = max((roles.state_size for roles in layouts if roles.factored), default=0)
-        return itemsize * (block * (4 if half else 3 if self.momentum else 2) + 4 * sums)
+        return buffers + itemsize * (block * (4 if half else 3 if self.momentum else 2) + 4 * sums)
+
+
+def kernel_buffers(layouts: Iterable[Layout]) -> int:
+    """Bytes of the sums that the Triton kernels leave for each other: S and W of every part, and the finished rows."""
+    widths: dict[int, list[Canonical]] = {}
+    total = 0
+    for roles in layouts:
+        form = canonical(roles)
+        assert form is not None
+        if not form.factored:
+            total += 16 * -(-form.size // 16384)
+        elif form.size:
+            power = (form.columns - 1).bit_length()
+            width = 1 << (max(2, power + power % 2) if form.columns <= 1024 else min(power, 15))
+            widths.setdefault(width, []).append(form)
+    for width, forms in widths.items():
+        warps = 16 if 4096 < width <= 16384 else 8
+        rows, fewest = PART_ROWS[0], max(PART_ROWS[1], 4 * 4096 // min(width, 4096))
+
+        def parts(form: Canonical, rows: int) -> int:
+            return form.outer * form.inner * -(-form.rows // rows)
+
+        while rows > fewest and warps * sum(parts(form, rows) for form in forms) < WARPS:
+            rows //= 2
+        for form in forms:
+            runs = form.outer * form.inner * form.rows
+            chunks = -(-form.columns // 4096) if width > 16384 else 0
+            total += 8 * parts(form, rows) * form.columns + 4 * runs * (1 + chunks)
+    return total
 
 
 def defaults(framework: Framework = "torch", half: bool = False) -> tuple[Optimizer, ...]:
@@ -260,6 +309,6 @@ def defaults(framework: Framework = "torch", half: bool = False) -> tuple[Optimi
         return (OptaxAdamW(), *ours, momentum, Adafactor(framework=framework, momentum="bfloat16"))
     return (
         TorchAdamW(), AdamW8bit(), KerasAdafactor(), TorchAdafactor(), *ours, momentum,
-        Adafactor(momentum="bfloat16"), Adafactor(momentum="int8"), *[Adafactor(compensated=True)] * half,
-        Adafactor(release=True),
+        Adafactor(momentum="bfloat16"), Adafactor(momentum="int8"),
+        *[Adafactor(compensated=True)] * half, Adafactor(release=True),
     )  # fmt: skip

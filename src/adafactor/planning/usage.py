@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adafactor.core.errors import message
-from adafactor.planning.optimizers import HALF, Framework, Optimizer, defaults
+from adafactor.planning.optimizers import HALF, Adafactor, Framework, Optimizer, defaults
 from adafactor.planning.parameters import Parameter, parameters
 
 
@@ -64,6 +64,17 @@ class Plan:
     def gathered(self) -> int:
         """Bytes of the largest layer's weights: what FSDP2 makes whole while that layer computes."""
         return _largest_layer(self.parameters, 1)
+
+    def without_triton(self) -> Plan:
+        """The same on a GPU without Triton, where torch operations run."""
+        usages = []
+        for usage in self.usages:
+            one = usage.optimizer
+            if isinstance(one, Adafactor):
+                one = replace(one, triton=False)
+                usage = replace(usage, optimizer=one, temporaries=one.temporaries(self.trained, self.shards))
+            usages.append(usage)
+        return replace(self, usages=tuple(usages))
 
     def top(self, count: int) -> list[Parameter]:
         """The ``count`` tensors of the most bytes, the largest first."""

@@ -136,3 +136,15 @@ def test_nothing_is_kept_longer_than_the_optimizer(kernel, monkeypatch):
     gc.collect()
     assert row() is None
     assert not cuda._captured
+
+
+def test_lists_that_are_stepped_in_turn_share_their_largest_buffer(kernel):
+    params = parameters([(8, 40), (4, 16), (5, 3)])
+    optimizer = Adafactor(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        p.grad = None
+    buffers = {found[0].sums.data_ptr() for found in kernel._tables.values()}
+    assert len(kernel._tables) == 3
+    assert len(buffers) == 1

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory", type=memory, metavar="SIZE", help="say what fits: 24GB, 80GiB")
     add("--frozen", action="append", default=[], metavar="PATTERN", help="names that are not trained: 'encoder.*'")
     add("--framework", choices=FRAMEWORKS, help="whose optimizers (default: keras for its files, else torch)")
+    add("--no-triton", action="store_true", help="PyTorch on a GPU without Triton: torch operations, block by block")
     add("--top", type=integer("--top", 0), default=5, metavar="N", help="list the N largest tensors (default: 5)")
     add("--json", metavar="FILE", help="write every figure to FILE; - prints them instead of the table")
     add("--plot", metavar="FILE", help="draw to FILE.png, .svg or .pdf")
@@ -81,8 +82,9 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Plan]:
         else:
             remedy = "Separate shapes by spaces, and give one file at a time."
             raise Refusal(message("MODEL", "one file, one folder or shapes only", " ".join(words), remedy))
-        return name, plan(
+        found = plan(
             model, dtype=arguments.dtype, shards=arguments.shards, frozen=arguments.frozen, framework=framework
         )
+        return name, found.without_triton() if arguments.no_triton else found
     except ValueError as error:
         raise Refusal(str(error)) from None

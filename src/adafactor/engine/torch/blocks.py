@@ -18,7 +18,7 @@ ALL = slice(None)
 # Elements per block. On a CPU a float32 block takes 1 MB; smaller ones cost more starts of parallel loops than
 # they save. On an accelerator the limit only keeps an embedding from needing its own size again.
 CPU_BLOCK = 1 << 18
-DEVICE_BLOCK = 1 << 24
+DEVICE_BLOCK = 1 << 22
 
 
 def blocks(w: Work) -> Iterator[tuple[Block, list[Block]]]:

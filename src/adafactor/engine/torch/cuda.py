@@ -14,6 +14,7 @@ from functools import cache
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -113,6 +114,16 @@ def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
 # What captured steps read, by the optimizer's counter of skipped tensors, which they write: neither a change of groups
 # or of the state nor other lists of gradients may free it. What a capture itself allocates belongs to its graph.
 _captured: Any = WeakIdKeyDictionary()
+
+
+class Scratch:
+    """A buffer that lives as long as anybody who used it last."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+
+
+_scratch: WeakValueDictionary[tuple[torch.device, object], Scratch] = WeakValueDictionary()
 
 
 class Step:
@@ -231,7 +242,7 @@ class Triton:
         self.columns = {key: upload(blocks) for key, blocks in plan.columns.items()}
         count = len(work)
         self.scalars, self.updated = buffer(4 * count), buffer(count, torch.int64)
-        self.sums, self.partials, self.squares = buffer(plan.sums), buffer(3 * plan.partials), buffer(plan.squares)
+        self.partials, self.squares = buffer(3 * plan.partials), buffer(plan.squares)
         self.roots, self.found = buffer(plan.roots), buffer(3 * len(plan.slices))
         self.matrix_sums: Tensor | None = None
         self.moves = buffer(2 * len(plan.slices))
@@ -291,6 +302,7 @@ class Triton:
         """One update of everything. Launches only; what they find decides on the device."""
         with device_of(self.device):
             launch = Launches(self, self._begin(grads))
+            self.sums = self._own() if is_capturing() else self._shared()
             launch.measure(known=self._known(skipped))
             launch.columns(totals=False)
             launch.slices(measured=True, finished=True)
@@ -302,6 +314,8 @@ class Triton:
         """Equations 2, 4, 5, 6 and 11. What is written to the sums is what `finish` reads."""
         with device_of(self.device):
             self._launches = Launches(self, self._begin(grads))
+            if self._sums is None or is_capturing():
+                self.sums, self._sums = self._own(), None
             self._launches.measure(known=set())
             self._launches.totals()
             self._launches.slices(measured=True, finished=False)
@@ -409,8 +423,23 @@ class Triton:
             source.copy_(torch.from_numpy(values))
         varying = torch.empty(len(values), dtype=torch.int64, device=self.device)
         send(varying, source)
-        self._recorded = [source, varying]
+        self._recorded += [source, varying]
         return varying
+
+    def _own(self) -> Tensor:
+        """A buffer for the sums over parts that nobody else uses: others step between measure and finish."""
+        made = torch.empty(max(self.plan.sums, 1), dtype=torch.float32, device=self.device)
+        self._recorded += [made] if is_capturing() else []
+        return made
+
+    def _shared(self) -> Tensor:
+        """The buffer that every step on this stream fills and empties; by far the largest of all."""
+        stream = None if self.device.type == "cpu" else torch.accelerator.current_stream(self.device)
+        found = _scratch.get((self.device, stream))
+        if found is None or found.buffer.numel() < self.plan.sums:
+            found = _scratch[self.device, stream] = Scratch(self._own())
+        self._scratch = found
+        return found.buffer
 
     def _guard(self) -> None:
         """Buffers that another stream than the one they were made on uses are not free before it is done with them."""
