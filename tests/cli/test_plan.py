@@ -28,10 +28,12 @@ def test_the_table_of_a_headers_only_llama(capsys, tmp_path):
     assert code == 0
     assert out.startswith("llama-2-7b.safetensors: 6,738,415,616 parameters in 291 tensors, bfloat16\n")
     assert row(out, "torch.optim.AdamW(fused=True)").split()[-4:] == ["29.9", "GB", "too", "much"]
-    assert row(out, "adafactor, last_two, gradient release").split()[-3:] == ["9.98", "GB", "left"]
+    assert row(out, "adafactor, last_two, gradient release").split()[-3:] == ["10.2", "GB", "left"]
     assert "11.4 MB" in row(out, "adafactor, last_two ")
     assert "32000 x 4096" in row(out, "lm_head.weight")
     assert "Activations are not included" in out
+    _, out, _ = run(capsys, file, "--no-triton")
+    assert "67.7 MB" in row(out, "adafactor, last_two ")
 
 
 def test_shapes_on_the_command_line_and_json(capsys, tmp_path):
