@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from native_support import need
+from tolerances import TOLERANCES
 
 from adafactor import Factored, Hyperparameters, Layout, layout
 from adafactor.core import native, reference, rounding
@@ -99,6 +100,9 @@ def gradients(layouts: list[Layout], seed: int, zero: bool = False) -> list[np.n
     return grads
 
 
+TOLERANCE: dict[str, Any] = TOLERANCES["native"]
+
+
 def error(x: np.ndarray, expected: np.ndarray) -> float:
     x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
     return float(np.max(np.abs(x - expected), initial=0) / max(np.max(np.abs(expected), initial=0), 1e-30))
@@ -165,7 +169,7 @@ SMALL = [one for one in LAYOUTS if one.size < 30_000]
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("zero", [False, True])
 def test_agrees_with_the_oracle(dtype: str, zero: bool) -> None:
-    agrees(Model(LAYOUTS, dtype=dtype), 3, 3e-6 if dtype == "float32" else 1e-13, zero=zero)
+    agrees(Model(LAYOUTS, dtype=dtype), 3, TOLERANCE[dtype], zero=zero)
 
 
 @pytest.mark.parametrize(
@@ -184,18 +188,17 @@ def test_agrees_with_the_oracle(dtype: str, zero: bool) -> None:
     ],
 )
 def test_agrees_for_every_option(hp: dict[str, Any], options: dict[str, Any]) -> None:
-    for dtype, tolerance in (("float32", 3e-6), ("float64", 1e-13)):
+    for dtype in ("float32", "float64"):
         model = Model(SMALL, Hyperparameters(**hp), dtype, options=options, momentum_dtype=dtype)
-        agrees(model, 3, tolerance, zero="epsilon_1" in hp)
+        agrees(model, 3, TOLERANCE[dtype], zero="epsilon_1" in hp)
 
 
 @pytest.mark.parametrize("grad_dtype", list(DTYPE))
 @pytest.mark.parametrize("dtype", list(DTYPE))
 def test_agrees_for_every_pair_of_dtypes(dtype: str, grad_dtype: str) -> None:
-    tolerance = {"float32": 3e-6, "float64": 1e-13, "float16": 6e-4, "bfloat16": 5e-3}[dtype]
     hp = Hyperparameters(beta_1=0.9)
     model = Model(SMALL, hp, dtype, grad_dtype, momentum_dtype="float64" if dtype == "float64" else "float32")
-    agrees(model, 3, tolerance)
+    agrees(model, 3, TOLERANCE[dtype])
 
 
 def test_momentum_in_bfloat16() -> None:
@@ -438,18 +441,14 @@ def test_columns_first_agrees_with_the_oracle(dtype: str, zero: bool) -> None:
     model = Model(
         TURNED, Hyperparameters(beta_1=0.9 if zero else None), dtype, momentum_dtype=dtype, columns_first=True
     )
-    agrees(model, 3, 3e-6 if dtype == "float32" else 1e-13, zero=zero)
+    agrees(model, 3, TOLERANCE[dtype], zero=zero)
 
 
 @pytest.mark.parametrize("grad_dtype", list(DTYPE))
 @pytest.mark.parametrize("dtype", list(DTYPE))
 def test_columns_first_for_every_pair_of_dtypes(dtype: str, grad_dtype: str) -> None:
-    tolerance = {"float32": 3e-6, "float64": 1e-13, "float16": 6e-4, "bfloat16": 5e-3}[dtype]
-    agrees(
-        Model([one for one in TURNED if one.size < 30_000], dtype=dtype, grad_dtype=grad_dtype, columns_first=True),
-        3,
-        tolerance,
-    )
+    layouts = [one for one in TURNED if one.size < 30_000]
+    agrees(Model(layouts, dtype=dtype, grad_dtype=grad_dtype, columns_first=True), 3, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", list(DTYPE))

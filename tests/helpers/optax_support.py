@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+from tolerances import TOLERANCES
 
 
 def run(tx, params, grads, form="jit"):
@@ -22,7 +23,7 @@ def run(tx, params, grads, form="jit"):
     return trajectory, state
 
 
-def assert_close(got, expected, tolerance=1e-6):
+def assert_close(got, expected, tolerance=TOLERANCES["optax"]["float32"]):
     """Within ``tolerance`` of the largest number of every leaf."""
     a, b = jax.tree.leaves(got), jax.tree.leaves(expected)
     assert len(a) == len(b)

@@ -83,7 +83,7 @@ class World:
 _worlds: dict[int, World] = {}
 
 
-def run(file: str, function: str, world: int, limit: float = 90, **arguments: Any) -> list[Any]:
+def run(file: str, function: str, world: int, limit: float = 300, **arguments: Any) -> list[Any]:
     """What every rank returned. AssertionError with the output where a rank failed or hung."""
     if world not in _worlds:
         _worlds[world] = World(world)

@@ -4,12 +4,14 @@ import keras
 import numpy as np
 import pytest
 from keras_support import SHAPES, make_variables, numbers, precise, problem, tensors, train
+from tolerances import TOLERANCES
 
 from adafactor import Factored, layout
 from adafactor.core import reference
 from adafactor.keras import Adafactor
 
 STEPS = 50
+TOLERANCE = TOLERANCES["keras"]
 
 
 def expert_axis(path, shape):
@@ -87,13 +89,13 @@ def worst(actual, expected):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_fifty_float64_steps_are_the_oracles(options):
-    assert distance_from_oracle("float64", options) < 1e-6
+    assert distance_from_oracle("float64", options) < TOLERANCE["float64"]
 
 
 # Measured: at most 6e-7 on the three backends.
 @pytest.mark.parametrize("name", ["defaults", "uncapped", "momentum", "smallest", "callable factoring", "weight decay"])
 def test_fifty_float32_steps_are_the_oracles_but_for_rounding(name):
-    assert distance_from_oracle("float32", OPTIONS[name]) < 5e-6
+    assert distance_from_oracle("float32", OPTIONS[name]) < TOLERANCE["float32"]
 
 
 def distance_from_oracle(dtype, options):
@@ -122,7 +124,7 @@ def test_a_learning_rate_that_varies_is_capped_only_always(kind, relative_step):
     variables = make_variables(values)
     train(optimizer, variables, gradients)
     expected, _ = oracle(values, gradients, optimizer, {}, learning_rates=rates)
-    assert worst(numbers(variables), expected) < 5e-6
+    assert worst(numbers(variables), expected) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("options", [{}, {"beta_1": 0.9}], ids=["plain", "momentum"])
@@ -158,12 +160,12 @@ def test_always_capped_is_keras_own_adafactor(options):
         variables = make_variables(values)
         train(optimizer, variables, gradients)
         moved.append(numbers(variables))
-    assert worst(*moved) < 1e-5
+    assert worst(*moved) < TOLERANCES["keras.optimizers"]["float32"]
 
 
 # One rounding per step to the variable's dtype, at random: a few units in the last place after ten steps.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 4e-3), ("bfloat16", 3e-2)])
-def test_low_precision_follows_the_oracle(dtype, tolerance):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_follows_the_oracle(dtype):
     values, gradients = problem(steps=10)
     variables = make_variables(values, dtype)
     values = numbers(variables)
@@ -171,4 +173,4 @@ def test_low_precision_follows_the_oracle(dtype, tolerance):
     optimizer = Adafactor(0.125)
     train(optimizer, variables, gradients)
     expected, _ = oracle(values, gradients, optimizer, {"learning_rate": 0.125})
-    assert worst(numbers(variables), expected) < tolerance
+    assert worst(numbers(variables), expected) < TOLERANCE[dtype]

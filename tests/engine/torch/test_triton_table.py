@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch_oracle import LAYOUTS
+from trajectories import LAYOUTS
 from triton_support import SMALL
 
 from adafactor import layout

@@ -13,7 +13,7 @@ CASES = str(Path(__file__).with_name("layouts.py"))
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_layout_agrees_with_one_process(world):
-    for found in ranks.run(CASES, "compare", world, limit=120):
+    for found in ranks.run(CASES, "compare", world):
         assert len(found) == (45 if world == 4 else 15)
         assert {case: worst for case, worst in found.items() if not worst <= 1e-6} == {}
 

@@ -34,7 +34,7 @@ def computed(cost, kind):
 
 def test_fifty_steps_end_as_near_to_one_process_as_adamws():
     kinds = [kind for kind in models.KINDS if kind != "DDP"]
-    for found in ranks.run(CASES, "train", 4, limit=150, kinds=kinds):
+    for found in ranks.run(CASES, "train", 4, kinds=kinds):
         for kind in kinds:
             for ours, adamw in zip(found[f"{kind}: ours"], found[f"{kind}: adamw"], strict=True):
                 assert ours <= max(adamw, 1e-6), found

@@ -8,7 +8,7 @@ import ranks
 
 @pytest.fixture(scope="module")
 def found():
-    return ranks.run(str(Path(__file__).with_name("released.py")), "everything", 2, limit=150)
+    return ranks.run(str(Path(__file__).with_name("released.py")), "everything", 2)
 
 
 def test_the_same_bits_as_the_ordinary_sharded_step(found):
