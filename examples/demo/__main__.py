@@ -23,9 +23,9 @@ from pathlib import Path
 
 import text
 
-from adafactor.cli.command import Parser, Refusal, exit_code, integer, need
+from adafactor.cli.command import Parser, exit_code, integer, need
 from adafactor.cli.terminal import transient
-from adafactor.core.errors import message
+from adafactor.core.errors import Refused, message
 
 # Width, layers, heads: few and wide, because an n x m matrix's state shrinks by the factor nm / (n + m).
 SIZES = {"tiny": (64, 1, 2), "small": (512, 2, 8), "medium": (1024, 4, 16)}
@@ -82,7 +82,7 @@ def writable(folder: Path) -> Path:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         rule = f"a folder that can be written ({error.strerror})"
-        raise Refusal(message("--out", rule, str(folder), "Pass another folder.")) from None
+        raise Refused(message("--out", rule, str(folder), "Pass another folder.")) from None
     return folder
 
 

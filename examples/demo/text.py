@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adafactor.cli.command import Refusal
-from adafactor.core.errors import message
+from adafactor.core.errors import Refused, message
 
 CAP = 64 * 2**20  # bytes read at most: beyond what any run can look at
 HELD_OUT = 10  # of a folder's files one in so many is held out; of a single file the last of so many parts
@@ -49,7 +48,7 @@ def read(path: str | None, least: int) -> Text:
     """Read a file, a folder's text files, or for None the Python standard library's sources.
 
     Raises:
-        Refusal: there is no such path, or fewer than ``least`` bytes of text in it.
+        Refused: there is no such path, or fewer than ``least`` bytes of text in it.
     """
     remedy = "Leave --text out to learn the Python standard library."
     if path is None:
@@ -57,15 +56,15 @@ def read(path: str | None, least: int) -> Text:
         documents = load(walk(Path(sysconfig.get_path("stdlib")), ".py", NOT_LIBRARY))
         remedy = "Pass a file or folder of your own with --text."
     elif not os.path.exists(path):
-        raise Refusal(message("--text", "a file or folder that exists", path, "Check the path."))
+        raise Refused(message("--text", "a file or folder that exists", path, "Check the path."))
     elif not os.access(path, os.R_OK):
-        raise Refusal(message("--text", "a file or folder that you may read", path, "Check its permissions."))
+        raise Refused(message("--text", "a file or folder that you may read", path, "Check its permissions."))
     else:
         name = path
         documents = load(walk(Path(path)) if os.path.isdir(path) else [Path(path)])
     total = sum(map(len, documents))
     if total < least:
-        raise Refusal(f"--text must hold at least {least:,} bytes of text, got {total:,} in {name}. {remedy}")
+        raise Refused(f"--text must hold at least {least:,} bytes of text, got {total:,} in {name}. {remedy}")
     learned = [document for position, document in enumerate(documents, 1) if position % HELD_OUT]
     held_out = documents[HELD_OUT - 1 :: HELD_OUT]
     if min(sum(map(len, learned)), sum(map(len, held_out))) < total // (2 * HELD_OUT):

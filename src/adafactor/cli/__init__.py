@@ -4,7 +4,7 @@ A command is a module or package beside this file with
 
     SUMMARY: str                           its line in ``adafactor --help``
     def add_arguments(parser): ...         its options
-    def run(arguments) -> int: ...         the exit code; ``Refusal`` for what cannot be done
+    def run(arguments) -> int: ...         the exit code; ``Refused`` for what cannot be done
 
 and its name in ``COMMANDS``. All of them are imported for ``--help``, so a command imports Keras, JAX or PyTorch
 inside ``run`` only.

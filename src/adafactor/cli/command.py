@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from adafactor.cli.terminal import write_anything
-from adafactor.core.errors import message
-
-
-class Refusal(Exception):
-    """The command cannot be carried out; the text is one sentence for the user. Exit code 2, no traceback."""
+from adafactor.core.errors import Refused, message
 
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
@@ -24,7 +20,7 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
         code = run()
         sys.stdout.flush()
         return code
-    except Refusal as refusal:
+    except Refused as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -40,11 +36,14 @@ class Parser(argparse.ArgumentParser):
     """``ArgumentParser`` that refuses in one sentence instead of a usage page."""
 
     def error(self, message: str) -> NoReturn:
-        raise Refusal(f"{message.rstrip('.')}. See {self.prog} --help.")
+        failed = sys.exc_info()[1]
+        if failed is not None and isinstance(failed.__context__, argparse.ArgumentTypeError):
+            raise Refused(str(failed.__context__)) from None  # a sentence of ours, which argparse would rephrase
+        raise Refused(f"{message.rstrip('.')}. See {self.prog} --help.") from None
 
 
 def integer(option: str, low: int, high: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer in [low, high]. It raises Refusal, which argparse does not rephrase."""
+    """An argparse type: an integer in [low, high]."""
     rule = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
 
     def parse(text: str) -> int:
@@ -53,7 +52,8 @@ def integer(option: str, low: int, high: int | None = None) -> Callable[[str], i
         except ValueError:
             value = low - 1
         if value < low or (high is not None and value > high):
-            raise Refusal(message(option, rule, text, "Leave the option out for the default."))
+            remedy = "Leave the option out for the default."
+            raise argparse.ArgumentTypeError(message(option, rule, text, remedy))
         return value
 
     return parse
@@ -69,4 +69,4 @@ def need(packages: Iterable[str], what: str, install: str) -> None:
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise Refusal(f"{what} needs {' and '.join(missing)}. Install with: {install}")
+        raise Refused(f"{what} needs {' and '.join(missing)}. Install with: {install}")

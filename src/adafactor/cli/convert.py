@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adafactor.cli.command import Refusal, need
-from adafactor.core.errors import message
+from adafactor.cli.command import need
+from adafactor.core.errors import Refused, message
 
 SUMMARY = "move a checkpoint's optimizer state to another framework"
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         for what, path in (("TARGET", target), ("--report", arguments.report)):
             if path is not None and path.exists() and not arguments.force:
-                raise Refusal(message(what, "a new name", str(path), "Pass --force to replace it."))
+                raise Refused(message(what, "a new name", str(path), "Pass --force to replace it."))
         family = convert.family_of(source)
         for each in (family, "state" if arguments.to == "state" else FORMATS[arguments.to].framework):
             need(_PACKAGES[each], f"adafactor convert with files of {each}", f"pip install {' '.join(_PACKAGES[each])}")
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             with replacing(arguments.report) as new:
                 new.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     except (ValueError, OSError, ImportError) as error:
-        raise Refusal(str(error)) from error
+        raise Refused(str(error)) from error
     print(f"{source} -> {target}, {arguments.to}: {'exact' if report.exact else 'NOT exact'}")
     print(report.text())
     return 0
@@ -127,7 +127,7 @@ def _axes(path: Path | None) -> Any:
 def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise Refusal(message("--set", "NAME=VALUE", text, "For instance --set learning_rate=0.001."))
+        raise Refused(message("--set", "NAME=VALUE", text, "For instance --set learning_rate=0.001."))
     try:
         return name, json.loads(value)
     except ValueError:

@@ -14,8 +14,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import adafactor
-from adafactor.cli.command import Refusal
 from adafactor.core import native
+from adafactor.core.errors import Refused
 
 SUMMARY = "print versions, the kernels in use, and what does not work"
 
@@ -161,7 +161,7 @@ def _native() -> tuple[bool, str]:
     try:
         found = native.info()
     except ValueError as error:  # ADAFACTOR_ISA or ADAFACTOR_NUM_THREADS asks for what there is not
-        raise Refusal(str(error)) from None
+        raise Refused(str(error)) from None
     threads = "thread" if found.threads == 1 else "threads"
     missing = [isa for isa in found.built if isa not in found.supported]
     lacking = f"; this processor lacks {', '.join(missing)}" if missing else ""

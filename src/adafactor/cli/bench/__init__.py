@@ -22,11 +22,11 @@ from typing import Any
 from adafactor import __version__
 from adafactor.cli.bench.timing import Case
 from adafactor.cli.bench.worker import SUITES
-from adafactor.cli.command import Refusal, integer, need
+from adafactor.cli.command import integer, need
 from adafactor.cli.table import table
 from adafactor.cli.terminal import transient
 from adafactor.core import native
-from adafactor.core.errors import message
+from adafactor.core.errors import Refused, message
 
 SUMMARY = "time a step of every installed framework's optimizers against ours"
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [suite for suite in chosen if suite not in installed]
     if missing or not chosen:
         rule = f"installed ({', '.join(installed) or 'nothing is'})"
-        raise Refusal(message("--only", rule, ", ".join(missing), 'Install with: pip install "adafactor[torch,jax]"'))
+        raise Refused(message("--only", rule, ", ".join(missing), 'Install with: pip install "adafactor[torch,jax]"'))
     kernels = native.why_not()
     print(f"{_machine()}; native kernels: {native.info().isa if kernels is None else f'none. {kernels}'}", flush=True)
     repeats, limit = FULL if arguments.full else QUICK
@@ -145,4 +145,4 @@ def _machine() -> str:
 def _writable(option: str, file: str | None) -> None:
     """Refuse before two minutes of work what could not be written after them."""
     if file is not None and not (Path(file).parent.is_dir() and os.access(Path(file).parent, os.W_OK)):
-        raise Refusal(message(option, "a file in a folder that can be written", file, "Pass another."))
+        raise Refused(message(option, "a file in a folder that can be written", file, "Pass another."))

@@ -11,9 +11,9 @@ import argparse
 import re
 from pathlib import Path
 
-from adafactor.cli.command import Refusal, integer, need
+from adafactor.cli.command import integer, need
 from adafactor.cli.plan import report
-from adafactor.core.errors import message
+from adafactor.core.errors import Refused, message
 from adafactor.planning import Plan, plan
 from adafactor.planning.files import shapes
 from adafactor.planning.optimizers import FRAMEWORKS, Framework
@@ -28,7 +28,8 @@ def memory(text: str) -> int:
     """An argparse type: ``24GB`` or ``80GiB`` in bytes."""
     match = re.fullmatch(rf"(\d{{1,6}}(?:\.\d{{1,3}})?)({'|'.join(_UNITS)})", text.replace(" ", ""))
     if match is None or not float(match[1]):
-        raise Refusal(message("--gpu-memory", f"a number and {', '.join(_UNITS)}", text, "For example 24GB."))
+        rule = f"a number and {', '.join(_UNITS)}"
+        raise argparse.ArgumentTypeError(message("--gpu-memory", rule, text, "For example 24GB."))
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
             picture.draw(name, found, arguments.gpu_memory, Path(arguments.plot))
     except (OSError, ValueError) as error:
-        raise Refusal(message("--json and --plot", "files that can be written", str(error), "Pass others.")) from None
+        raise Refused(message("--json and --plot", "files that can be written", str(error), "Pass others.")) from None
     return 0
 
 
@@ -81,10 +82,10 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Plan]:
             name, model = Path(words[0]).name or words[0], Path(words[0])
         else:
             remedy = "Separate shapes by spaces, and give one file at a time."
-            raise Refusal(message("MODEL", "one file, one folder or shapes only", " ".join(words), remedy))
+            raise Refused(message("MODEL", "one file, one folder or shapes only", " ".join(words), remedy))
         found = plan(
             model, dtype=arguments.dtype, shards=arguments.shards, frozen=arguments.frozen, framework=framework
         )
         return name, found.without_triton() if arguments.no_triton else found
     except ValueError as error:
-        raise Refusal(str(error)) from None
+        raise Refused(str(error)) from None
