@@ -121,6 +121,8 @@ def _variables(path: Path) -> list[tuple[str, Shape]]:
 def _live(optimizer: Any) -> Saved:
     import keras
 
+    from adafactor.keras.variables import path_of
+
     if not isinstance(optimizer, keras.optimizers.Optimizer) or type(optimizer).__name__ != "Adafactor":
         raise Refused(message("the source", "an Adafactor of Keras, or a path", type(optimizer).__name__, "Pass one."))
     if not optimizer.built:
@@ -130,7 +132,7 @@ def _live(optimizer: Any) -> Saved:
     variables = optimizer._trainable_variables
     values = [_numpy(variable) for variable in _saved_variables(optimizer)]
     saved = Saved(ours, values, optimizer.get_config())
-    saved.variables = [(_path(variable), tuple(variable.shape)) for variable in variables]
+    saved.variables = [(path_of(variable), tuple(variable.shape)) for variable in variables]
     saved.dtypes = [keras.backend.standardize_dtype(variable.dtype) for variable in variables]
     saved.rms = [rms_of(_numpy(variable)) for variable in variables]
     if callable(getattr(optimizer, "factoring", None)):
@@ -141,10 +143,6 @@ def _live(optimizer: Any) -> Saved:
 def _saved_variables(optimizer: Any) -> list[Any]:
     """What a file would hold, in order."""
     return list(getattr(optimizer, "saved_variables", optimizer.variables))
-
-
-def _path(variable: Any) -> str:
-    return str(getattr(variable, "path", None) or variable.name).split(":")[0]
 
 
 def _numpy(variable: Any) -> Array:

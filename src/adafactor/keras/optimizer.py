@@ -19,7 +19,16 @@ from adafactor.core.factoring import Factoring, Layout, layout
 from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, plain
 from adafactor.keras import arguments, checkpoint
 from adafactor.keras.step import Member, update_one
-from adafactor.keras.variables import dense, is_sparse, path_of, reduced_layout, scalar, static_shape, statistics_dtype
+from adafactor.keras.variables import (
+    dense,
+    distinct,
+    is_sparse,
+    path_of,
+    reduced_layout,
+    scalar,
+    static_shape,
+    statistics_dtype,
+)
 
 # What the last axis of a variable of diagnostics holds.
 DIAGNOSTICS = ("update_rms", "clip_factor", "parameter_scale")
@@ -135,6 +144,8 @@ class Adafactor(keras.optimizers.Optimizer):
         self.factoring = factoring
         self.min_dim_size_to_factor = min_dim_size_to_factor
         self._records_diagnostics = diagnostics
+        self._undecayed_names: list[str] = []
+        self._has_undecayed_variables = False
         self._state_names: set[str] = set()
         self._layouts: list[Layout | None] = []
         self._slots: list[Any] = []
@@ -226,22 +237,23 @@ class Adafactor(keras.optimizers.Optimizer):
         """What the last update of every variable was like.
 
         Returns:
-            By the variable's path, arrays of shape (), or of one number per slice of the batch axes: ``update_rms``,
-            the root mean square of the normalised update before clipping (eq. 7); ``clip_factor``, what clipping
-            divided it by, at least 1 (eq. 10); ``parameter_scale``, what the learning rate was multiplied by (eq. 9).
-            Zeros before the first update. Reading them waits for the device.
+            By the variable's path (a second variable of one path has ``_2`` behind it), arrays of shape (), or of one
+            number per slice of the batch axes: ``update_rms``, the root mean square of the normalised update before
+            clipping (eq. 7); ``clip_factor``, what clipping divided it by, at least 1 (eq. 10); ``parameter_scale``,
+            what the learning rate was multiplied by (eq. 9). Zeros before the first update. Reading them waits for the
+            device.
 
         Raises:
             RuntimeError: they are not recorded.
         """
         if not self._records_diagnostics:
             raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
-        return {
-            path_of(variable): dict(zip(DIAGNOSTICS, np.moveaxis(np.asarray(values), -1, 0), strict=True))
-            for variable, report in zip(self._trainable_variables, self._reports, strict=True)
-            if report is not None
-            for values in (ops.convert_to_numpy(report),)
-        }
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for variable, report in zip(self._trainable_variables, self._reports, strict=True):
+            if report is not None:
+                values = np.moveaxis(np.asarray(ops.convert_to_numpy(report)), -1, 0)
+                found[distinct(path_of(variable), found)] = dict(zip(DIAGNOSTICS, values, strict=True))
+        return found
 
     @property
     def saved_variables(self) -> list[Any]:
@@ -261,10 +273,7 @@ class Adafactor(keras.optimizers.Optimizer):
     def add_variable(self, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
         """As Keras's, with a name that no other variable of this optimizer has: checkpoints are keyed by it."""
         if name is not None:
-            stem, count = name, 1
-            while name in self._state_names:
-                count += 1
-                name = f"{stem}_{count}"
+            name = distinct(name, self._state_names)
             self._state_names.add(name)
         return super().add_variable(*args, name=name, **kwargs)
 
@@ -359,7 +368,8 @@ class Adafactor(keras.optimizers.Optimizer):
 
     def _is_extended(self) -> bool:
         """Whether a subclass or a caller has put something else in place of a method that the kernels do not call."""
-        return any(getattr(getattr(self, name), "__func__", None) is not own for name, own in _BYPASSED.items())
+        own = vars(self)  # asked of the class and not of bound methods, which PyTorch's compiler makes anew
+        return any(name in own or getattr(type(self), name) is not method for name, method in _BYPASSED.items())
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """Set the variables to their moving averages (``use_ema``), each in memory of its own."""
@@ -369,15 +379,39 @@ class Adafactor(keras.optimizers.Optimizer):
             for variable in var_list:
                 variable.assign(ops.copy(variable))
 
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """As Keras's: name what does not decay, before the optimizer is built.
+
+        Args:
+            var_list: variables. A file does not know them: they decay when it has been loaded.
+            var_names: regular expressions, searched in the variables' names. They are part of the configuration.
+        """
+        var_list, var_names = list(var_list or ()), list(var_names or ())
+        super().exclude_from_weight_decay(var_list, var_names)
+        self._undecayed_names, self._has_undecayed_variables = var_names, bool(var_list)
+
     # -- configuration and checkpoints -----------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal optimizer, as plain data. A callable ``factoring`` is kept by reference."""
+        """The arguments that make an equal optimizer, as plain data. A callable ``factoring`` is kept by reference.
+
+        What ``exclude_from_weight_decay`` was told by name is under its name; variables it was told of cause a warning.
+        """
         config: dict[str, Any] = super().get_config()
         hyperparameters = dataclasses.asdict(self._hyperparameters)
         factoring = self.factoring
         if callable(factoring):
             factoring = keras.saving.serialize_keras_object(factoring)
+        if self._undecayed_names:
+            config["exclude_from_weight_decay"] = list(self._undecayed_names)
+        if self._has_undecayed_variables:
+            warnings.warn(
+                f"The variables that exclude_from_weight_decay(var_list=...) named are no part of the configuration of "
+                f"{self.name!r}: they decay in an optimizer made from it. Name them with var_names=... instead.",
+                stacklevel=2,
+            )
         return config | hyperparameters | {
             "factoring": factoring,
             "min_dim_size_to_factor": self.min_dim_size_to_factor,
@@ -390,7 +424,10 @@ class Adafactor(keras.optimizers.Optimizer):
         config = dict(config)
         if isinstance(config.get("factoring"), Mapping):
             config["factoring"] = keras.saving.deserialize_keras_object(config["factoring"], custom_objects)
+        undecayed = config.pop("exclude_from_weight_decay", None)
         optimizer: Adafactor = super().from_config(config, custom_objects)
+        if undecayed:
+            optimizer.exclude_from_weight_decay(var_names=undecayed)
         return optimizer
 
     def set_weights(self, weights: Sequence[Any]) -> None:

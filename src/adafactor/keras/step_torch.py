@@ -26,6 +26,7 @@ class TorchStep:
         self._settings: dict[tuple[float, bool], Settings] = {}
         self._native = Step() if native.available() else None
 
+    @torch.compiler.disable
     @torch.no_grad()
     def __call__(
         self, members: Iterable[Member], hp: Hyperparameters, learning_rate: Any, iterations: Any, scheduled: bool

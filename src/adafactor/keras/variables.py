@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Container
 from typing import Any
 
 import keras
@@ -22,8 +24,14 @@ def statistics_dtype(variable: Any) -> str:
 
 
 def path_of(variable: Any) -> str:
-    """``layer/kernel``; a ``tf.Variable`` has a name with a suffix instead of a path."""
-    return str(getattr(variable, "path", None) or variable.name).split(":")[0]
+    """``layer/kernel``; a ``tf.Variable`` has a name with the number of an output behind it instead of a path."""
+    return str(getattr(variable, "path", None) or str(variable.name).rpartition(":")[0] or variable.name)
+
+
+def distinct(name: str, taken: Container[str]) -> str:
+    """The name, with a number behind it where it is taken."""
+    numbered = (f"{name}_{count}" for count in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def is_sparse(gradient: Any) -> bool:
