@@ -137,11 +137,6 @@ def _find(tree: Any) -> _Found:
     return found[0]
 
 
-def format_of(tree: Tree) -> str:
-    """Which of the three formats a tree is."""
-    return _find(plain(tree)).format
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -429,4 +424,4 @@ def save(tree: Tree, path: PathLike) -> None:
         writer.save(new.absolute(), tree)
 
 
-__all__ = ["FORMATS", "format_of", "load", "plain", "read", "save", "write"]
+__all__ = ["FORMATS", "load", "plain", "read", "save", "write"]
