@@ -1,13 +1,18 @@
-"""Everything that needs a CUDA device, in one command: python benchmarks/gpu.py [--json FILE]
+"""What a CUDA device reaches: python benchmarks/gpu.py [--json FILE] [--only PART ...]
 
-Runs the tests that need a device, then measures steps with CUDA events, every optimizer taking turns with ours:
+Measures steps with CUDA events, every optimizer taking turns with ours:
 
   - one Llama 7B layer, float32 and bfloat16, beside AdamW(fused=True), torch.optim.Adafactor(foreach=True) and
     transformers' Adafactor: ns per parameter, how many times as fast ours is, and for ours the bytes that the design
     moves, per second, over what copying a tensor reaches on this device
-  - 1,000 LoRA matrices beside AdamW(fused=True), and the host's share of the time
+  - GPT-2 small and 1,000 LoRA matrices beside AdamW(fused=True), and the host's share of the time
   - launches of one step, that no step waits for the device, replays of a captured step with another learning rate
   - peak temporary memory of a step over the parameters' size
+
+Runs from a checkout on a bare machine; every row is written to FILE, a line of JSON, as soon as it is known. The tests
+that need a device are a command of their own:
+
+    PYTHONPATH=src python -m pytest tests/engine/torch/test_gpu.py tests/engine/torch/test_triton.py
 
 Without a CUDA device it says so and exits with 1.
 """
@@ -18,7 +23,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +30,16 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # a bare machine has no installed package
+
 import adafactor.torch
 from adafactor.cli.bench import pytorch
-from adafactor.cli.bench.shapes import LLAMA_LAYER, LORA, Shapes, parameters
+from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, Shapes, parameters
 from adafactor.cli.bench.timing import ratio, seconds, take_turns
 from adafactor.engine.torch import cuda
 
 Tensors = list[torch.Tensor]
-ROOT = Path(__file__).parents[1]
+SLEEP = 2_000_000  # cycles, about a millisecond: the host is ahead of the device when the first kernel starts
 OURS, ADAMW = "adafactor.torch.Adafactor", "torch.optim.AdamW(fused=True)"
 
 
@@ -58,8 +64,9 @@ def made(name: str, shapes: Shapes, dtype: torch.dtype, gradients: Tensors) -> t
 
 
 def device_seconds(run: Callable[[], object]) -> float:
-    """The device's time for one run."""
+    """The device's time for one run, which is queued while the device still sleeps."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SLEEP)
     start.record()
     run()
     end.record()
@@ -92,7 +99,7 @@ def mix(label: str, names: list[str], shapes: Shapes, dtype: torch.dtype, repeat
     rows = []
     for name in names:
         taken, times_ours = statistics.median(times[name]), ratio(times, name, OURS)
-        share = 5 * dtype.itemsize * count / taken / bandwidth if name == OURS else None
+        share = 4 * dtype.itemsize * count / taken / bandwidth if name == OURS else None
         shown = "" if share is None else f"{share:8.0%}"
         print(f"{name:<44} {taken * 1e3:9.3f} {taken * 1e9 / count:9.4f} {times_ours:7.2f} {shown}")
         rows.append(
@@ -105,10 +112,18 @@ def host_share(names: list[str], shapes: Shapes, dtype: torch.dtype) -> list[Any
     """Milliseconds until ``step`` returns, with an idle device."""
     gradients = [torch.ones(s, dtype=dtype, device="cuda") for s in shapes]
     times = take_turns({name: made(name, shapes, dtype, gradients).step for name in names}, 15, host_seconds)
-    rows = [{"host": name, "ms": 1e3 * statistics.median(taken)} for name, taken in times.items()]
+    rows = [
+        {"host": name, "tensors": len(shapes), "ms": 1e3 * statistics.median(taken)} for name, taken in times.items()
+    ]
     for row in rows:
-        print(f"{row['host']:<44} {row['ms']:9.3f} ms on the host")
+        print(f"{row['host']:<44} {row['ms']:9.3f} ms on the host for {len(shapes)} tensors", flush=True)
     return rows
+
+
+def kernels(profile: Any) -> int:
+    """Kernels in a profile, without copies and without the runtime's calls."""
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
 
 def launches(shapes: Shapes) -> int:
@@ -117,7 +132,7 @@ def launches(shapes: Shapes) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         optimizer.step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages())
+    return kernels(profile)
 
 
 def waits(shapes: Shapes) -> str:
@@ -137,6 +152,7 @@ def waits(shapes: Shapes) -> str:
 def replay(shapes: Shapes) -> tuple[bool, float]:
     """Whether replays with other learning rates give the eager numbers, and milliseconds per replay."""
     ends = []
+    used: list[Any] = []  # graphs and the gradients that they read
     taken = 0.0
     for captured in (True, False):
         params = [torch.full(s, 0.02, device="cuda").requires_grad_() for s in shapes]
@@ -152,6 +168,7 @@ def replay(shapes: Shapes) -> tuple[bool, float]:
             with torch.cuda.graph(graph):
                 optimizer.step()
             run = graph.replay
+            used += [graph, [p.grad for p in params]]
         for rate in (1e-2, 1e-3, 1e-4):
             lr.fill_(rate)
             ms = 1e3 * device_seconds(run)
@@ -170,53 +187,78 @@ def peak(shapes: Shapes, dtype: torch.dtype) -> float:
     return (torch.cuda.max_memory_allocated() - before) / (parameters(shapes) * dtype.itemsize)
 
 
+class Rows:
+    """Rows of results, written as they come: what a limit on the command cuts off does not take them along."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        if file:
+            file.write_text("")
+
+    def add(self, *rows: Any) -> None:
+        if self._file:
+            with self._file.open("a") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+PAIR = [OURS, ADAMW]
+
+
+def layer(dtype: torch.dtype, repeats: int, rows: Rows, bandwidth: float) -> None:
+    names = [name for name in OPTIMIZERS if dtype != torch.float32 or "stochastic" not in name]
+    rows.add(*mix("Llama 7B layer", names, LLAMA_LAYER, dtype, repeats, bandwidth))
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def checks(rows: Rows) -> bool:
+    """What must be so; whether it is."""
+    good = True
+    for name, find, wanted in (
+        ("launches, Llama 7B layer", lambda: launches(LLAMA_LAYER), lambda found: found <= 10),
+        ("launches, 1,000 LoRA matrices", lambda: launches(LORA), lambda found: found <= 10),
+        ("waits for the device", lambda: waits(LORA), lambda found: found == "none"),
+        ("peak extra memory over parameters, float32", lambda: peak(LLAMA_LAYER, torch.float32), None),
+        ("peak extra memory over parameters, bfloat16", lambda: peak(LLAMA_LAYER, torch.bfloat16), None),
+        ("replays equal eager steps, ms per replay", lambda: replay(LORA), lambda found: found[0]),
+    ):
+        found: Any = find()
+        good = good and (wanted is None or bool(wanted(found)))
+        print(f"{name}: {found}", flush=True)
+        rows.add({"check": name, "found": found})
+    return good
+
+
+PARTS = ("checks", "float32", "bfloat16", "small", "host")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--no-tests", action="store_true", help="measure alone")
-    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well, one line each")
     arguments = parser.parse_args()
     reason = cuda.why_not(torch.device("cuda"))
     if reason is not None:
         print(f"Nothing was run. {reason}")
         return 1
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
-    failed = 0
-    if not arguments.no_tests:
-        tests = [
-            "tests/engine/torch/test_gpu.py",
-            "tests/engine/torch/test_triton.py",
-            "tests/engine/torch/test_triton_table.py",
-        ]
-        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
+    device, rows, good = torch.cuda.get_device_name(), Rows(arguments.json), True
+    print(f"{device}, PyTorch {torch.__version__}", flush=True)
     bandwidth = copy_bandwidth()
-    print(f"copying: {bandwidth / 1e9:.0f} GB/s, read and written")
-    rows: list[Any] = [{"device": torch.cuda.get_device_name(), "copy_bytes_per_second": bandwidth, "tests": failed}]
-    names = list(OPTIMIZERS)
+    print(f"copying: {bandwidth / 1e9:.0f} GB/s, read and written", flush=True)
+    rows.add({"device": device, "torch": torch.__version__, "copy_bytes_per_second": bandwidth})
+    if "checks" in arguments.only:
+        good = checks(rows)
     for dtype in (torch.float32, torch.bfloat16):
-        fast = [name for name in names if dtype != torch.float32 or "stochastic" not in name]
-        rows += mix("Llama 7B layer", fast, LLAMA_LAYER, dtype, arguments.repeats, bandwidth)
-        gc.collect()
-        torch.cuda.empty_cache()
-    pair = [OURS, ADAMW]
-    rows += mix("1,000 LoRA matrices", pair, LORA, torch.float32, arguments.repeats, bandwidth)
-    rows += host_share(pair, LORA, torch.float32)
-    checks = {
-        "launches, Llama 7B layer": launches(LLAMA_LAYER),
-        "launches, 1,000 LoRA matrices": launches(LORA),
-        "waits for the device": waits(LORA),
-        "peak extra memory over parameters, float32": peak(LLAMA_LAYER, torch.float32),
-        "peak extra memory over parameters, bfloat16": peak(LLAMA_LAYER, torch.bfloat16),
-    }
-    checks["replays equal eager steps"], checks["ms per replay, 1,000 LoRA matrices"] = replay(LORA)
-    print()
-    for name, value in checks.items():
-        print(f"{name}: {value}")
-    rows.append(checks)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2))
-    broken = failed or checks["waits for the device"] != "none" or not checks["replays equal eager steps"]
-    return 1 if broken else 0
+        if str(dtype).removeprefix("torch.") in arguments.only:
+            layer(dtype, arguments.repeats, rows, bandwidth)
+    if "small" in arguments.only:
+        rows.add(*mix("GPT-2 small", PAIR, GPT2_SMALL, torch.float32, arguments.repeats, bandwidth))
+        rows.add(*mix("1,000 LoRA matrices", PAIR, LORA, torch.float32, arguments.repeats, bandwidth))
+    if "host" in arguments.only:
+        for shapes in (LLAMA_LAYER, GPT2_SMALL, LORA):
+            rows.add(*host_share(PAIR, shapes, torch.float32))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

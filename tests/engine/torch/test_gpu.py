@@ -38,10 +38,13 @@ def test_triton_and_torch_operations_agree(dtype, options):
             optimizer.step()
         ends.append(params)
     for a, b in zip(*ends, strict=True):
-        if options.get("stochastic_rounding"):
+        if options.get("stochastic_rounding") and dtype != torch.float32:
             assert (a != b).float().mean() < 0.05
-        else:
-            torch.testing.assert_close(a, b, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+            continue
+        # A last bit of difference may tip the draw of a number of 8-bit momentum.
+        tipped = 1e-3 if options.get("momentum_dtype") == torch.int8 else 0
+        close = torch.isclose(a, b, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+        assert (~close).float().mean() <= tipped
 
 
 def test_a_run_repeats_bit_for_bit():
@@ -82,9 +85,10 @@ def test_a_captured_step_replays_with_another_learning_rate(options):
         graphed.step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    read = [p.grad for p in captured]  # every replay reads them
     with torch.cuda.graph(graph):
-        for p in captured:
-            p.grad = p.grad * 1.0  # memory that the graph owns
+        for p, g in zip(captured, read, strict=True):
+            p.grad = g * 1.0  # memory that the graph owns
         graphed.step()
     eager.step()
     for lr in (1e-2, 1e-3, 1e-4):
@@ -113,8 +117,9 @@ def test_launches_do_not_grow_with_the_number_of_tensors():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             optimizer.step()
             torch.cuda.synchronize()
-        counts.append(sum(event.count for event in profile.key_averages() if "Memcpy" not in event.key))
-    assert counts[0] == counts[1] <= 16
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        counts.append(sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device))
+    assert counts[0] == counts[1] <= 10
 
 
 def test_a_step_needs_no_memory_of_parameter_size():
