@@ -78,27 +78,28 @@ int check(const adafactor_tensor& t, adafactor::Verb verb) {
   return t.slices > 0 && t.outer % t.slices == 0 ? 0 : 3;
 }
 
-int perform(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa, adafactor::Verb verb) {
+}  // namespace
+
+int adafactor::perform(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa, Verb verb,
+                       const Crew* crew) {
   if (isa < 0 || isa >= ADAFACTOR_ISAS || !kernels[isa] || !runs(isa)) return 4;
   for (int64_t k = 0; k < count; ++k)
     if (const int error = check(tensors[k], verb)) return error;
-  return adafactor::run(tensors, count, threads, kernels[isa], verb) ? 0 : 1;
+  return run(tensors, count, threads, kernels[isa], verb, crew) ? 0 : 1;
 }
-
-}  // namespace
 
 extern "C" {
 
 int adafactor_measure(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa) {
-  return perform(tensors, count, threads, isa, adafactor::kMeasure);
+  return adafactor::perform(tensors, count, threads, isa, adafactor::kMeasure);
 }
 
 int adafactor_apply(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa) {
-  return perform(tensors, count, threads, isa, adafactor::kApply);
+  return adafactor::perform(tensors, count, threads, isa, adafactor::kApply);
 }
 
 int adafactor_step(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa) {
-  return perform(tensors, count, threads, isa, adafactor::kStep);
+  return adafactor::perform(tensors, count, threads, isa, adafactor::kStep);
 }
 
 int64_t adafactor_abi(void) { return ADAFACTOR_ABI * 65536 + int64_t(sizeof(adafactor_tensor)); }

@@ -298,12 +298,16 @@ class Schedule {
 
 }  // namespace
 
-bool run(adafactor_tensor* tensors, int64_t count, int64_t threads, const Kernels* kernels, Verb verb) {
+bool run(adafactor_tensor* tensors, int64_t count, int64_t threads, const Kernels* kernels, Verb verb,
+         const Crew* crew) {
   if (count == 0) return true;
   Schedule schedule(kernels, verb);
   if (!schedule.add(tensors, count)) return false;
   const int64_t helpers = std::min(threads, schedule.most_threads()) - 1;
-  run_parallel(int(std::min<int64_t>(helpers, 1023)), [](void* s) { static_cast<Schedule*>(s)->work(); }, &schedule);
+  const int wanted = int(std::min<int64_t>(helpers, 1023));
+  const auto work = [](void* s) { static_cast<Schedule*>(s)->work(); };
+  if (crew && wanted > 0) crew->run(crew->threads, wanted, work, &schedule);
+  else run_parallel(wanted, work, &schedule);
   return !schedule.failed();
 }
 

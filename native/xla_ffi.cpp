@@ -6,12 +6,16 @@
 
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <vector>
 
 #include "adafactor.h"
+#include "engine.h"
 #include "xla_abi.h"
 
 namespace {
@@ -19,7 +23,7 @@ namespace {
 namespace xla = adafactor::xla;
 
 enum { kEmaWeight, kRho, kEps1, kEps2, kClip, kBeta1, kNumbers };
-enum { kFactored, kOuter, kRows, kInner, kColumns, kSlices, kWords };  // of each tensor in the attribute `tensors`
+enum { kFactored, kOuter, kRows, kInner, kColumns, kSlices, kIndex, kWords };  // of each tensor in the attribute `tensors`
 
 std::atomic<int64_t> threads_to_use{1}, isa_to_use{-1};  // -1: the best there is
 
@@ -47,11 +51,6 @@ struct Refused {
   int32_t code = xla::kInvalidArgument;
 };
 
-void check(int error) {
-  if (error == 1) throw Refused{"adafactor: no memory for row and column sums", xla::kResourceExhausted};
-  if (error) throw Refused{"adafactor: the native kernels refused a tensor"};
-}
-
 // One execution of a handler: its operands in order, and its attributes by name.
 class Call {
  public:
@@ -65,6 +64,8 @@ class Call {
   const xla::Buffer& argument() { return next(frame_.arguments, arguments_); }
   const xla::Buffer& result() { return next(frame_.results, results_); }
   const xla::Buffer& peek() { return next(frame_.arguments, arguments_, 0); }
+
+  const xla::Frame& frame() const { return frame_; }
 
   bool flag(const char* name) const { return *static_cast<const bool*>(scalar(name, xla::kPred)); }
 
@@ -107,6 +108,68 @@ class Call {
   int64_t arguments_ = 0, results_ = 0;
 };
 
+// The threads of XLA's own pool, beside which ours would be too many. XLA runs a task some time or other: who comes
+// when the work is done goes again, and only those who have begun are waited for.
+class Pool {
+ public:
+  explicit Pool(const xla::Frame& frame) : frame_(frame) {
+    if (frame.api->size < offsetof(xla::Api, count_threads) + sizeof frame.api->count_threads) return;
+    xla::CountThreads count{sizeof count, nullptr, frame.context, &threads_};
+    if (xla::Error* error = frame.api->count_threads(&count)) drop(error), threads_ = 0;
+  }
+
+  int64_t threads() const { return threads_; }  // 0 where there is no pool
+
+  static void run(void* pool, int helpers, void (*work)(void*), void* context) {
+    static_cast<Pool*>(pool)->share(helpers, work, context);
+  }
+
+ private:
+  struct Shift {
+    void (*work)(void*);
+    void* context;
+    std::mutex mutex;
+    std::condition_variable left;
+    bool over = false;
+    int active = 0;
+  };
+
+  void share(int helpers, void (*work)(void*), void* context) {
+    const auto shift = std::make_shared<Shift>();
+    shift->work = work, shift->context = context;
+    for (int k = 0; k < helpers; ++k) {
+      auto* ticket = new (std::nothrow) std::shared_ptr<Shift>(shift);
+      if (!ticket) break;
+      xla::Schedule task{sizeof task, nullptr, frame_.context, help, ticket};
+      if (xla::Error* error = frame_.api->schedule(&task)) drop(error), delete ticket;
+    }
+    work(context);
+    std::unique_lock<std::mutex> lock(shift->mutex);
+    shift->over = true;
+    while (shift->active > 0) shift->left.wait(lock);
+  }
+
+  static void help(void* ticket) {
+    const std::unique_ptr<std::shared_ptr<Shift>> mine(static_cast<std::shared_ptr<Shift>*>(ticket));
+    Shift& shift = **mine;
+    std::unique_lock<std::mutex> lock(shift.mutex);
+    if (shift.over) return;
+    ++shift.active;
+    lock.unlock();
+    shift.work(shift.context);
+    lock.lock();
+    if (--shift.active == 0) shift.left.notify_one();
+  }
+
+  void drop(xla::Error* error) const {
+    xla::ErrorDestroy destroy{sizeof destroy, nullptr, error};
+    frame_.api->error_destroy(&destroy);
+  }
+
+  const xla::Frame& frame_;
+  int64_t threads_ = 0;
+};
+
 char* advance(void* buffer, int64_t bytes) { return static_cast<char*>(buffer) + bytes; }
 
 std::vector<double> doubles(const xla::Buffer& buffer) {
@@ -126,32 +189,34 @@ T inverse_root(T v) {
   return v == 0 ? T(0) : T(1) / std::sqrt(v);
 }
 
-// rho max(eps2, RMS(x)) / max(1, RMS(u)/d) of one slice (eqs. 9 and 10). NaN stays NaN. Where it is asked for, the
-// report is of RMS(u), the divisor and the scale.
-template <class T>
-double factor(const adafactor_tensor& t, double Q, double u2, T* report) {
-  const double N = double(t.global_size), rms_u = std::sqrt(u2 / N), excess = rms_u / t.clip;
-  const double divisor = std::isinf(t.clip) || excess <= 1 ? 1 : excess;
-  double scale = 1;
-  if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
-    scale = std::sqrt(Q / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.decay_factor) : 1);
-    if (scale <= t.eps2) scale = t.eps2;
-  }
-  if (report) report[0] = T(rms_u), report[1] = T(divisor), report[2] = T(scale);
-  return t.rho * scale / divisor;
-}
-
-// Where the second half of `measure` finds the statistics and leaves its results.
+// Where the second half of `measure` finds the sums and leaves its results.
 template <class T>
 struct Finish {
   const T *S, *W, *old_column;
   T *row, *column, *row_factor, *column_factor;
-  T* report;  // [slices][3], or null
-  T* report_of(int64_t slice) const { return report ? report + 3 * slice : nullptr; }
+  T *inverse_clip, *alpha, *diagnostics;  // [slices], [slices], [slices][3] or null; inverse_clip if not factored
 };
 
+// Eqs. 9 and 10 of one slice: the step size to alpha, and what clipping multiplies by. NaN stays NaN.
+template <class T>
+double factor(const adafactor_tensor& t, const Finish<T>& f, int64_t slice, double u2) {
+  const double N = double(t.global_size), rms_u = std::sqrt(u2 / N), excess = rms_u / t.clip;
+  const double divisor = std::isinf(t.clip) || excess <= 1 ? 1 : excess;
+  double scale = 1;
+  if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
+    scale = std::sqrt(t.Q[slice] / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.decay_factor) : 1);
+    if (scale <= t.eps2) scale = t.eps2;
+  }
+  if (f.diagnostics) {
+    T* of = f.diagnostics + 3 * slice;
+    of[0] = T(rms_u), of[1] = T(divisor), of[2] = T(scale);
+  }
+  f.alpha[slice] = T(t.rho * scale);
+  return 1 / divisor;
+}
+
 // Eqs. 3, 7, 9, 10 after adafactor_measure: the update is g times row_factor (which holds the finished rows) times
-// column_factor (which holds S). The step size is in row_factor.
+// column_factor (which holds S).
 template <class T>
 void finish(const adafactor_tensor& t, const Finish<T>& f) {
   const int64_t m = t.columns, matrices = t.outer / t.slices * t.inner;
@@ -172,28 +237,27 @@ void finish(const adafactor_tensor& t, const Finish<T>& f) {
       root_mu[size_t(k)] = std::sqrt(mu);
       u2 += mu * weighted;
     }
-    const double scale = factor(t, t.Q[s], u2, f.report_of(s));
+    const T inverse_clip = T(factor(t, f, s, u2));
     for (int64_t k = 0; k < matrices; ++k) {
       const int64_t at = (s * matrices + k) * m;
       const T common = T(root_mu[size_t(k)]);
       for (int64_t j = at; j < at + m; ++j) f.column_factor[j] = common * inverse_root(f.column[j]);
     }
-    // With the columns, whose factor may be huge where there was no gradient, the scale could overflow.
     const int64_t rows = rows_of(t) / t.slices;
     for (int64_t i = s * rows; i < (s + 1) * rows; ++i) {
       f.row[i] = f.row_factor[i];
-      f.row_factor[i] = T(scale) * inverse_root(f.row[i]);
+      f.row_factor[i] = inverse_clip * inverse_root(f.row[i]);
     }
   }
 }
 
 // What both handlers know of a call before its tensors.
 struct Head {
-  std::vector<double> numbers, decay_factors;  // [models][kNumbers], [models][count]
+  std::vector<double> numbers, decay_factors;  // [models][kNumbers], [models][tensors of the whole update]
   const int64_t* words;                        // [count][kWords]
   int64_t models, count, threads, isa;
   int32_t statistics;  // the dtype of the statistics and of the arithmetic
-  bool clip, scale;
+  bool clip, scale, after_decay, diagnostics;
 
   explicit Head(Call& call) {
     const xla::Buffer& first = call.argument();
@@ -203,11 +267,14 @@ struct Head {
     const xla::Array& tensors = call.integers("tensors");
     words = static_cast<const int64_t*>(tensors.data);
     models = int64_t(numbers.size()) / kNumbers, count = int64_t(tensors.count) / kWords;
-    clip = call.flag("clip"), scale = call.flag("scale");
+    clip = call.flag("clip"), scale = call.flag("scale"), after_decay = call.flag("scale_after_decay");
+    diagnostics = call.flag("diagnostics");
     threads = threads_to_use, isa = isa_to_use;
     for (int64_t k = ADAFACTOR_ISAS; isa < 0 && k-- > 0;)
       if (adafactor_supported(k)) isa = k;
-    if (int64_t(decay_factors.size()) != models * count) throw Refused{"adafactor: one decay factor per tensor, please"};
+    for (int64_t k = 0; k < count; ++k)
+      if (words[k * kWords + kIndex] >= int64_t(decay_factors.size()) / models)
+        throw Refused{"adafactor: a tensor has no decay factor"};
   }
 
   // The part of tensor `k` that belongs to one model, without its buffers.
@@ -220,11 +287,22 @@ struct Head {
     t.slices = its[kSlices] / models;
     t.global_rows = t.rows, t.global_columns = t.columns;
     t.global_size = t.slices ? t.outer * t.rows * t.inner * t.columns / t.slices : 0;
-    t.flags = (its[kFactored] ? ADAFACTOR_FACTORED : 0) | (scale ? ADAFACTOR_SCALE_PARAMETER : 0);
+    t.flags = (its[kFactored] ? ADAFACTOR_FACTORED : 0) | (scale ? ADAFACTOR_SCALE_PARAMETER : 0) |
+              (after_decay ? ADAFACTOR_SCALE_AFTER_DECAY : 0);
     t.ema_weight = of[kEmaWeight], t.rho = of[kRho], t.eps1 = of[kEps1], t.eps2 = of[kEps2], t.beta1 = of[kBeta1];
     t.clip = clip ? of[kClip] : std::numeric_limits<double>::infinity();
-    t.decay_factor = decay_factors[size_t(model * count + k)];
+    t.decay_factor = decay_factors[size_t(model * int64_t(decay_factors.size()) / models + its[kIndex])];
     return t;
+  }
+
+  void perform(const Call& call, std::vector<adafactor_tensor>& tensors, adafactor::Verb verb) const {
+    Pool pool(call.frame());
+    const adafactor::Crew crew{Pool::run, &pool};
+    const bool theirs = pool.threads() > 0;
+    const int64_t most = theirs && pool.threads() < threads ? pool.threads() : threads;
+    const int error = adafactor::perform(tensors.data(), int64_t(tensors.size()), most, isa, verb, theirs ? &crew : nullptr);
+    if (error == 1) throw Refused{"adafactor: no memory for row and column sums", xla::kResourceExhausted};
+    if (error) throw Refused{"adafactor: the native kernels refused a tensor"};
   }
 
   int64_t slices() const {
@@ -236,7 +314,6 @@ struct Head {
 
 template <class T>
 void measure_as(Call& call, const Head& head) {
-  const bool after = call.flag("scale_after_decay"), report = call.flag("report");
   std::vector<adafactor_tensor> records;
   std::vector<Finish<T>> finishes;
   int64_t columns = 0;
@@ -248,47 +325,57 @@ void measure_as(Call& call, const Head& head) {
   std::vector<double> Q(static_cast<size_t>(head.slices()));
   T* next_sum = sums.data();
   double* next_Q = Q.data();
+  const auto take = [&next_sum](int64_t count) {
+    T* here = next_sum;
+    next_sum += count;
+    return here;
+  };
   for (int64_t k = 0; k < head.count; ++k) {
     const bool factored = head.words[k * kWords + kFactored];
     const auto give = [&] { return static_cast<T*>(call.result().data); };
-    const xla::Buffer &g = call.argument(), &x = head.scale ? call.argument() : g;
+    const xla::Buffer &g = call.argument(), &x = call.argument();
     T* row = static_cast<T*>(call.argument().data);
     T* column = factored ? static_cast<T*>(call.argument().data) : nullptr;
     T *new_row = factored ? give() : nullptr, *new_column = factored ? give() : nullptr;
-    T *row_factor = factored ? give() : nullptr, *column_factor = give();  // the latter is [slices] if not factored
-    T* reports = report ? give() : nullptr;
+    T *row_factor = factored ? give() : nullptr, *column_factor = factored ? give() : nullptr;
+    T *weight = factored ? nullptr : give(), *inverse_clip = factored ? nullptr : give();
+    T *alpha = give(), *diagnostics = head.diagnostics ? give() : nullptr;
     for (int64_t model = 0; model < head.models; ++model) {
       adafactor_tensor t = head.record(k, model);
-      if (after) t.flags |= ADAFACTOR_SCALE_AFTER_DECAY;
       t.param_dtype = dtype_of(x.dtype), t.grad_dtype = dtype_of(g.dtype);
-      const int64_t rows = factored ? rows_of(t) : size_of(t), sums_size = factored ? columns_of(t) : t.slices;
+      const int64_t rows = factored ? rows_of(t) : size_of(t), column_numbers = columns_of(t);
       t.param = advance(x.data, model * size_of(t) * width_of(x.dtype));
       t.grad = advance(g.data, model * size_of(t) * width_of(g.dtype));
       t.row = row + model * rows;
       t.Q = next_Q, next_Q += t.slices;
-      T* its_report = reports ? reports + 3 * model * t.slices : nullptr;
-      T *S = column_factor + model * sums_size, *W = next_sum;
-      next_sum += sums_size;
+      Finish<T> its{};
+      its.alpha = alpha + model * t.slices;
+      if (diagnostics) its.diagnostics = diagnostics + 3 * model * t.slices;
       if (factored) {
-        t.column = column + model * sums_size, t.finished = row_factor + model * rows;
-        finishes.push_back({S, W, static_cast<T*>(t.column), new_row + model * rows, new_column + model * sums_size,
-                            row_factor + model * rows, S, its_report});
+        t.column = column + model * column_numbers;
+        its.old_column = static_cast<const T*>(t.column);
+        its.row = new_row + model * rows, its.column = new_column + model * column_numbers;
+        t.finished = its.row_factor = row_factor + model * rows;
+        t.S = its.column_factor = column_factor + model * column_numbers;
+        t.W = take(column_numbers);
       } else {
-        S = next_sum, next_sum += sums_size;
-        finishes.push_back({S, W, nullptr, nullptr, nullptr, nullptr, column_factor + model * sums_size, its_report});
+        its.inverse_clip = inverse_clip + model * t.slices;
+        for (int64_t s = 0; s < t.slices; ++s) weight[model * t.slices + s] = T(t.ema_weight);
+        t.S = take(t.slices), t.W = take(t.slices);
       }
-      t.S = S, t.W = W;
+      its.S = static_cast<const T*>(t.S), its.W = static_cast<const T*>(t.W);
       records.push_back(t);
+      finishes.push_back(its);
     }
   }
-  check(adafactor_measure(records.data(), int64_t(records.size()), head.threads, head.isa));
+  head.perform(call, records, adafactor::kMeasure);
   for (size_t k = 0; k < records.size(); ++k) {
     const adafactor_tensor& t = records[k];
     const Finish<T>& its = finishes[k];
     if (t.flags & ADAFACTOR_FACTORED) {
       finish(t, its);
     } else {
-      for (int64_t s = 0; s < t.slices; ++s) its.column_factor[s] = T(factor(t, t.Q[s], its.W[s], its.report_of(s)));
+      for (int64_t s = 0; s < t.slices; ++s) its.inverse_clip[s] = T(factor(t, its, s, its.W[s]));
     }
   }
 }
@@ -307,9 +394,11 @@ char* in_place(const xla::Buffer& from, const xla::Buffer& to) {
 void step(Call& call) {
   const Head head(call);
   const bool momentum = call.flag("momentum");
+  const size_t slices = static_cast<size_t>(head.slices());
   std::vector<adafactor_tensor> records;
-  std::vector<double> Q(static_cast<size_t>(head.slices()));
-  double* next_Q = Q.data();
+  std::vector<double> Q(slices), diagnostics(head.diagnostics ? 4 * slices : 0);
+  std::vector<const xla::Buffer*> reported;
+  double *next_Q = Q.data(), *next_diagnostics = diagnostics.data();
   const int64_t width = width_of(head.statistics);
   for (int64_t k = 0; k < head.count; ++k) {
     const xla::Buffer &g = call.argument(), &x = call.peek();
@@ -320,6 +409,7 @@ void step(Call& call) {
     char *param = next(), *row = next(), *column = head.words[k * kWords + kFactored] ? next() : nullptr;
     const int32_t average_type = momentum ? call.peek().dtype : head.statistics;
     char* average = momentum ? next() : nullptr;
+    if (head.diagnostics) reported.push_back(&call.result());
     for (int64_t model = 0; model < head.models; ++model) {
       adafactor_tensor t = head.record(k, model);
       t.param_dtype = dtype_of(x.dtype), t.grad_dtype = dtype_of(g.dtype), t.momentum_dtype = dtype_of(average_type);
@@ -330,10 +420,21 @@ void step(Call& call) {
       t.column = column ? column + model * columns_of(t) * width : nullptr;
       t.momentum = average ? average + model * size * width_of(average_type) : nullptr;
       t.Q = next_Q, next_Q += t.slices;
+      if (head.diagnostics) t.diagnostics = next_diagnostics, next_diagnostics += 4 * t.slices;
       records.push_back(t);
     }
   }
-  check(adafactor_step(records.data(), int64_t(records.size()), head.threads, head.isa));
+  head.perform(call, records, adafactor::kStep);
+  const double* of = diagnostics.data();
+  for (const xla::Buffer* to : reported) {
+    const int64_t count = count_of(*to);
+    for (int64_t k = 0; k < count; ++k) {
+      const double value = of[k / 3 * 4 + k % 3];
+      if (head.statistics == xla::kF64) static_cast<double*>(to->data)[k] = value;
+      else static_cast<float*>(to->data)[k] = float(value);
+    }
+    of += count / 3 * 4;
+  }
 }
 
 xla::Error* failure(const xla::Frame& frame, const Refused& refused) {

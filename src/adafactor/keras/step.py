@@ -16,9 +16,9 @@ from adafactor.keras.variables import dense, is_sparse, statistics_dtype
 if keras.backend.backend() == "jax":
     from adafactor.engine.xla import primitives
 
-    _ops, _barrier = primitives.ops, primitives.barrier
+    _ops = primitives.ops
 else:
-    _ops, _barrier = ops, arrays.identity
+    _ops = arrays.functions(ops)
 
 
 class Member(NamedTuple):
@@ -59,29 +59,36 @@ def update_one(
         g = dense(member.gradient, variable)
         t = ops.cast(optimizer.iterations + 1, dtype)
         learning_rate = ops.cast(learning_rate, dtype)
-        decay, rho = arrays.schedule(_ops, t, learning_rate, hp, scheduled)
-        keep = 1 - learning_rate * member.weight_decay if member.weight_decay else None
-        values = {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()}
-        asked = member.report is not None
-        update = arrays.measure(_ops, x, g, values, its_layout, hp, decay, rho, keep, _barrier, report=asked)
+        numbers = arrays.schedule(_ops, t, learning_rate, hp, scheduled)
+        settings = arrays.Settings(
+            arrays.Constants.of(hp), *numbers, scale_after_decay=True, diagnostics=member.report is not None
+        )
+        tensor = arrays.Tensor(
+            its_layout,
+            x,
+            g,
+            {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()},
+            1 - learning_rate * member.weight_decay if member.weight_decay else 1.0,
+            None if member.momentum is None else ops.convert_to_tensor(member.momentum),
+        )
+        update = arrays.measure(_ops, tensor, settings)
         if member.sparse:
             first, second = update.direction
-            if keep is not None:
-                optimizer.assign(variable, ops.cast(ops.cast(x, dtype) * keep, variable.dtype))
+            if member.weight_decay:
+                optimizer.assign(variable, ops.cast(ops.cast(x, dtype) * tensor.decay_factor, variable.dtype))
             scale = ops.broadcast_to(first * (second * update.alpha), its_layout.shape)
             step = ops.multiply(ops.cast(member.gradient, dtype), scale)
             optimizer.assign_sub(variable, ops.cast(step, variable.dtype))
         else:
-            average = None if member.momentum is None else ops.convert_to_tensor(member.momentum)
-            x, average = arrays.apply(_ops, x, g, update, average, hp.momentum, keep, _barrier)
-            optimizer.assign(variable, x)
+            moved = arrays.apply(_ops, tensor, update, hp.momentum)
+            optimizer.assign(variable, moved.x)
             if member.momentum is not None:
-                optimizer.assign(member.momentum, average)
+                optimizer.assign(member.momentum, moved.momentum)
         for name, slot in member.slots.items():
             optimizer.assign(slot, update.slots[name])
-        if update.report is not None:
-            shape = ops.shape(update.report[0])
-            columns = [ops.broadcast_to(ops.cast(column, dtype), shape) for column in update.report]
+        if update.diagnostics is not None:
+            shape = ops.shape(update.diagnostics[0])
+            columns = [ops.broadcast_to(ops.cast(column, dtype), shape) for column in update.diagnostics]
             optimizer.assign(member.report, ops.reshape(ops.stack(columns, axis=-1), member.report.shape))
 
 

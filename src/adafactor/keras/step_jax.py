@@ -26,46 +26,55 @@ def update(
 ) -> bool:
     """Update every member through ``optimizer.assign``; False, and nothing done, where it has to be one by one.
 
-    Only measure is a kernel's. XLA moves the parameters itself: a custom call that writes them in place would have it
-    copy every one of them first, because the gradients read them too.
+    The kernels move the parameters in place. Where somebody reads the old value beside the new one, that would cost
+    a copy more than XLA's own moving does: then they measure, and XLA moves.
     """
     if not members:
         return True
-    if hp.momentum is not None or any(member.sparse for member in members):
+    if any(member.sparse for member in members):
         return False
     t = (jnp.asarray(ops.convert_to_tensor(iterations)) + 1).astype(jnp.result_type(float))
     rate = jnp.asarray(ops.convert_to_tensor(learning_rate), t.dtype)
-    decay, rho = arrays.schedule(primitives.ops, t, rate, hp, scheduled)
+    ema_weight, rho = arrays.schedule(primitives.ops, t, rate, hp, scheduled)
     report = any(member.report is not None for member in members)
+    settings = arrays.Settings(arrays.Constants.of(hp), ema_weight, rho, True, report)
     tensors = [_tensor(member, rate) for member in members]
     shardings = [_sharding_of(member.variable) for member in members]
     split = [sharding is not None and sharding.mesh.size > 1 for sharding in shardings]
-    if all(split):
-        measured = shards.measure(tensors, shardings, hp, decay, rho, True, report)
-    elif not any(split):
-        measured = primitives.measure(tensors, hp, decay, rho, True, report)
-    else:
+    if any(split) and not all(split):
         return False
-    for member, tensor, found in zip(members, tensors, measured, strict=True):
-        g, second = primitives.barrier(tensor.g, found.second)
-        kept = tensor.x.astype(second.dtype) * jnp.asarray(tensor.keep, second.dtype)
-        moved = kept - g.astype(second.dtype) * found.first * second
-        optimizer.assign(member.variable, moved.astype(tensor.x.dtype))
+    if any(split):
+        measured = shards.measure(tensors, shardings, settings)
+    elif optimizer.gradient_accumulation_steps:  # Keras chooses between the new values and the old ones afterwards
+        measured = primitives.measure(tensors, settings)
+    else:
+        measured = None
+    if measured is None:
+        moved = primitives.step(tensors, settings)
+    else:
+        moved = [
+            (arrays.apply(primitives.ops, tensor, each.update, hp.momentum), each.diagnostics)
+            for tensor, each in zip(tensors, measured, strict=True)
+        ]
+    for member, (tensor, diagnostics) in zip(members, moved, strict=True):
+        optimizer.assign(member.variable, tensor.x)
         for name, slot in member.slots.items():
-            optimizer.assign(slot, found.slots[name])
-        if found.report is not None:
-            optimizer.assign(member.report, found.report)
+            optimizer.assign(slot, tensor.slots[name])
+        if member.momentum is not None:
+            optimizer.assign(member.momentum, tensor.momentum)
+        if member.report is not None:
+            optimizer.assign(member.report, diagnostics)
     return True
 
 
-def _tensor(member: Member, rate: jax.Array) -> primitives.Tensor:
-    return primitives.Tensor(
+def _tensor(member: Member, rate: jax.Array) -> arrays.Tensor:
+    return arrays.Tensor(
         member.layout,
         ops.convert_to_tensor(member.variable),
         ops.convert_to_tensor(member.gradient, sparse=False),
         {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()},
         1 - rate * member.weight_decay if member.weight_decay else 1.0,
-        None,
+        None if member.momentum is None else ops.convert_to_tensor(member.momentum),
     )
 
 

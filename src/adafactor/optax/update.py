@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,50 +131,57 @@ class Transformation:
         if params is None and (self.hp.scale_parameter or self.weight_decay_rate is not None):
             raise ValueError(message("params", "given to update", params, "Call update(grads, state, params)."))
         work = self._work(updates, state, params)
-        found = self._measure(work, state)
         new = list(work.grads)
-        for k, tensor, measured in zip(work.where, work.tensors, found, strict=True):
-            loss, average = self._loss(tensor, measured, work.decays[k])
-            new[k] = (-loss).astype(tensor.x.dtype)
-            work.keep(k, measured.slots, average, measured.report)
+        for k, tensor, moved in zip(work.where, work.tensors, self._moves(work, state), strict=True):
+            new[k] = (-moved.loss).astype(tensor.x.dtype)
+            work.keep(k, moved)
         return work.treedef.unflatten(new), work.state()
 
     def step(self, params: Tree, grads: Tree, state: AdafactorState) -> tuple[Tree, AdafactorState]:
         work = self._work(grads, state, params)
         new = list(work.params)
-        if self.hp.momentum is None and not any(work.placed) and not self.diagnostics:
-            decay, rho = self._numbers(state)
+        if self.hp.momentum is None and not any(work.placed):
             tensors = [
-                tensor._replace(keep=1 - work.decays[k]) for k, tensor in zip(work.where, work.tensors, strict=True)
+                tensor._replace(decay_factor=1.0 if work.decays[k] is None else 1 - work.decays[k])
+                for k, tensor in zip(work.where, work.tensors, strict=True)
             ]
-            for k, tensor in zip(work.where, primitives.step(tensors, self.hp, decay, rho), strict=True):
+            for k, (tensor, report) in zip(work.where, primitives.step(tensors, self._settings(state)), strict=True):
                 new[k] = tensor.x
-                work.keep(k, tensor.slots)
+                work.keep(k, _Move(None, tensor.slots, None, report))
             return work.treedef.unflatten(new), work.state()
-        found = self._measure(work, state)
-        for k, tensor, measured in zip(work.where, work.tensors, found, strict=True):
-            loss, average = self._loss(tensor, measured, work.decays[k])
-            new[k] = (tensor.x.astype(loss.dtype) - loss).astype(tensor.x.dtype)
-            work.keep(k, measured.slots, average, measured.report)
+        for k, tensor, moved in zip(work.where, work.tensors, self._moves(work, state), strict=True):
+            new[k] = (tensor.x.astype(moved.loss.dtype) - moved.loss).astype(tensor.x.dtype)
+            work.keep(k, moved)
         return work.treedef.unflatten(new), work.state()
 
-    def _numbers(self, state: AdafactorState) -> tuple[jax.Array, jax.Array]:
-        """1 - beta(t) and rho(t) (eqs. 1 and 8)."""
+    def _moves(self, work: _Work, state: AdafactorState) -> list[_Move]:
+        settings = self._settings(state)
+        if any(work.placed):
+            measured = shards.measure(work.tensors, [work.placed[k] for k in work.where], settings)
+        else:
+            measured = primitives.measure(work.tensors, settings)
+        return [
+            _move(tensor, each, work.decays[k], settings.hp.beta_1, self.momentum_dtype)
+            for k, tensor, each in zip(work.where, work.tensors, measured, strict=True)
+        ]
+
+    def _settings(self, state: AdafactorState) -> arrays.Settings:
         t = jnp.maximum(state.count - jnp.asarray(self.decay_offset, jnp.int32) + 1, 1).astype(jnp.result_type(float))
         scheduled = callable(self.learning_rate)
         rho = _scalar("learning_rate", self.learning_rate(state.count)) if scheduled else self.learning_rate
         rho = jnp.asarray(1.0 if rho is None else rho, t.dtype)
-        return arrays.schedule(primitives.ops, t, rho, self.hp, scheduled)
+        ema_weight, rho = arrays.schedule(primitives.ops, t, rho, self.hp, scheduled)
+        return arrays.Settings(arrays.Constants.of(self.hp), ema_weight, rho, diagnostics=self.diagnostics)
 
     def _decays(self, params: Tree, state: AdafactorState) -> list[Any]:
-        """What every parameter loses of itself: 0 where it does not decay."""
+        """What every parameter loses of itself: ``None`` where it does not decay."""
         rate, mask = self.weight_decay_rate, self.weight_decay_mask
         if rate is None:
-            return [0] * len(flatten(params)[0])
+            return [None] * len(flatten(params)[0])
         rate = _scalar("weight_decay_rate", rate(state.count)) if callable(rate) else rate
         mask = mask(params) if is_function(mask) else mask
         chosen = broadcast("weight_decay_mask", True if mask is None else mask, params)
-        return [rate if each else 0 for each in chosen]
+        return [rate if each else None for each in chosen]
 
     def _work(self, grads: Tree, state: AdafactorState, params: Tree | None) -> _Work:
         given = grads if params is None else params
@@ -194,30 +202,34 @@ class Transformation:
             where.append(k)
             own = {name: jnp.asarray(flat.slots[name][k], _statistics_dtype(x)) for name in its_layout.slots}
             momentum = flat.momentum[k] if flat.momentum else None
-            tensors.append(primitives.Tensor(its_layout, x, g, own, momentum=momentum))
+            tensors.append(arrays.Tensor(its_layout, x, g, own, momentum=momentum))
         return _Work(treedef, leaves, gradients, tensors, where, self._decays(given, state), self._placed(given), flat)
 
-    def _measure(self, work: _Work, state: AdafactorState) -> list[primitives.Measured]:
-        decay, rho = self._numbers(state)
-        if not any(work.placed):
-            return primitives.measure(work.tensors, self.hp, decay, rho, report=self.diagnostics)
-        placed = [work.placed[k] for k in work.where]
-        return shards.measure(work.tensors, placed, self.hp, decay, rho, report=self.diagnostics)
 
-    def _loss(
-        self, tensor: primitives.Tensor, measured: primitives.Measured, decay: Any
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """What the parameter loses, in the dtype of the statistics, and the new momentum."""
-        g, second = primitives.barrier(tensor.g, measured.second)
-        loss = g.astype(second.dtype) * measured.first * second
-        average = None
-        if tensor.momentum is not None:
-            beta_1 = jnp.asarray(self.hp.momentum, loss.dtype)
-            loss = beta_1 * tensor.momentum.astype(loss.dtype) + (1 - beta_1) * loss
-            average = loss.astype(self.momentum_dtype)
-        if not (isinstance(decay, int) and decay == 0):
-            loss = loss + jnp.asarray(decay, loss.dtype) * tensor.x.astype(loss.dtype)
-        return loss, average
+class _Move(NamedTuple):
+    """What the parameter loses, in the dtype of the statistics, and its new state."""
+
+    loss: Any
+    slots: dict[str, jax.Array]
+    momentum: jax.Array | None
+    diagnostics: jax.Array | None
+
+
+@partial(primitives.compiled_alone, static=(4,))
+def _move(tensor: arrays.Tensor, measured: primitives.Measured, decay: Any, beta_1: Any, momentum_dtype: Any) -> _Move:
+    """``decay`` is what the parameter loses of itself, if anything."""
+    update = measured.update
+    first, second = update.direction
+    g, second = primitives.barrier(tensor.g, second)
+    loss = g.astype(second.dtype) * (first * update.alpha) * second
+    average = None
+    if tensor.momentum is not None:
+        beta_1 = jnp.asarray(beta_1, loss.dtype)
+        loss = beta_1 * tensor.momentum.astype(loss.dtype) + (1 - beta_1) * loss
+        average = loss.astype(momentum_dtype)
+    if decay is not None:
+        loss = loss + jnp.asarray(decay, loss.dtype) * tensor.x.astype(loss.dtype)
+    return _Move(loss, update.slots, average, measured.diagnostics)
 
 
 @dataclass
@@ -227,26 +239,20 @@ class _Work:
     treedef: Any
     params: list[Any]
     grads: list[Any]
-    tensors: list[primitives.Tensor]
+    tensors: list[arrays.Tensor]
     where: list[int]
     decays: list[Any]
     placed: list[Any]
     flat: states.Flat
 
-    def keep(
-        self,
-        k: int,
-        slots: dict[str, jax.Array],
-        momentum: jax.Array | None = None,
-        report: jax.Array | None = None,
-    ) -> None:
-        for name, value in slots.items():
+    def keep(self, k: int, move: _Move) -> None:
+        for name, value in move.slots.items():
             self.flat.slots[name][k] = value
-        if momentum is not None:
-            self.flat.momentum[k] = momentum
+        if move.momentum is not None:
+            self.flat.momentum[k] = move.momentum
         for number, values in enumerate(self.flat.diagnostics):
-            assert report is not None
-            values[k] = report[..., number]
+            assert move.diagnostics is not None
+            values[k] = move.diagnostics[..., number]
 
     def state(self) -> AdafactorState:
         return self.flat.state(optax.safe_increment(self.flat.old.count))

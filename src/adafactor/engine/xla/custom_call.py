@@ -7,16 +7,19 @@ version of XLA's foreign function interface that has all it needs, so that one l
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib.version
 import numpy as np
+from jaxlib.mlir import ir
 
 from adafactor.core import native
 from adafactor.core.canonical import canonical
 from adafactor.core.factoring import Layout
+from adafactor.engine.xla import ordering
 
 _CALLS = ("adafactor_xla_measure", "adafactor_xla_step")
 
@@ -47,79 +50,44 @@ def _register() -> str | None:
     return None
 
 
-def lower_measure(
-    context: Any, operands: Any, *, layouts: tuple[Layout, ...], clip: bool, scale: bool, after: bool, report: bool
-) -> Any:
-    """The custom call, or ``None`` where `array.py` has to do it."""
-    tensors = _tensors(context, layouts)
-    if tensors is None:
-        return None
-    order, results, aliases = [0, 1], list[int](), dict[int, int]()
-    at, out = 2, 0
-    for layout, (_, transposed) in zip(layouts, tensors, strict=True):
-        taken = list(range(at, at + 1 + scale + len(layout.slots)))
-        at += len(taken)
-        given = list(range(out, out + (4 if layout.factored else 1) + report))
-        out += len(given)
-        if transposed:  # the kernel's row is our column
-            taken[-2:] = taken[:-3:-1]
-            given = [given[1], given[0], given[3], given[2], *given[4:]]
-        if layout.factored:  # the statistics are replaced in place
-            end, first = len(order) + len(taken), len(results)
-            aliases |= {end - 2: first, end - 1: first + 1}
-        order += taken
-        results += given
-    back = [results.index(k) for k in range(out)]
-    flags = {"clip": clip, "scale": scale, "scale_after_decay": after, "report": report}
-    return _call("adafactor_xla_measure", context, operands, order, results, back, aliases, tensors, **flags)
+class Piece(NamedTuple):
+    """One tensor of a call, by the numbers of its operands and results in the primitive.
+
+    Attributes:
+        words: what the call is told of the tensor's form, and its number among the primitive's tensors.
+        arguments, results: those of the call, in the kernel's order; gradient and parameter come first.
+        aliases: which argument's memory which result takes, by their places in these lists.
+        size: elements of the parameter.
+    """
+
+    words: tuple[int, ...]
+    arguments: list[int]
+    results: list[int]
+    aliases: dict[int, int]
+    size: int
 
 
-def lower_step(
-    context: Any,
-    operands: Any,
-    *,
-    layouts: tuple[Layout, ...],
-    clip: bool,
-    scale: bool,
-    momentum: bool,
-) -> Any:
-    """The custom call, whose results are its operands' own memory, or ``None`` where `array.py` has to do it."""
-    tensors = _tensors(context, layouts)
-    if tensors is None:
-        return None
-    order, results, aliases = [0, 1], list[int](), dict[int, int]()
-    at, out = 2, 0
-    for layout, (_, transposed) in zip(layouts, tensors, strict=True):
-        taken = list(range(at, at + 2 + len(layout.slots) + momentum))
-        at += len(taken)
-        given = list(range(out, out + len(taken) - 1))
-        out += len(given)
-        if transposed:
-            taken[2], taken[3] = taken[3], taken[2]
-            given[1], given[2] = given[2], given[1]
-        aliases |= {len(order) + 1 + k: len(results) + k for k in range(len(given))}
-        order += taken
-        results += given
-    back = [results.index(k) for k in range(out)]
-    flags = {"clip": clip, "scale": scale, "momentum": momentum}
-    return _call("adafactor_xla_step", context, operands, order, results, back, aliases, tensors, **flags)
+#: Large tensors get a call each, so that a gradient can be freed as soon as it is used; small ones share one.
+LARGE = 1 << 16
+#: How many. The time in which XLA compiles a call grows with the square of its operands.
+MOST = 32
 
 
-def _tensors(context: Any, layouts: tuple[Layout, ...]) -> list[tuple[list[int], bool]] | None:
-    """Each tensor in the kernels' words, and whether its rows act as their columns."""
-    if not _one_device(context) or why_not() is not None:
+def words_of(layout: Layout) -> tuple[tuple[int, ...], bool] | None:
+    """A layout in the kernels' words, and whether its rows act as their columns; ``None`` where it has no form."""
+    form = canonical(layout)
+    if form is None or not form.size:
         return None
-    if any(str(aval.dtype) not in native.DTYPES for aval in context.avals_in):
-        return None
-    forms = [canonical(layout) for layout in layouts]
-    words = []
-    for form in forms:
-        if form is None or not form.size:
-            return None
-        words.append(
-            ([int(form.factored), form.outer, form.rows, form.inner, form.columns, form.slices], form.transposed)
-        )
-    return words
+    return (int(form.factored), form.outer, form.rows, form.inner, form.columns, form.slices), form.transposed
+
+
+def can_lower(context: Any) -> bool:
+    """Whether this function may hold custom calls: it is for this machine's CPU and for arrays on one device."""
+    module = context.module_context
+    exported = getattr(getattr(module, "lowering_parameters", None), "for_export", False)
+    if tuple(module.platforms) != ("cpu",) or exported or not _one_device(context) or why_not() is not None:
+        return False
+    return all(str(aval.dtype) in native.DTYPES for aval in context.avals_in)
 
 
 def _one_device(context: Any) -> bool:
@@ -131,27 +99,32 @@ def _one_device(context: Any) -> bool:
     return getattr(axes, "num_devices", None) == 1
 
 
-def _call(
-    name: str,
-    context: Any,
-    operands: Any,
-    order: list[int],
-    results: list[int],
-    back: list[int],
-    aliases: dict[int, int],
-    tensors: list[tuple[list[int], bool]],
-    **flags: bool,
-) -> Any:
-    """Calls with operands and results in the kernel's order, and gives the results in ours."""
-    lower = jax.ffi.ffi_lowering(name, operand_output_aliases=aliases)
-    ordered = context.replace(
-        avals_in=[context.avals_in[k] for k in order], avals_out=[context.avals_out[k] for k in results]
-    )
+def lower(name: str, context: Any, operands: Any, pieces: Sequence[Piece], flags: dict[str, bool]) -> dict[int, Any]:
+    """The results of the primitive by their numbers, from as many calls as serve best.
+
+    The first two operands, the numbers and the factors of weight decay of all tensors, go to every call.
+    """
     _library().adafactor_xla_configure(ctypes.c_int64(native.threads()), ctypes.c_int64(native.isa()))
-    out = lower(
-        ordered,
-        *(operands[k] for k in order),
-        tensors=np.array([words for words, _ in tensors], np.int64).ravel(),
-        **flags,
-    )
-    return [out[k] for k in back]
+    calls = [[piece] for piece in pieces if piece.size >= LARGE]
+    small = [piece for piece in pieces if piece.size < LARGE]
+    calls += [small[k : k + MOST] for k in range(0, len(small), MOST)]
+    writers = [ordering.Writer(*([operands[piece.arguments[k]] for piece in call] for k in (1, 0))) for call in calls]
+    made: dict[int, Any] = {}
+    for call, tokens in zip(calls, ordering.waits(writers), strict=True):
+        arguments, results, aliases = [0, 1], list[int](), dict[int, int]()
+        for piece in call:
+            aliases |= {len(arguments) + k: len(results) + r for k, r in piece.aliases.items()}
+            arguments += piece.arguments
+            results += piece.results
+        avals = [context.avals_in[k] for k in arguments]
+        avals += [jax.core.ShapedArray(ir.RankedTensorType(token.type).shape, np.float32) for token in tokens]
+        call_context = context.replace(avals_in=avals, avals_out=[context.avals_out[k] for k in results])
+        out = jax.ffi.ffi_lowering(name, operand_output_aliases=aliases)(
+            call_context,
+            *(operands[k] for k in arguments),
+            *tokens,
+            tensors=np.array([piece.words for piece in call], np.int64).ravel(),
+            **flags,
+        )
+        made |= dict(zip(results, out, strict=True))
+    return made

@@ -11,29 +11,21 @@ to float32), a temporary as large as the parameter; behind a barrier each read s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from types import SimpleNamespace
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from adafactor.core.canonical import canonical
+from adafactor.core import finish
 from adafactor.core.factoring import Layout
-from adafactor.core.hyperparameters import Hyperparameters
 from adafactor.engine.xla import arrays, custom_call
-
-_NAMES = ("absolute", "maximum", "minimum", "power", "reshape", "sqrt", "square", "sum", "where")
-
-ops = SimpleNamespace(
-    **{name: getattr(jnp, name) for name in _NAMES}, rsqrt=jax.lax.rsqrt, cast=jax.lax.convert_element_type
-)
-
-#: Large tensors get a call each, so that a gradient can be freed as soon as it is used; small ones share one.
-LARGE = 1 << 16
+from adafactor.engine.xla.arrays import Settings, Tensor
 
 
 def barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -42,133 +34,138 @@ def barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return behind
 
 
-class Tensor(NamedTuple):
-    """One parameter in one update: arrays of ``layout.shape``, statistics by the names of ``Layout.slots``.
+ops = arrays.functions(jnp, rsqrt=jax.lax.rsqrt, cast=jax.lax.convert_element_type, barrier=barrier)
 
-    ``keep`` is what the parameter is multiplied by before its step, ``momentum`` as in eq. 12 (`step` only).
-    """
 
-    layout: Layout
-    x: jax.Array
-    g: jax.Array
-    slots: dict[str, jax.Array]
-    keep: jax.Array | float = 1.0
-    momentum: jax.Array | None = None
+jax.tree_util.register_pytree_node(Layout, lambda layout: ((), layout), lambda layout, _: layout)
+jax.tree_util.register_dataclass(
+    arrays.Constants, ["epsilon_1", "epsilon_2", "clip_threshold", "beta_1"], ["scale_parameter"]
+)
+jax.tree_util.register_dataclass(Settings, ["hp", "ema_weight", "rho"], ["scale_after_decay", "diagnostics"])
 
 
 class Measured(NamedTuple):
-    """New statistics by name, and two factors whose product with g is what x loses (eqs. 9, 10, 13).
+    """A step short of making it, and its diagnostics where they are asked for.
 
-    ``report``, where asked for, has the lengths of the batch axes and 3: RMS(u) before clipping (eq. 7), what clipping
-    divides by (eq. 10) and the parameter scale (eq. 9).
+    The latter have the lengths of the batch axes and 3: RMS(u) before clipping (eq. 7), what clipping divides by
+    (eq. 10) and the parameter scale (eq. 9).
     """
 
-    slots: dict[str, jax.Array]
-    first: jax.Array
-    second: jax.Array
-    report: jax.Array | None = None
+    update: arrays.Update
+    diagnostics: jax.Array | None = None
 
 
-def measure(
-    tensors: Sequence[Tensor],
-    hp: Hyperparameters,
-    decay: jax.Array,
-    rho: jax.Array,
-    scale_after_decay: bool = False,
-    report: bool = False,
-) -> list[Measured]:
-    """The step of every tensor short of making it (eqs. 1 to 11); ``decay`` and ``rho`` are scalars.
-
-    ``scale_after_decay`` takes RMS(x) of the parameter times its ``keep``, as Keras does; ``report`` asks for
-    ``Measured.report``.
-    """
+def measure(tensors: Sequence[Tensor], settings: Settings) -> list[Measured]:
+    """The step of every tensor short of making it (eqs. 1 to 11)."""
     results: list[Measured | None] = [None] * len(tensors)
-    flags = {"clip": hp.clip_threshold is not None, "scale": hp.scale_parameter}
-    flags |= {"after": scale_after_decay, "report": report}
-    for group in _groups(tensors):
-        dtype = _statistics(tensors[group[0]])
-        numbers, keeps = _numbers(dtype, hp, decay, rho), _keeps([tensors[k] for k in group], dtype)
-        layouts = tuple(tensors[k].layout for k in group)
-        operands = [a for k in group for a in _read(tensors[k], hp.scale_parameter)]
-        out = iter(measure_p.bind(numbers, keeps, *operands, layouts=layouts, **flags))
+    for group, numbers, decay_factors, flags in _groups(tensors, settings):
+        operands = [a for k in group for a in (tensors[k].g, tensors[k].x, *_slots(tensors[k]))]
+        out = iter(measure_p.bind(numbers, decay_factors, *operands, **flags))
         for k in group:
-            results[k] = _measured(tensors[k], hp, decay, out, report)
+            count = (5 if tensors[k].layout.factored else 3) + settings.diagnostics
+            results[k] = _measured(tensors[k], [next(out) for _ in range(count)], settings)
     return results  # type: ignore[return-value]
 
 
-def _measured(
-    tensor: Tensor, hp: Hyperparameters, decay: jax.Array, out: Iterator[jax.Array], report: bool
-) -> Measured:
+def compiled_alone(function: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """The function, with a compiled form of its own where nothing is traced: not one for each of its operations."""
+    compiled = jax.jit(function, static_argnums=static)
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        return (function if traced else compiled)(*arguments)
+
+    return call
+
+
+@compiled_alone
+def _measured(tensor: Tensor, out: list[jax.Array], settings: Settings) -> Measured:
+    """What measure has returned for a tensor, so that it broadcasts to x."""
     layout = tensor.layout
     if layout.factored:
-        row, column, first, second = (next(out) for _ in range(4))
-        return Measured(
-            {"row": row, "column": column},
-            arrays._spread(ops, first, layout.columns),
-            arrays._spread(ops, second, layout.rows),
-            next(out) if report else None,
-        )
-    second = next(out)
-    v = tensor.slots["second_moment"]
-    decay = decay.astype(v.dtype)
-    v = (1 - decay) * v + decay * (jnp.square(tensor.g.astype(v.dtype)) + hp.epsilon_1)  # eq. 11
-    return Measured({"second_moment": v}, arrays._inverse_sqrt(ops, v), second, next(out) if report else None)
+        row, column, first, second, alpha, *diagnostics = out
+        slots = {"row": row, "column": column}
+        first, second = arrays.spread(ops, first, layout.columns), arrays.spread(ops, second, layout.rows)
+    else:
+        # The weight has come through the call: what reads it, and writes v, comes after the call has read v.
+        weight, second, alpha, *diagnostics = out
+        v = tensor.slots["second_moment"]
+        v = finish.statistic(v, jnp.square(tensor.g.astype(v.dtype)), weight, settings.hp.epsilon_1)  # eq. 11
+        slots, first = {"second_moment": v}, finish.inverse_sqrt(ops, v)
+    return Measured(arrays.Update(slots, (first, second), alpha), diagnostics[0] if diagnostics else None)
 
 
-def step(tensors: Sequence[Tensor], hp: Hyperparameters, decay: jax.Array, rho: jax.Array) -> list[Tensor]:
-    """The whole step (eqs. 1 to 13): the tensors with new x, slots and momentum, donated arrays updated in place."""
-    results: list[Tensor | None] = [None] * len(tensors)
-    flags = {"clip": hp.clip_threshold is not None, "scale": hp.scale_parameter}
-    momentum = hp.momentum is not None
-    for group in _groups(tensors):
-        dtype = _statistics(tensors[group[0]])
-        numbers, keeps = _numbers(dtype, hp, decay, rho), _keeps([tensors[k] for k in group], dtype)
+def step(tensors: Sequence[Tensor], settings: Settings) -> list[tuple[Tensor, jax.Array | None]]:
+    """The whole step (eqs. 1 to 13): tensors with new x, slots and momentum, in place where they are donated.
+
+    Beside each its diagnostics, as in `Measured`, where they are asked for.
+    """
+    results: list[tuple[Tensor, jax.Array | None] | None] = [None] * len(tensors)
+    momentum = any(tensor.momentum is not None for tensor in tensors)
+    for group, numbers, decay_factors, flags in _groups(tensors, settings):
         operands = [a for k in group for a in _written(tensors[k])]
-        layouts = tuple(tensors[k].layout for k in group)
-        out = iter(step_p.bind(numbers, keeps, *operands, layouts=layouts, momentum=momentum, **flags))
+        out = iter(step_p.bind(numbers, decay_factors, *operands, momentum=momentum, **flags))
         for k in group:
             x, slots = next(out), {name: next(out) for name in tensors[k].layout.slots}
-            average = next(out) if momentum else None
-            results[k] = tensors[k]._replace(x=x, slots=slots, momentum=average)
+            moved = tensors[k]._replace(x=x, slots=slots, momentum=next(out) if momentum else None)
+            results[k] = moved, next(out) if settings.diagnostics else None
     return results  # type: ignore[return-value]
 
 
 # -- operands ----------------------------------------------------------------------------------------------------------
 
 
-def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
-    groups: dict[object, list[int]] = {}
+def _groups(
+    tensors: Sequence[Tensor], settings: Settings
+) -> Iterator[tuple[list[int], jax.Array, jax.Array, dict[str, Any]]]:
+    """Tensors of one dtype of statistics, with or without a form for the kernels: which, and what they share."""
+    hp = settings.hp
+    groups: dict[Any, list[int]] = {}
     for k, tensor in enumerate(tensors):
-        alone = tensor.layout.size >= LARGE or canonical(tensor.layout) is None
-        groups.setdefault(k if alone else _statistics(tensor), []).append(k)
-    return list(groups.values())
+        kind = tensor.dtype, custom_call.words_of(tensor.layout) is None, _place(tensor)
+        groups.setdefault(kind, []).append(k)
+    for (dtype, *_), group in groups.items():
+        clip = 1.0 if hp.clip_threshold is None else hp.clip_threshold  # nobody reads it where clipping is off
+        beta_1 = 0.0 if hp.beta_1 is None else hp.beta_1
+        values = (settings.ema_weight, settings.rho, hp.epsilon_1, hp.epsilon_2, clip, beta_1)
+        flags = {
+            "layouts": tuple(tensors[k].layout for k in group),
+            "clip": hp.clip_threshold is not None,
+            "scale": hp.scale_parameter,
+            "scale_after_decay": settings.scale_after_decay,
+            "diagnostics": settings.diagnostics,
+        }
+        yield group, _packed(values, dtype), _packed([tensors[k].decay_factor for k in group], dtype), flags
 
 
-def _statistics(tensor: Tensor) -> Any:
-    return next(iter(tensor.slots.values())).dtype
+def _place(tensor: Tensor) -> Any:
+    """Which tensors a compiled function may have in common outside jit: of one place, where the kernels are.
+
+    A long program of anything else takes long to compile, and equal layouts can share a short one.
+    """
+    if isinstance(tensor.x, jax.core.Tracer) or not isinstance(tensor.x, jax.Array):
+        return None
+    native = all(device.platform == "cpu" for device in tensor.x.devices()) and custom_call.why_not() is None
+    return tensor.x.sharding if native else id(tensor)
 
 
-def _numbers(dtype: Any, hp: Hyperparameters, decay: jax.Array, rho: jax.Array) -> jax.Array:
-    clip = 1.0 if hp.clip_threshold is None else hp.clip_threshold  # nobody reads it where clipping is off
-    values = (decay, rho, hp.epsilon_1, hp.epsilon_2, clip, hp.momentum or 0.0 if not _traced(hp.beta_1) else hp.beta_1)
-    return jnp.stack([jnp.asarray(value, dtype) for value in values])
+def _packed(values: Sequence[Any], dtype: Any) -> jax.Array:
+    """Numbers, known or traced, as one array; the same one is converted once."""
+    if all(isinstance(value, int | float) for value in values):
+        return jnp.asarray(np.array(values, dtype))
+    distinct = {id(value): value for value in values}
+    places = {key: place for place, key in enumerate(distinct)}
+    packed = jnp.stack([jnp.asarray(value, dtype) for value in distinct.values()])
+    return packed if len(places) == len(values) else packed[np.array([places[id(value)] for value in values])]
 
 
-def _keeps(tensors: Sequence[Tensor], dtype: Any) -> jax.Array:
-    return jnp.stack([jnp.asarray(tensor.keep, dtype) for tensor in tensors])
-
-
-def _traced(value: object) -> bool:
-    return isinstance(value, jax.Array)
-
-
-def _read(tensor: Tensor, scale: bool) -> list[jax.Array]:
-    return [tensor.g, *([tensor.x] if scale else []), *(tensor.slots[name] for name in tensor.layout.slots)]
+def _slots(tensor: Tensor) -> list[jax.Array]:
+    return [tensor.slots[name] for name in tensor.layout.slots]
 
 
 def _written(tensor: Tensor) -> list[jax.Array]:
-    slots = [tensor.slots[name] for name in tensor.layout.slots]
-    return [tensor.g, tensor.x, *slots, *([] if tensor.momentum is None else [tensor.momentum])]
+    return [tensor.g, tensor.x, *_slots(tensor), *([] if tensor.momentum is None else [tensor.momentum])]
 
 
 def _number_of(values: jax.Array, k: int, rank: int) -> jax.Array:
@@ -177,94 +174,168 @@ def _number_of(values: jax.Array, k: int, rank: int) -> jax.Array:
     return values[..., k].reshape(lead + (1,) * (rank - len(lead)) if lead else ())
 
 
-def _constants(
-    numbers: jax.Array, rank: int, clip: bool, scale: bool
-) -> tuple[jax.Array, jax.Array, arrays.Constants, Any]:
-    """decay, rho, the other constants and beta_1."""
-    one = [_number_of(numbers, k, rank) for k in range(6)]
-    return one[0], one[1], arrays.Constants(one[2], one[3], one[4] if clip else None, scale), one[5]
+def _settings(numbers: jax.Array, rank: int, flags: dict[str, bool]) -> Settings:
+    """The settings of a tensor of ``rank`` axes, from the first operand of a primitive."""
+    weight, rho, *constants = (_number_of(numbers, k, rank) for k in range(6))
+    epsilon_1, epsilon_2, clip, beta_1 = constants
+    hp = arrays.Constants(epsilon_1, epsilon_2, clip if flags["clip"] else None, beta_1, flags["scale"])
+    return Settings(hp, weight, rho, flags["scale_after_decay"], flags["diagnostics"])
 
 
 # -- the primitives on jax.numpy ---------------------------------------------------------------------------------------
 
 
 def _measure_jnp(
-    numbers: jax.Array,
-    keeps: jax.Array,
-    *operands: jax.Array,
-    layouts: tuple[Layout, ...],
-    clip: bool,
-    scale: bool,
-    after: bool,
-    report: bool,
+    numbers: jax.Array, decay_factors: jax.Array, *operands: jax.Array, layouts: tuple[Layout, ...], **flags: bool
 ) -> list[jax.Array]:
     rest = iter(operands)
     out = []
     for k, layout in enumerate(layouts):
-        g = next(rest)
-        x = next(rest) if scale else g
-        slots = {name: next(rest) for name in layout.slots}
-        decay, rho, hp, _ = _constants(numbers, len(layout.shape), clip, scale)
-        keep = _number_of(keeps, k, len(layout.shape)) if after else None
-        update = arrays.measure(ops, x, g, slots, layout, hp, decay, rho, keep, barrier, report)
+        rank = len(layout.shape)
+        g, x, slots = next(rest), next(rest), {name: next(rest) for name in layout.slots}
+        settings = _settings(numbers, rank, flags)
+        update = arrays.measure(ops, Tensor(layout, x, g, slots, _number_of(decay_factors, k, rank)), settings)
         first, second = update.direction
+        slices = _slices(layout)
         if layout.factored:
-            first = first * update.alpha  # second * alpha may overflow where a column had no gradient: 0 * inf
             out += [update.slots["row"], update.slots["column"]]
             out += [first.reshape(layout.row_shape), second.reshape(layout.column_shape)]
         else:
-            slices = tuple(n if axis in layout.batch else 1 for axis, n in enumerate(layout.shape))
-            out.append(jnp.broadcast_to(second * update.alpha, slices))
-        if report:
-            out.append(reported(update, layout))
+            out += [jnp.broadcast_to(settings.ema_weight, slices), jnp.broadcast_to(second, slices)]
+        out.append(jnp.broadcast_to(update.alpha, slices))
+        if settings.diagnostics:
+            out.append(diagnosed(update, layout))
     return out
 
 
-def reported(update: arrays.Update, layout: Layout) -> jax.Array:
-    """``Measured.report`` of an update."""
-    assert update.report is not None
-    rms_u = update.report[0]
-    columns = [jnp.broadcast_to(jnp.asarray(a, rms_u.dtype), rms_u.shape) for a in update.report]
+def _slices(layout: Layout) -> tuple[int, ...]:
+    """One value per slice, in a shape that broadcasts to the parameter."""
+    return tuple(n if axis in layout.batch else 1 for axis, n in enumerate(layout.shape))
+
+
+def diagnosed(update: arrays.Update, layout: Layout) -> jax.Array:
+    """``Measured.diagnostics`` of an update."""
+    assert update.diagnostics is not None
+    rms_u = update.diagnostics[0]
+    columns = [jnp.broadcast_to(jnp.asarray(a, rms_u.dtype), rms_u.shape) for a in update.diagnostics]
     return jnp.stack(columns, axis=-1).reshape(*(rms_u.shape[axis] for axis in layout.batch), 3)
 
 
 def _step_jnp(
     numbers: jax.Array,
-    keeps: jax.Array,
+    decay_factors: jax.Array,
     *operands: jax.Array,
     layouts: tuple[Layout, ...],
-    clip: bool,
-    scale: bool,
     momentum: bool,
+    **flags: bool,
 ) -> list[jax.Array]:
     rest = iter(operands)
     out = []
     for k, layout in enumerate(layouts):
+        rank = len(layout.shape)
         g, x, slots = next(rest), next(rest), {name: next(rest) for name in layout.slots}
         average = next(rest) if momentum else None
-        rank = len(layout.shape)
-        decay, rho, hp, beta_1 = _constants(numbers, rank, clip, scale)
-        keep = _number_of(keeps, k, rank)
-        update = arrays.measure(ops, x, g, slots, layout, hp, decay, rho, None, barrier)
-        x, average = arrays.apply(ops, x, g, update, average, beta_1 if momentum else None, keep, barrier)
-        out += [x, *(update.slots[name] for name in layout.slots), *([] if average is None else [average])]
+        tensor = Tensor(layout, x, g, slots, _number_of(decay_factors, k, rank), average)
+        settings = _settings(numbers, rank, flags)
+        update = arrays.measure(ops, tensor, settings)
+        moved = arrays.apply(ops, tensor, update, settings.hp.beta_1)
+        out += [moved.x, *_slots(moved), *([] if moved.momentum is None else [moved.momentum])]
+        if settings.diagnostics:
+            out.append(diagnosed(update, layout))
     return out
+
+
+# -- their results -----------------------------------------------------------------------------------------------------
+
+
+def _measured_shapes(avals: Sequence[Any], layouts: tuple[Layout, ...], **flags: bool) -> list[Any]:
+    dtype, out = avals[0].dtype, list[tuple[int, ...]]()
+    for layout in layouts:
+        factors = [layout.row_shape, layout.column_shape]
+        out += [*factors, *factors] if layout.factored else [_slices(layout)] * 2
+        out.append(_slices(layout))
+        if flags["diagnostics"]:
+            out.append((*(layout.shape[axis] for axis in layout.batch), 3))
+    return [jax.core.ShapedArray(shape, dtype) for shape in out]
+
+
+def _stepped_shapes(
+    avals: Sequence[Any], layouts: tuple[Layout, ...], momentum: bool, diagnostics: bool, **flags: bool
+) -> list[Any]:
+    out, rest = [], iter(avals[2:])
+    for layout in layouts:
+        next(rest)  # the gradient
+        out += [next(rest) for _ in range(1 + len(layout.slots) + momentum)]
+        if diagnostics:
+            out.append(jax.core.ShapedArray((*(layout.shape[axis] for axis in layout.batch), 3), avals[0].dtype))
+    return out
+
+
+# -- the primitives as custom calls ------------------------------------------------------------------------------------
+
+
+def _pieces_to_measure(layouts: tuple[Layout, ...], **flags: bool) -> Iterator[custom_call.Piece | None]:
+    """Each tensor's part of a call of measure; ``None`` for one that the kernels have no form for."""
+    argument, result = 2, 0
+    for k, layout in enumerate(layouts):
+        arguments = list(range(argument, argument := argument + 2 + len(layout.slots)))
+        count = (5 if layout.factored else 3) + flags["diagnostics"]
+        results, aliases = list(range(result, result := result + count)), {}
+        form = custom_call.words_of(layout)
+        if form is None:
+            yield None
+            continue
+        words, transposed = form
+        if layout.factored:  # the statistics are replaced in place
+            aliases = {2: 0, 3: 1}
+            if transposed:  # the kernel's row is our column
+                arguments[2:4] = arguments[3], arguments[2]
+                results[:4] = results[1], results[0], results[3], results[2]
+        yield custom_call.Piece((*words, k), arguments, results, aliases, layout.size)
+
+
+def _pieces_to_step(layouts: tuple[Layout, ...], momentum: bool, **flags: bool) -> Iterator[custom_call.Piece | None]:
+    """Each tensor's part of a call of step, which overwrites all but the gradient."""
+    argument, result = 2, 0
+    for k, layout in enumerate(layouts):
+        written = 1 + len(layout.slots) + momentum
+        arguments = list(range(argument, argument := argument + 1 + written))
+        results = list(range(result, result := result + written + flags["diagnostics"]))
+        form = custom_call.words_of(layout)
+        if form is None:
+            yield None
+            continue
+        words, transposed = form
+        if transposed:
+            arguments[2:4] = arguments[3], arguments[2]
+            results[1:3] = results[2], results[1]
+        yield custom_call.Piece((*words, k), arguments, results, {1 + r: r for r in range(written)}, layout.size)
 
 
 # -- the primitives ----------------------------------------------------------------------------------------------------
 
+#: The lowering reads the program around it, so that it cannot stand in a function of its own.
+_INLINE: dict[str, Any] = (
+    {"cacheable": False} if "cacheable" in inspect.signature(mlir.register_lowering).parameters else {}
+)
 
-def _primitive(name: str, on_jnp: Callable[..., list[jax.Array]], lower_native: Any) -> Primitive:
+
+def _primitive(name: str, on_jnp: Callable[..., list[jax.Array]], pieces_of: Any, shapes_of: Any) -> Primitive:
     """A primitive with two operands of numbers before the tensors' arrays."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     compiled = cache(lambda **params: jax.jit(partial(primitive.bind, **params)))
-    shapes = cache(lambda avals, **params: jax.make_jaxpr(partial(on_jnp, **params))(*avals).out_avals)
     lower_jnp = mlir.lower_fun(on_jnp, multiple_results=True)
 
-    def lower_cpu(context: Any, *operands: Any, **params: Any) -> Any:
-        native = lower_native(context, operands, **params)
-        return lower_jnp(context, *operands, **params) if native is None else native
+    def lower(context: Any, *operands: Any, **params: Any) -> Any:
+        if not custom_call.can_lower(context):
+            return lower_jnp(context, *operands, **params)
+        pieces = list(pieces_of(**params))
+        if None in pieces:
+            return lower_jnp(context, *operands, **params)
+        flags = {key: value for key, value in params.items() if key != "layouts"}
+        made = custom_call.lower(name.replace("_", "_xla_"), context, operands, pieces, flags)
+        return [made[k] for k in range(len(context.avals_out))]
 
     def batch(operands: Any, axes: Any, **params: Any) -> Any:
         size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
@@ -284,10 +355,16 @@ def _primitive(name: str, on_jnp: Callable[..., list[jax.Array]], lower_native: 
         tangents = [ad.instantiate_zeros(t) for t in tangents]
         return jax.jvp(partial(on_jnp, **params), tuple(primals), tuple(tangents))
 
-    primitive.def_impl(lambda *operands, **params: compiled(**params)(*operands))
-    primitive.def_abstract_eval(lambda *avals, **params: list(shapes(avals, **params)))
-    mlir.register_lowering(primitive, lower_jnp)
-    mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+    def run(*operands: Any, **params: Any) -> Any:
+        # Without jit, and where JAX looks for a NaN, every operation runs by itself: the one at fault has a name.
+        by_operation = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs")
+        if any(getattr(jax.config, name) for name in by_operation):
+            return on_jnp(*operands, **params)
+        return compiled(**params)(*operands)
+
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(lambda *avals, **params: shapes_of(avals, **params))
+    mlir.register_lowering(primitive, lower, **_INLINE)
     batching.primitive_batchers[primitive] = batch
     ad.primitive_jvps[primitive] = differentiate
     return primitive
@@ -299,5 +376,5 @@ def _stacked(layout: Layout, size: int) -> Layout:
     return Layout((size, *layout.shape), rows, columns, (0, *batch))
 
 
-measure_p = _primitive("adafactor_measure", _measure_jnp, custom_call.lower_measure)
-step_p = _primitive("adafactor_step", _step_jnp, custom_call.lower_step)
+measure_p = _primitive("adafactor_measure", _measure_jnp, _pieces_to_measure, _measured_shapes)
+step_p = _primitive("adafactor_step", _step_jnp, _pieces_to_step, _stepped_shapes)

@@ -8,6 +8,7 @@ of all parameters that wait for the same devices. A matrix split along one axis 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
-from adafactor.core.hyperparameters import Hyperparameters
 from adafactor.engine.xla import arrays
-from adafactor.engine.xla.primitives import Measured, Tensor, barrier, ops, reported
+from adafactor.engine.xla.arrays import Settings, Tensor
+from adafactor.engine.xla.primitives import Measured, diagnosed, ops
 
 MeshAxes = tuple[str, ...]
 
@@ -51,11 +52,7 @@ def reduced(sharding: NamedSharding, rank: int, removed: Shape) -> NamedSharding
 def measure(
     tensors: Sequence[Tensor],
     shardings: Sequence[NamedSharding],
-    hp: Hyperparameters,
-    decay: jax.Array,
-    rho: jax.Array,
-    scale_after_decay: bool = False,
-    report: bool = False,
+    settings: Settings,
 ) -> list[Measured]:
     """As ``primitives.measure``, for tensors of which every device holds the shard that its sharding says.
 
@@ -70,34 +67,40 @@ def measure(
     layouts = [tensor.layout for tensor in tensors]
     specs = [PartitionSpec(*_entries(s, len(t.layout.shape))) for s, t in zip(shardings, tensors, strict=True)]
 
-    keeps = [jnp.asarray(tensor.keep) for tensor in tensors] if scale_after_decay else []
+    decay_factors = [jnp.asarray(tensor.decay_factor) for tensor in tensors] if settings.scale_after_decay else []
 
     def local(
-        shards: list[tuple[Any, Any, Any]], keeps: list[Any], decay: jax.Array, rho: jax.Array
-    ) -> list[tuple[Any, Any, Any, Any]]:
+        shards: list[tuple[Any, Any, Any]], decay_factors: list[Any], ema_weight: jax.Array, rho: jax.Array
+    ) -> list[tuple[Any, Any, Any, Any, Any]]:
         steps = []
         for k, (layout, spec, (x, g, slots)) in enumerate(zip(layouts, specs, shards, strict=True)):
-            dtype = next(iter(slots.values())).dtype
-            numbers = (decay.astype(dtype), rho.astype(dtype))
-            rows_first = bool(_split(spec, layout.rows)) and not _split(spec, layout.columns)
-            keep = keeps[k].astype(dtype) if keeps else None
-            steps.append(arrays.measuring(ops, x, g, slots, layout, hp, *numbers, keep, barrier, rows_first, report))
+            shard = Tensor(layout, x, g, slots)
+            if decay_factors:
+                shard = shard._replace(decay_factor=decay_factors[k].astype(shard.dtype))
+            local_settings = dataclasses.replace(
+                settings, ema_weight=ema_weight.astype(shard.dtype), rho=rho.astype(shard.dtype)
+            )
+            transposed = bool(_split(spec, layout.rows)) and not _split(spec, layout.columns)
+            steps.append(arrays.measuring(ops, shard, local_settings, transposed))
         updates = _together(steps, specs, mesh.axis_names)
         return [
-            (update.slots, *_factors(update, layout, x), reported(update, layout) if report else None)
+            (
+                update.slots,
+                *_factors(update, layout, x),
+                diagnosed(update, layout) if settings.diagnostics else None,
+            )
             for update, layout, (x, _, _) in zip(updates, layouts, shards, strict=True)
         ]
 
     def statistics(layout: Layout, spec: PartitionSpec) -> dict[str, PartitionSpec]:
         return {name: PartitionSpec(*(spec[axis] for axis in layout.keeps(name))) for name in layout.slots}
 
-    def factors(layout: Layout, spec: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
-        gone = (layout.columns, layout.rows if layout.factored else layout.whole)
-        first, second = ([None if axis in axes else entry for axis, entry in enumerate(spec)] for axes in gone)
-        return PartitionSpec(*first), PartitionSpec(*second)
+    def factors(layout: Layout, spec: PartitionSpec) -> list[PartitionSpec]:
+        gone = (layout.columns, layout.rows if layout.factored else layout.whole, layout.whole)
+        return [PartitionSpec(*(None if axis in axes else entry for axis, entry in enumerate(spec))) for axes in gone]
 
     def slices(layout: Layout, spec: PartitionSpec) -> PartitionSpec | None:
-        return PartitionSpec(*(spec[axis] for axis in layout.batch), None) if report else None
+        return PartitionSpec(*(spec[axis] for axis in layout.batch), None) if settings.diagnostics else None
 
     roles = list(zip(layouts, specs, strict=True))
     out = jax.shard_map(
@@ -106,8 +109,11 @@ def measure(
         in_specs=([(s, s, statistics(layout, s)) for layout, s in roles], *[PartitionSpec()] * 3),
         out_specs=[(statistics(layout, s), *factors(layout, s), slices(layout, s)) for layout, s in roles],
         check_vma=False,  # sums of different tensors travel in one array, so each seems to vary as all do
-    )([(t.x, t.g, t.slots) for t in tensors], keeps, decay, rho)
-    return [Measured(*values) for values in out]
+    )([(t.x, t.g, t.slots) for t in tensors], decay_factors, settings.ema_weight, settings.rho)
+    return [
+        Measured(arrays.Update(slots, (first, second), alpha), diagnostics)
+        for slots, first, second, alpha, diagnostics in out
+    ]
 
 
 def _together(
@@ -141,13 +147,13 @@ def _together(
     return updates
 
 
-def _factors(update: arrays.Update, layout: Layout, x: Any) -> tuple[Any, Any]:
-    """The two factors, one of them with the step size, of x's rank even where the second is one number."""
+def _factors(update: arrays.Update, layout: Layout, x: Any) -> tuple[Any, Any, Any]:
+    """The two factors and the step size, all of x's rank."""
     first, second = update.direction
-    if layout.factored:
-        return first * update.alpha, second  # second * alpha may overflow where a column had no gradient: 0 * inf
     slices = [n if axis in layout.batch else 1 for axis, n in enumerate(x.shape)]
-    return first, jnp.broadcast_to(second * update.alpha, slices)
+    if not layout.factored:
+        second = jnp.broadcast_to(second, slices)
+    return first, second, jnp.broadcast_to(update.alpha, slices)
 
 
 def _entries(sharding: NamedSharding, rank: int) -> tuple[Any, ...]:
