@@ -631,5 +631,5 @@ class Launches:
             stages = tile.stages(self._shared, *(_SIZES[name] for name in stored if name))
             k.apply[(len(blocks),)](
                 *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, **constants,
-                **self._warps(tile.warps),
+                **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
             )  # fmt: skip

@@ -159,6 +159,7 @@ def measure(
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
     finished = sums + tl.load(record + _FINISHED)
+    row_sums = sums + tl.load(record + _ROW_PARTS)
     width = tl.load(record + _GLOBAL_COLUMNS).to(tl.float32)
     k = matrix + tl.arange(0, K)
     first = k // inner * n * inner + k % inner  # the run of a matrix's row 0
@@ -178,8 +179,11 @@ def measure(
         g2 = g * g
         if WIDE:
             total = tl.zeros((K, NP), tl.float32)
-            for c in range(chunks):
-                total += tl.load(sums + tl.load(record + _ROW_PARTS) + run * chunks + c, mask=inside, other=0)
+            for c0 in range(0, chunks, 32):
+                c = c0 + tl.arange(0, 32)
+                part_sums = row_sums + run[:, :, None] * chunks + c[None, None, :]
+                there = inside[:, :, None] & (c < chunks)[None, None, :]
+                total += tl.sum(tl.load(part_sums, mask=there, other=0), axis=2)
         else:
             total = tl.sum(g2, axis=2)
         r = past * tl.load(row + run, mask=inside, other=0) + ema_weight * (total / width + eps1)  # eq. 2
