@@ -5,6 +5,7 @@
 #   make lint    ruff and mypy
 #   make docs    the pages of docs/ as a site, in build/docs
 #   make bench   step times against the peers, in this machine's terms
+#   make gpu     registers, spills and instructions of the Triton kernels, compiled for devices that need not be there
 #   make paper   the paper's stability findings on a small Transformer, as a table and a picture
 #   make doctor  versions, the kernels in use, and what does not work
 #   make sanitize  the native kernels under the address, undefined-behaviour and thread sanitizers
@@ -25,7 +26,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo doctor paper test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
-        test-docs test-robustness lint format docs bench sanitize clean
+        test-docs test-robustness lint format docs bench gpu sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,6 +82,10 @@ bench: $(VENV)/test.$(MODULES)
 	@mkdir -p build/bench
 	$(BIN)/adafactor bench --full --json build/bench/steps.json $(ARGS)
 	$(BIN)/python benchmarks/torch_memory.py --json build/bench/torch-memory.json
+
+gpu: $(VENV)/test.$(MODULES)
+	@mkdir -p build/bench
+	$(BIN)/python benchmarks/gpu_static.py --json build/bench/gpu-static.json $(ARGS)
 
 paper: $(VENV)/test.$(MODULES)
 	@mkdir -p build
