@@ -75,6 +75,13 @@ int check(const adafactor_tensor& t, adafactor::Verb verb) {
   if (!t.param || !t.grad || !t.row || (factored && !t.column)) return 3;
   if ((t.flags & ADAFACTOR_COLUMNS_FIRST) && (!factored || t.inner != 1)) return 5;
   if (verb != adafactor::kStep && (!t.S || !t.W || (factored && !t.finished))) return 3;
+  if (verb != adafactor::kStep && verb != adafactor::kMeasure && !t.step_size) return 3;
+  const bool totals = t.flags & ADAFACTOR_TOTALS;
+  if (verb == adafactor::kFinish && factored && (t.flags & ADAFACTOR_MATRIX_SUMS) && !t.matrix_sums) return 3;
+  if (verb == adafactor::kFinish && totals && (!t.u2 || (factored && !t.mu))) return 3;
+  if ((t.flags & (ADAFACTOR_ROW_SUMS | ADAFACTOR_ROWS_SUMMED)) &&
+      (!factored || (t.flags & ADAFACTOR_COLUMNS_FIRST) || verb == adafactor::kStep))
+    return 5;
   return t.slices > 0 && t.outer % t.slices == 0 ? 0 : 3;
 }
 
@@ -94,12 +101,20 @@ int adafactor_measure(adafactor_tensor* tensors, int64_t count, int64_t threads,
   return adafactor::perform(tensors, count, threads, isa, adafactor::kMeasure);
 }
 
+int adafactor_finish(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa) {
+  return perform(tensors, count, threads, isa, adafactor::kFinish);
+}
+
 int adafactor_apply(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa) {
   return adafactor::perform(tensors, count, threads, isa, adafactor::kApply);
 }
 
 int adafactor_step(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa) {
   return adafactor::perform(tensors, count, threads, isa, adafactor::kStep);
+}
+
+void adafactor_number(adafactor_tensor* tensors, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) tensors[k].step = uint64_t(*tensors[k].count + 1);
 }
 
 int64_t adafactor_abi(void) { return ADAFACTOR_ABI * 65536 + int64_t(sizeof(adafactor_tensor)); }

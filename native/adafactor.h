@@ -39,7 +39,13 @@ enum {
   ADAFACTOR_SKIP_NONFINITE = 16,    /* leave a tensor alone whose gradient is not finite */
   ADAFACTOR_STOCHASTIC_ROUNDING = 32, /* of a bfloat16 or float16 parameter; see random.h */
   ADAFACTOR_Q_KNOWN = 64,           /* Q holds the sums of x^2 already: measure does not read x */
-  ADAFACTOR_COLUMNS_FIRST = 128     /* a factored tensor with inner = 1 only */
+  ADAFACTOR_COLUMNS_FIRST = 128,    /* a factored tensor with inner = 1 only */
+  /* Of a shard of which neither rows nor columns are whole, measure reads g twice, with a sum over shards in between: */
+  ADAFACTOR_ROW_SUMS = 256,         /* finished = sums of g^2 along the rows, S and Q; W = 0 */
+  ADAFACTOR_ROWS_SUMMED = 512,      /* finished holds these sums, complete: finish the rows, and W; S and Q stay */
+  /* What lies on other shards of a matrix or of a slice, finish leaves out and then takes: */
+  ADAFACTOR_MATRIX_SUMS = 1024,     /* stop at matrix_sums, which add up over shards */
+  ADAFACTOR_TOTALS = 2048           /* after MATRIX_SUMS: take mu and u2 as they are */
 };
 
 enum { ADAFACTOR_BASELINE, ADAFACTOR_AVX2, ADAFACTOR_AVX512, ADAFACTOR_ISAS };
@@ -60,12 +66,18 @@ typedef struct adafactor_tensor {
                         Needed with SCALE_PARAMETER only */
   void* finished;    /* T, like row (eq. 2): held here until apply commits it. Factored only. COLUMNS_FIRST: apply
                         overwrites it */
-  void* S;           /* T, like column (eq. 4), overwritten by apply; T[slices], sums of g^2, if not factored */
-  void* W;           /* T, like column (eq. 5); T[slices], sums of u^2 (eq. 11), if not factored.
-                        step takes NULL for finished, S and W, and keeps them to itself */
-  double* diagnostics; /* [slices][4], or NULL for none. apply: of the update it makes RMS(u) before clipping (eq. 7),
+  void* S;           /* T, like column (eq. 4); T[slices], sums of g^2, if not factored. finish: sqrt(mu) column^(-1/2) */
+  void* W;           /* T, like column (eq. 5); T[slices], sums of u^2 (eq. 11), if not factored. finish: the finished
+                        column, which apply commits */
+  double* step_size; /* [slices][2]. finish: the step (eq. 9), and 1 / what clipping divides by (eq. 10).
+                        step takes NULL for finished, S, W and step_size, and keeps them to itself */
+  double* matrix_sums; /* [outer * inner][2]: of each matrix the sum of its finished columns, and of W / column */
+  double* mu;        /* [outer * inner]: means of the finished columns, with TOTALS */
+  double* u2;        /* [slices]: sums of u^2 (eq. 7), with TOTALS */
+  int64_t* count;    /* updates made so far, or NULL: apply adds 1 to it if it makes one */
+  double* diagnostics; /* [slices][4], or NULL for none: of the update made RMS(u) before clipping (eq. 7),
                         what clipping divides by (eq. 10) and the parameter scale (eq. 9); if it makes none it adds 1
-                        to the fourth */
+                        to the fourth. Filled by finish */
   int64_t outer, rows, inner, columns, slices;
   int64_t global_rows;      /* rows of the whole matrix, of which a shard holds some; 1 if not factored */
   int64_t global_size;      /* elements behind one clip factor, over all shards */
@@ -81,7 +93,7 @@ typedef struct adafactor_tensor {
   double decay_factor; /* x is multiplied by this before the step: 1 - learning_rate * weight_decay */
   double beta1;      /* momentum, eq. 12 */
   uint64_t seed, step, rng_stream; /* name the random numbers of this tensor in this update */
-  int64_t skipped;   /* out: 1 where SKIP_NONFINITE left the tensor alone, else 0 */
+  int64_t skipped;   /* finish: 1 where SKIP_NONFINITE leaves the tensor alone, else 0 */
 } adafactor_tensor;
 
 /* Each returns 0, or 1: out of memory, 2: an unknown dtype, 3: a missing buffer, 4: an instruction set that this
@@ -91,10 +103,15 @@ typedef struct adafactor_tensor {
 
 /* Fills finished, S, W and Q, which add up over shards (all but finished). Commits nothing. */
 ADAFACTOR_API int adafactor_measure(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);
-/* Finishes and commits the statistics and moves the parameters. */
+/* Equations 3, 7, 9 and 10: numbers per column, matrix and slice. Sets skipped. Commits nothing. */
+ADAFACTOR_API int adafactor_finish(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);
+/* Commits the statistics and moves the parameters that are not skipped. */
 ADAFACTOR_API int adafactor_apply(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);
-/* Both, on one device. */
+/* All three, on one device. */
 ADAFACTOR_API int adafactor_step(adafactor_tensor* tensors, int64_t count, int64_t threads, int64_t isa);
+
+/* Sets step of every tensor to the number of this update: one more than count. */
+ADAFACTOR_API void adafactor_number(adafactor_tensor* tensors, int64_t count);
 
 ADAFACTOR_API int64_t adafactor_abi(void);            /* ADAFACTOR_ABI * 65536 + sizeof(adafactor_tensor) */
 ADAFACTOR_API int adafactor_built(int64_t isa);       /* whether the library holds this instruction set */

@@ -52,7 +52,7 @@ size_t bytes_of(int64_t dtype) { return dtype == ADAFACTOR_FLOAT64 ? 8 : dtype =
 size_t padded(int64_t bytes) { return (size_t(bytes) + 63) / 64 * 64; }
 
 // Lays out the workspace; false where memory ran out.
-bool prepare(Work& work, Buffer& buffer) {
+bool prepare(Work& work, Buffer& buffer, Verb verb) {
   const adafactor_tensor& t = work.t;
   const Plan& plan = work.plan;
   Workspace& space = work.space;
@@ -62,10 +62,11 @@ bool prepare(Work& work, Buffer& buffer) {
   if (t.flags & ADAFACTOR_COLUMNS_FIRST) std::swap(rows, columns);
   const int64_t sums = factored ? columns : t.slices;
   const size_t finished = factored && !t.finished ? padded(rows * element) : 0;
-  const size_t S = t.S ? 0 : padded(sums * element), W = t.W ? 0 : padded(sums * element);
+  const bool own_S = !t.S || (verb == kMeasure && (t.flags & ADAFACTOR_ROWS_SUMMED));  // complete: not added to again
+  const size_t S = own_S ? padded(sums * element) : 0, W = t.W ? 0 : padded(sums * element);
   const size_t partial = factored && plan.sum_parts > 1 ? padded(columns * plan.sum_parts * element) : 0;
-  const size_t units = padded(plan.units * 8), slices = padded(t.slices * 8);
-  char* at = buffer.reserve(finished + S + W + 2 * partial + 3 * units + 2 * slices);
+  const size_t units = padded(plan.units * 8), step_size = t.step_size ? 0 : padded(t.slices * 16);
+  char* at = buffer.reserve(finished + S + W + 2 * partial + 3 * units + step_size);
   if (!at) return false;
   const auto take = [&at](size_t size) {
     char* here = at;
@@ -80,8 +81,7 @@ bool prepare(Work& work, Buffer& buffer) {
   space.Q = reinterpret_cast<double*>(take(units));
   space.g2 = reinterpret_cast<double*>(take(units));
   space.u2 = reinterpret_cast<double*>(take(units));
-  space.alpha = reinterpret_cast<double*>(take(slices));
-  space.inverse_clip = reinterpret_cast<double*>(take(slices));
+  space.step_size = step_size ? reinterpret_cast<double*>(take(step_size)) : t.step_size;
   space.parts = plan.sum_parts;
   space.units_per_slice = plan.units_per_slice;
   return true;
@@ -161,7 +161,7 @@ class Schedule {
         if (next_chunk_ == 0) {
           ++in_flight_;
           work.buffer = buffers_ ? pop() : new (std::nothrow) Buffer;
-          if (!work.buffer || !prepare(work, *work.buffer)) {
+          if (!work.buffer || !prepare(work, *work.buffer, verb_)) {
             failed_ = true;
             changed_.notify_all();
             break;
@@ -201,29 +201,29 @@ class Schedule {
       std::unique_lock<std::mutex> lock(mutex_);
       if (++work.measured < turns(work)) return;
       lock.unlock();
-      const bool goes_on = between(work);
+      const bool applies = between(work);
       lock.lock();
       --in_flight_;
-      if (goes_on) ready_[ready_last_++] = &work;
+      if (applies) ready_[ready_last_++] = &work;
       else release(work);
       changed_.notify_all();
     } else {
       chunk(work, task.chunk, kernels(work).apply);
       std::lock_guard<std::mutex> lock(mutex_);
       if (++work.applied < work.plan.chunks) return;
-      keep_Q(work);
+      conclude(work);
       release(work);
     }
   }
 
   void perform_small(Work& work, Buffer& buffer) {
-    work.t.skipped = 0;
+    if (verb_ & kMeasure) work.t.skipped = 0;
     if (work.plan.units == 0) {
       if (work.t.flags & ADAFACTOR_SCALE_PARAMETER)
         for (int64_t s = 0; s < work.t.slices; ++s) work.t.Q[s] = 0;
       return;
     }
-    if (!prepare(work, buffer)) {
+    if (!prepare(work, buffer, verb_)) {
       std::lock_guard<std::mutex> lock(mutex_);
       failed_ = true;
       changed_.notify_all();
@@ -232,7 +232,7 @@ class Schedule {
     if (verb_ & kMeasure) chunk(work, 0, kernels(work).measure);
     if (!between(work)) return;
     chunk(work, 0, kernels(work).apply);
-    keep_Q(work);
+    conclude(work);
   }
 
   void chunk(const Work& work, int64_t index, void (*kernel)(const adafactor_tensor&, const Workspace&, const Unit&)) {
@@ -243,13 +243,12 @@ class Schedule {
 
   // What lies between the passes; true where the second one follows.
   bool between(Work& work) {
-    work.t.skipped = 0;
-    if (verb_ & kMeasure) kernels(work).combine(work.t, work.space);
+    if (verb_ & kMeasure) work.t.skipped = 0, kernels(work).combine(work.t, work.space);
+    if (verb_ & kFinish) work.t.skipped = !kernels(work).finish(work.t, work.space);
     if (!(verb_ & kApply)) return false;
-    const bool goes_on = kernels(work).finish(work.t, work.space);
-    work.t.skipped = !goes_on;
-    if (!goes_on) leave_alone(work.t);
-    return goes_on;
+    if (work.t.skipped) leave_alone(work.t);
+    else kernels(work).commit(work.t, work.space);
+    return !work.t.skipped;
   }
 
   // What apply would have left elsewhere is what it was.
@@ -260,7 +259,9 @@ class Schedule {
       std::memcpy(t.momentum_target, t.momentum, size * bytes_of(t.momentum_dtype));
   }
 
-  void keep_Q(const Work& work) {
+  // What apply leaves behind besides the tensors: that it was made, and the sums of the new x^2.
+  void conclude(const Work& work) {
+    if (work.t.count) ++*work.t.count;
     if (!(work.t.flags & ADAFACTOR_SCALE_PARAMETER)) return;
     const int64_t n = work.plan.units_per_slice;
     for (int64_t s = 0; s < work.t.slices; ++s) {

@@ -6,7 +6,7 @@
 
 namespace adafactor {
 
-enum Verb { kMeasure = 1, kApply = 2, kStep = 3 };
+enum Verb { kMeasure = 1, kFinish = 2, kApply = 4, kStep = 7 };
 
 // Somebody else's threads in place of pool.h's: `run` does what run_parallel does, which is told `threads` besides.
 struct Crew {

@@ -31,6 +31,11 @@ inline bool finite(double x) { return x - x == 0; }
 
 inline bool columns_first(const adafactor_tensor& t) { return t.flags & ADAFACTOR_COLUMNS_FIRST; }
 
+// Whether measure takes the sum of x^2.
+inline bool reads_x(const adafactor_tensor& t) {
+  return (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & (ADAFACTOR_Q_KNOWN | ADAFACTOR_ROWS_SUMMED));
+}
+
 // Numbers in each of S and W of one block.
 inline size_t sums_of_a_block(const adafactor_tensor& t) {
   return size_t(columns_first(t) ? t.rows : t.inner * t.columns);
@@ -158,6 +163,8 @@ void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b,
   const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner), stride = inner * m;
   const T* row = at<T>(t.row, 0);
   const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
+  const bool summed = t.flags & ADAFACTOR_ROWS_SUMMED, sum_only = t.flags & ADAFACTOR_ROW_SUMS;
+  const T length = T(t.global_columns);
   memset(S, 0, stride * sizeof(T));
   memset(W, 0, stride * sizeof(T));
 
@@ -166,15 +173,15 @@ void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b,
   for (size_t i = begin; i < end; i += rows) {
     const size_t i_end = least(i + rows, end);
     const size_t first = (b * n + i) * inner, last = (b * n + i_end) * inner;
-    sum_rows(t, finished, first, last);
-    for (size_t r = first; r < last; ++r)
-      finished[r] = past * row[r] + ema_weight * (finished[r] / T(m) + eps1);  // eq. 2
+    if (!summed) sum_rows(t, finished, first, last);
+    for (size_t r = first; r < last && !sum_only; ++r)
+      finished[r] = past * row[r] + ema_weight * (finished[r] / length + eps1);  // eq. 2
     for (size_t k_inner = 0; k_inner < inner; ++k_inner) {
       T weights[8];
       for (size_t k = i; k < i_end;) {
         const size_t count = i_end - k >= 8 ? 8 : i_end - k >= 4 ? 4 : 1;
         const size_t run = (b * n + k) * inner + k_inner;
-        for (size_t q = 0; q < count; ++q) weights[q] = weight(finished[run + q * inner]);
+        for (size_t q = 0; q < count; ++q) weights[q] = sum_only ? T(0) : weight(finished[run + q * inner]);
         T *s = S + k_inner * m, *w = W + k_inner * m;
         if (count == 8) add_columns<8>(t, run * m, stride, weights, s, w);
         else if (count == 4) add_columns<4>(t, run * m, stride, weights, s, w);
@@ -270,20 +277,19 @@ void measure_whole(const adafactor_tensor& t, const Workspace& w, const Unit& un
 
 template <class T>
 void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
-  const bool reads_x = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
   if (t.flags & ADAFACTOR_FACTORED) {
     measure_factored<T>(t, w, unit);
     const size_t first = size_t((unit.b * t.rows + unit.begin) * t.inner);
     const size_t last = size_t(((unit.b_end - 1) * t.rows + unit.end) * t.inner);
-    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, first, last, size_t(t.columns));  // eq. 6
+    if (reads_x(t)) w.Q[unit.index] = sum_squares<T>(t, first, last, size_t(t.columns));  // eq. 6
   } else {
     const size_t begin = size_t(unit.b * t.columns + unit.begin), end = size_t(unit.b * t.columns + unit.end);
     measure_whole<T>(t, w, unit, begin, end);
-    if (reads_x) w.Q[unit.index] = sum_squares<T>(t, begin, end);
+    if (reads_x(t)) w.Q[unit.index] = sum_squares<T>(t, begin, end);
   }
 }
 
-// ---- combine and finish ---------------------------------------------------------------------------------------
+// ---- add up the units, finish, commit ---------------------------------------------------------------------------------------
 
 template <class T>
 void add_parts(T* sums, const T* parts, size_t blocks, size_t count, size_t n) {
@@ -298,7 +304,7 @@ void add_parts(T* sums, const T* parts, size_t blocks, size_t count, size_t n) {
 template <class T>
 void combine(const adafactor_tensor& t, const Workspace& w) {
   const bool factored = t.flags & ADAFACTOR_FACTORED;
-  const bool measured = (t.flags & ADAFACTOR_SCALE_PARAMETER) && !(t.flags & ADAFACTOR_Q_KNOWN);
+  const bool measured = reads_x(t);
   if (factored && w.parts > 1) {
     const size_t n = sums_of_a_block(t), count = size_t(w.parts);
     add_parts(at<T>(w.S, 0), at<T>(w.partial_S, 0), size_t(t.outer), count, n);
@@ -315,28 +321,30 @@ void combine(const adafactor_tensor& t, const Workspace& w) {
   }
 }
 
-// Finishes the m columns of one matrix (eq. 3), each of which adds up `rows` elements on all shards, leaves
-// sqrt(mu) col^(-1/2) in S and returns the matrix's sum of u^2 (eq. 7).
+// Of one matrix: the sum of its finished columns, and that of W / column.
+struct MatrixSums {
+  double columns, weighted;
+};
+
+// Finishes the m columns of a matrix (eq. 3), each of which adds up `rows` elements on all shards, and leaves them in W.
 template <class T>
-double finish_columns(const adafactor_tensor& t, T* column, T* ADAFACTOR_RESTRICT S, const T* W, size_t m, T rows) {
+MatrixSums finish_columns(const adafactor_tensor& t, const T* column, const T* S, T* ADAFACTOR_RESTRICT W, size_t m,
+                          T rows) {
   const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
-  T tile[kTile];
-  double total = 0, weighted = 0;
+  T c[kTile], ratios[kTile];
+  MatrixSums sums = {0, 0};
   for (size_t j = 0; j < m; j += kTile) {
     const size_t n = least(kTile, m - j);
-    T* c = column + j;
-    for (size_t k = 0; k < n; ++k) c[k] = past * c[k] + ema_weight * (S[j + k] / rows + eps1);
+    for (size_t k = 0; k < n; ++k) c[k] = past * column[j + k] + ema_weight * (S[j + k] / rows + eps1);
     for (size_t k = 0; k < n; ++k) {
       const T ratio = W[j + k] / c[k];
-      tile[k] = c[k] == 0 ? T(0) : ratio;
+      ratios[k] = c[k] == 0 ? T(0) : ratio;
     }
-    total += sum<Identity>(c, n);
-    weighted += sum<Identity>(tile, n);
+    sums.columns += sum<Identity>(c, n);
+    sums.weighted += sum<Identity>(ratios, n);
+    memcpy(W + j, c, n * sizeof(T));
   }
-  const double mu = total / double(m);  // equals the mean of the rows
-  const T root_mu = T(root(mu));
-  for (size_t j = 0; j < m; ++j) S[j] = root_mu * inverse_root(column[j]);
-  return mu * weighted;
+  return sums;
 }
 
 template <class T>
@@ -348,48 +356,68 @@ double total(const T* x, size_t count) {
 
 template <class T>
 bool finish(const adafactor_tensor& t, const Workspace& w) {
-  const bool factored = t.flags & ADAFACTOR_FACTORED;
+  const bool factored = t.flags & ADAFACTOR_FACTORED, totals = t.flags & ADAFACTOR_TOTALS;
   const size_t sums = factored ? size_t(t.outer) * sums_of_a_block(t) : size_t(t.slices);
   T *S = at<T>(w.S, 0), *W = at<T>(w.W, 0);
-  // A gradient that is not finite shows in its sums: no pass over it just to look.
-  if ((t.flags & ADAFACTOR_SKIP_NONFINITE) && !(finite(total(S, sums)) && finite(total(W, sums)))) {
-    for (int64_t s = 0; t.diagnostics && s < t.slices; ++s) t.diagnostics[4 * s + 3] += 1;
-    return false;
+  if ((t.flags & ADAFACTOR_SKIP_NONFINITE) && !(t.flags & ADAFACTOR_MATRIX_SUMS)) {
+    // A gradient that is not finite shows in its sums: no pass over it just to look.
+    bool whole = finite(total(S, sums)) && finite(total(W, sums));
+    for (int64_t s = 0; totals && s < t.slices; ++s) whole = whole && finite(t.u2[s]);
+    for (int64_t s = 0; !whole && t.diagnostics && s < t.slices; ++s) t.diagnostics[4 * s + 3] += 1;
+    if (!whole) return false;
   }
 
+  const T* statistic = at<const T>(columns_first(t) ? t.row : t.column, 0);
+  const size_t m = size_t(columns_first(t) ? t.rows : t.columns);
+  const double global_m = double(columns_first(t) ? t.global_rows : t.global_columns);
+  const T divisor = T(columns_first(t) ? t.global_columns : t.global_rows);
+  const size_t matrices = factored ? size_t(t.outer / t.slices) * size_t(t.inner) : 0;
   for (int64_t s = 0; s < t.slices; ++s) {
     double u2 = 0;
-    if (factored) {
-      void* statistic = columns_first(t) ? t.row : t.column;
-      const size_t length = size_t(columns_first(t) ? t.rows : t.columns);
-      const size_t blocks = size_t(t.outer / t.slices) * size_t(t.inner);
-      const T divisor = T(columns_first(t) ? t.global_columns : t.global_rows);
-      for (size_t k = size_t(s) * blocks; k < size_t(s + 1) * blocks; ++k)
-        u2 += finish_columns(t, at<T>(statistic, k * length), S + k * length, W + k * length, length, divisor);
-    } else {
-      u2 = double(W[s]);
+    for (size_t k = size_t(s) * matrices; k < size_t(s + 1) * matrices; ++k) {
+      double mu = 0;  // equals the mean of the rows
+      if (totals) {
+        mu = t.mu[k];
+      } else {
+        const MatrixSums found = finish_columns(t, statistic + k * m, S + k * m, W + k * m, m, divisor);
+        if (t.matrix_sums) t.matrix_sums[2 * k] = found.columns, t.matrix_sums[2 * k + 1] = found.weighted;
+        mu = found.columns / global_m;
+        u2 += mu * found.weighted;  // eq. 7
+      }
+      if (t.flags & ADAFACTOR_MATRIX_SUMS) continue;
+      const T root_mu = T(root(mu));
+      for (size_t j = k * m; j < (k + 1) * m; ++j) S[j] = root_mu * inverse_root(W[j]);
     }
+    if (t.flags & ADAFACTOR_MATRIX_SUMS) continue;
+    if (totals) u2 = t.u2[s];
+    else if (!factored) u2 = double(W[s]);
     const double N = double(t.global_size);
     const double rms_u = root(u2 / N), excess = rms_u / t.clip;
-    const double divisor = !finite(t.clip) || excess <= 1 ? 1 : excess;  // eq. 10; NaN stays NaN
+    const double clip = !finite(t.clip) || excess <= 1 ? 1 : excess;  // eq. 10; NaN stays NaN
     double scale = 1;
     if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
       scale = root(t.Q[s] / N);
       if (t.flags & ADAFACTOR_SCALE_AFTER_DECAY) scale *= t.decay_factor < 0 ? -t.decay_factor : t.decay_factor;
       if (scale <= t.eps2) scale = t.eps2;  // eq. 9
     }
-    w.inverse_clip[s] = 1 / divisor;
-    w.alpha[s] = t.rho * scale;
-    if (double* d = t.diagnostics ? t.diagnostics + 4 * s : nullptr) d[0] = rms_u, d[1] = divisor, d[2] = scale;
-  }
-  if (columns_first(t)) {  // apply takes the columns ready to multiply by; row by row, they would be made n times
-    T* finished = at<T>(w.finished, 0);
-    for (size_t j = 0; j < size_t(t.outer * t.columns); ++j) {
-      *at<T>(t.column, j) = finished[j];
-      finished[j] = inverse_root(finished[j]);
-    }
+    w.step_size[2 * s] = t.rho * scale;
+    w.step_size[2 * s + 1] = 1 / clip;
+    if (double* d = t.diagnostics ? t.diagnostics + 4 * s : nullptr) d[0] = rms_u, d[1] = clip, d[2] = scale;
   }
   return true;
+}
+
+// The statistics that finish has left in W and measure in `finished`; apply commits the rows as it goes.
+template <class T>
+void commit(const adafactor_tensor& t, const Workspace& w) {
+  if (!(t.flags & ADAFACTOR_FACTORED)) return;
+  memcpy(columns_first(t) ? t.row : t.column, w.W, size_t(t.outer) * sums_of_a_block(t) * sizeof(T));
+  if (!columns_first(t)) return;
+  T* finished = at<T>(w.finished, 0);  // apply wants them ready to multiply by: row by row, they would be made n times
+  for (size_t j = 0; j < size_t(t.outer * t.columns); ++j) {
+    *at<T>(t.column, j) = finished[j];
+    finished[j] = inverse_root(finished[j]);
+  }
 }
 
 // ---- apply ----------------------------------------------------------------------------------------------------
@@ -400,11 +428,11 @@ struct Step {
   T normalised, decay_factor, beta1, alpha;
   Step(const adafactor_tensor& t, const Workspace& w, int64_t slice) {
     const double sign = (t.flags & ADAFACTOR_MAXIMIZE) ? -1 : 1;
-    const double scale = t.momentum ? 1 - t.beta1 : w.alpha[slice];
-    normalised = T(sign * w.inverse_clip[slice] * scale);
+    const double step_size = w.step_size[2 * slice], inverse_clip = w.step_size[2 * slice + 1];
+    normalised = T(sign * inverse_clip * (t.momentum ? 1 - t.beta1 : step_size));
     decay_factor = T(t.decay_factor);
     beta1 = T(t.beta1);
-    alpha = T(w.alpha[slice]);
+    alpha = T(step_size);
   }
 };
 
@@ -532,7 +560,7 @@ template <class T>
 double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner);
   const Step<T> step(t, w, unit.slice);
-  // Where columns come first, finish has committed both sides: the rows are in S and the columns in finished.
+  // Where columns come first, commit has done both sides: the rows are in S and the columns in finished.
   const bool turned = columns_first(t);
   const T *finished = at<T>(turned ? w.S : w.finished, 0), *scaled = at<T>(turned ? w.finished : w.S, 0);
   T* row = at<T>(t.row, 0);
@@ -632,8 +660,8 @@ void apply(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
 
 extern const adafactor::Kernels kernels[2];
 const adafactor::Kernels kernels[2] = {  // of float and of double
-    {measure<float>, combine<float>, finish<float>, apply<float>},
-    {measure<double>, combine<double>, finish<double>, apply<double>},
+    {measure<float>, combine<float>, finish<float>, commit<float>, apply<float>},
+    {measure<double>, combine<double>, finish<double>, commit<double>, apply<double>},
 };
 
 }  // namespace ADAFACTOR_NS

@@ -18,8 +18,7 @@ struct Workspace {
   double* Q;        // [units] sums of x^2, before or after the step
   double* g2;       // [units] if not factored: sums of g^2 and of u^2
   double* u2;
-  double* alpha;    // [slices] eq. 9
-  double* inverse_clip;   // [slices] 1 / max(1, RMS(u) / d), eq. 10
+  double* step_size;  // as in adafactor_tensor
   int64_t parts;
   int64_t units_per_slice;
 };
@@ -34,7 +33,8 @@ struct Unit {
 struct Kernels {
   void (*measure)(const adafactor_tensor&, const Workspace&, const Unit&);
   void (*combine)(const adafactor_tensor&, const Workspace&);  // adds what the units measured
-  bool (*finish)(const adafactor_tensor&, const Workspace&);   // commits the columns; false: skip this tensor
+  bool (*finish)(const adafactor_tensor&, const Workspace&);   // false: skip this tensor
+  void (*commit)(const adafactor_tensor&, const Workspace&);   // what apply does not commit row by row
   void (*apply)(const adafactor_tensor&, const Workspace&, const Unit&);
 };
 

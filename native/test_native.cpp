@@ -53,12 +53,13 @@ struct Model {
     return data;
   }
 
-  void add(bool factored, bool columns_first, int64_t outer, int64_t n, int64_t inner, int64_t m, int64_t slices, int64_t dtype, int64_t grad,
-           int64_t momentum, bool separate) {
+  void add(bool factored, bool columns_first, int64_t outer, int64_t n, int64_t inner, int64_t m, int64_t slices,
+           int64_t dtype, int64_t grad, int64_t momentum, bool separate) {
     adafactor_tensor t = {};
     const size_t N = size_t(outer * n * inner * m), element = dtype == ADAFACTOR_FLOAT64 ? 8 : 4;
     const size_t rows = factored ? size_t(outer * n * inner) : N, columns = factored ? size_t(outer * inner * m) : 0;
-    const size_t whole = columns_first ? columns : rows, sums = !factored ? size_t(slices) : columns_first ? rows : columns;
+    const size_t whole = columns_first ? columns : rows;
+    const size_t sums = !factored ? size_t(slices) : columns_first ? rows : columns;
     t.outer = outer, t.rows = t.global_rows = n, t.inner = inner, t.columns = t.global_columns = m, t.slices = slices;
     t.global_size = slices ? int64_t(N) / slices : 0;
     t.param_dtype = dtype, t.grad_dtype = grad, t.momentum_dtype = momentum < 0 ? 0 : momentum;
@@ -72,6 +73,7 @@ struct Model {
       if (factored) t.finished = zeros(whole * element);
       t.S = zeros(sums * element);
       t.W = zeros(sums * element);
+      t.step_size = static_cast<double*>(zeros(size_t(slices) * 16));
     }
     t.rho = 0.01, t.ema_weight = 0.5, t.eps1 = 1e-30, t.eps2 = 1e-3, t.clip = 1, t.decay_factor = 0.99, t.beta1 = 0.9;
     t.seed = 7, t.rng_stream = tensors.size();
@@ -152,9 +154,11 @@ void train(bool separate, int64_t threads, int64_t isa, std::string& contents, W
     for (adafactor_tensor& t : model.tensors) t.step = step;
     adafactor_tensor* first = model.tensors.data();
     const int64_t count = int64_t(model.tensors.size());
-    const int error = where      ? model.elsewhere(where == kOverGradients, adafactor_step, threads, isa)
-                      : separate ? adafactor_measure(first, count, threads, isa) | adafactor_apply(first, count, threads, isa)
-                                 : adafactor_step(first, count, threads, isa);
+    const int error = where       ? model.elsewhere(where == kOverGradients, adafactor_step, threads, isa)
+                      : !separate ? adafactor_step(first, count, threads, isa)
+                                  : adafactor_measure(first, count, threads, isa) |
+                                        adafactor_finish(first, count, threads, isa) |
+                                        adafactor_apply(first, count, threads, isa);
     if (error) std::fprintf(stderr, "error %d\n", error), std::exit(1);
   }
   contents = model.contents();

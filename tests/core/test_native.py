@@ -31,6 +31,9 @@ DTYPE = {
 SUPPORTED = native.info().supported
 
 
+FLAGS = ("scale_after_decay", "maximize", "skip_nonfinite", "stochastic_rounding")
+
+
 @dataclass
 class Model:
     """A list of NumPy parameters that the kernels train. ``options``: of ``Table.configure``."""
@@ -74,16 +77,23 @@ class Model:
             grads = [np.clip(g, -6e4, 6e4) for g in grads]
         self.grads = [np.array(g, DTYPE[self.grad_dtype], order="C") for g in grads]
         self.table.records["grad"] = [g.ctypes.data for g in self.grads]
+        said = self.options | options
+        flags = sum(getattr(native, name.upper()) for name in FLAGS if said.get(name))
+        self.table.configure(self.hp, flags=flags, seed=said.get("seed", 0))
+        numbers = {name: said[name] for name in ("decay_factor", "q_known") if name in said}
         rho = self.hp.rho(self.learning_rate, self.t)
-        self.table.configure(self.hp, self.t, rho, **(self.options | options))
+        self.table.begin(self.t, self.hp.decay(self.t), rho, **numbers)
 
     def step(self, grads: list[np.ndarray], threads: int = 2, isa: str | None = None, **options: Any) -> None:
         self.prepare(grads, **options)
         self.table.run("step", threads, isa=isa)
 
-    def everything(self) -> bytes:
+    def stored(self) -> bytes:
         arrays = [*self.x, *self.momentum, *(array for state in self.state for array in state.values())]
-        return b"".join(array.tobytes() for array in arrays) + b"".join(Q.tobytes() for Q in self.table.Q)
+        return b"".join(array.tobytes() for array in arrays)
+
+    def everything(self) -> bytes:
+        return self.stored() + b"".join(Q.tobytes() for Q in self.table.Q)
 
 
 def gradients(layouts: list[Layout], seed: int, zero: bool = False) -> list[np.ndarray]:
@@ -402,9 +412,9 @@ def test_measure_combine_apply_over_shards_of_rows_is_the_whole(dtype: str) -> N
         whole.step(grads)
         for part, shard in enumerate(shards):
             shard.prepare([pieces(g, k)[part] for k, g in enumerate(grads)])
-            before = [x.tobytes() for x in shard.x]
+            before = shard.stored()
             shard.table.measure(2)
-            assert [x.tobytes() for x in shard.x] == before
+            assert before == shard.stored()
         for name in (dtype,):
             total = sum(shard.table.sums[name] for shard in shards)
             for shard in shards:
@@ -412,22 +422,24 @@ def test_measure_combine_apply_over_shards_of_rows_is_the_whole(dtype: str) -> N
         Q = sum(shard.table._Q for shard in shards)
         for shard in shards:
             shard.table._Q[...] = Q
+            shard.table.finish(2)
             shard.table.apply(2)
         for k, x in enumerate(whole.x):
             for shard, piece in zip(shards, pieces(x, k), strict=True):
                 assert error(shard.x[k], piece) < (2e-6 if dtype == "float32" else 1e-13)
 
 
-def test_measure_commits_nothing_and_apply_completes_the_step() -> None:
+def test_measure_and_finish_commit_nothing_and_apply_completes_the_step() -> None:
     one, two = Model(SMALL + BITS), Model(SMALL + BITS)
     two.table.allocate_sums()
     for t in (1, 2):
         grads = gradients(one.layouts, t)
         one.step(grads)
         two.prepare(grads)
-        before = [x.tobytes() for x in two.x], [s.tobytes() for state in two.state for s in state.values()]
+        before = two.stored()
         two.table.measure(2)
-        assert before == ([x.tobytes() for x in two.x], [s.tobytes() for state in two.state for s in state.values()])
+        two.table.finish(2)
+        assert before == two.stored()
         two.table.apply(2)
         assert one.everything() == two.everything()
 
@@ -490,6 +502,7 @@ def test_shards_of_columns_are_the_whole(dtype: str) -> None:
         Q = sum(shard.table._Q for shard in shards)
         for shard in shards:
             shard.table.sums[dtype][...], shard.table._Q[...] = sums, Q
+            shard.table.finish(2)
             shard.table.apply(2)
     tolerance = 2e-6 if dtype == "float32" else 1e-13
     for k in range(len(shapes)):
@@ -497,6 +510,60 @@ def test_shards_of_columns_are_the_whole(dtype: str) -> None:
         columns = np.concatenate([shard.state[k]["column"] for shard in shards], -1)
         assert error(columns, whole.state[k]["column"]) < tolerance
         assert all(error(shard.state[k]["row"], whole.state[k]["row"]) < tolerance for shard in shards)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_shards_of_rows_and_columns_are_the_whole(dtype: str) -> None:
+    # Cut into 2 x 2: neither rows nor columns are whole, so g is read twice, and finished in two parts.
+    shapes = [(50, 60), (600, 2400), (3, 20, 32)]
+    whole = Model([layout(s) for s in shapes], dtype=dtype)
+    cut = {(i, j): lambda a, i=i, j=j: np.split(np.split(a, 2, -2)[i], 2, -1)[j] for i in (0, 1) for j in (0, 1)}
+    shards = {}
+    for place, part in cut.items():
+        shard = shards[place] = Model([layout(part(x).shape) for x in whole.x], dtype=dtype)
+        shard.table.allocate_sums()
+        shard.table.records["global_rows"] = [s[-2] for s in shapes]
+        shard.table.records["global_columns"] = [s[-1] for s in shapes]
+        shard.table.records["global_size"] = [x.size for x in whole.x]
+        for k, x in enumerate(whole.x):
+            shard.x[k][...] = part(x)
+    for t in (1, 2, 3):
+        grads = gradients(whole.layouts, t)
+        whole.step(grads)
+        for place, shard in shards.items():
+            shard.prepare([cut[place](g) for g in grads])
+            shard.table.flag(native.ROW_SUMS, True)
+            shard.table.measure(2)
+        rows = {i: sum(shards[i, j].table.finished[dtype] for j in (0, 1)) for i in (0, 1)}
+        half = len(shards[0, 0].table.sums[dtype]) // 2  # S, then W
+        S = {j: sum(shards[i, j].table.sums[dtype][:half] for i in (0, 1)) for j in (0, 1)}
+        Q = sum(shard.table._Q for shard in shards.values())
+        for (i, j), shard in shards.items():
+            shard.table.finished[dtype][...], shard.table.sums[dtype][:half], shard.table._Q[...] = rows[i], S[j], Q
+            shard.table.flag(native.ROW_SUMS, False)
+            shard.table.flag(native.ROWS_SUMMED | native.MATRIX_SUMS, True)
+            shard.table.measure(2)
+            assert shard.table.sums[dtype][:half].tobytes() == S[j].tobytes()
+            shard.table.finish(2)
+        for k, shape in enumerate(shapes):
+            sums = {place: shard.table.totals["matrix_sums"][k].reshape(-1, 2) for place, shard in shards.items()}
+            mu = (sums[0, 0] + sums[0, 1])[:, 0] / shape[-1]
+            u2 = (mu * sum(part[:, 1] for part in sums.values())).sum()
+            for shard in shards.values():
+                shard.table.totals["mu"][k][...], shard.table.totals["u2"][k][...] = mu, u2
+        for shard in shards.values():
+            shard.table.flag(native.MATRIX_SUMS, False)
+            shard.table.flag(native.TOTALS, True)
+            shard.table.finish(2)
+            shard.table.apply(2)
+            shard.table.flag(native.TOTALS | native.ROWS_SUMMED, False)
+    tolerance = 3e-6 if dtype == "float32" else 1e-13
+    for place, shard in shards.items():
+        i, j = place
+        for k, x in enumerate(whole.x):
+            assert error(shard.x[k], cut[place](x)) < tolerance
+            assert error(shard.state[k]["row"], np.split(whole.state[k]["row"], 2, -1)[i]) < tolerance
+            assert error(shard.state[k]["column"], np.split(whole.state[k]["column"], 2, -1)[j]) < tolerance
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
@@ -641,14 +708,20 @@ def test_groups_with_their_own_numbers() -> None:
     layouts = [layout((20, 30)), layout((5,)), layout((30, 20))]
     model = Model(layouts)
     model.prepare(gradients(layouts, 1))
+    counts = np.array([2, 0, 6])
+    model.table.records["count"] = counts.ctypes.data + 8 * np.arange(3)
+    t = model.table.number()
     hp = Hyperparameters(scale_parameter=False)
-    model.table.configure(hp, np.array([3, 7]), 0.1, np.array([0, 2]), q_known=np.array([False, True]))
+    model.table.configure(hp, np.array([0, 2]))
+    model.table.begin(t, [hp.decay(each) for each in t.tolist()], 0.1, q_known=np.array([False, False, True]))
     record = model.table.records
     assert record["step"].tolist() == [3, 1, 7]
     np.testing.assert_allclose(record["ema_weight"], [3**-0.8, 1, 7**-0.8])
     assert (record["flags"] & native.SCALE_PARAMETER > 0).tolist() == [False, True, False]
     assert (record["flags"] & native.Q_KNOWN > 0).tolist() == [False, False, True]
     assert (record["flags"] & native.FACTORED > 0).tolist() == [True, False, True]
+    model.table.step()
+    assert counts.tolist() == [3, 1, 7]
 
 
 def test_two_python_threads_step_at_the_same_time() -> None:
@@ -737,7 +810,7 @@ assert not {"torch", "jax", "keras"} & set(sys.modules)
 def test_missing_buffers_are_refused() -> None:
     model = Model([layout((4, 5)), layout((6,)), layout((2,))])
     model.prepare(gradients(model.layouts, 1))
-    with pytest.raises(RuntimeError, match=r"native measure: .* sums buffer is missing"):
+    with pytest.raises(RuntimeError, match=r"native measure: .* buffer is missing"):
         model.table.measure()
 
 

@@ -34,21 +34,11 @@ DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
 FACTORED, SCALE_PARAMETER, SCALE_AFTER_DECAY, MAXIMIZE, SKIP_NONFINITE, STOCHASTIC_ROUNDING, Q_KNOWN, COLUMNS_FIRST = (
     1 << bit for bit in range(8)
 )
+ROW_SUMS, ROWS_SUMMED, MATRIX_SUMS, TOTALS = (1 << bit for bit in range(8, 12))
 
 _ADDRESSES = [
-    "param",
-    "target",
-    "grad",
-    "row",
-    "column",
-    "momentum",
-    "momentum_target",
-    "residual",
-    "Q",
-    "finished",
-    "S",
-    "W",
-    "diagnostics",
+    *("param", "target", "grad", "row", "column", "momentum", "momentum_target", "residual"),
+    *("Q", "finished", "S", "W", "step_size", "matrix_sums", "mu", "u2", "count", "diagnostics"),
 ]
 _NUMBERS = [
     "outer",
@@ -74,7 +64,7 @@ RECORD = np.dtype(
 )
 _ABI = 3 * 65536 + RECORD.itemsize
 
-Verb = Literal["measure", "apply", "step"]
+Verb = Literal["measure", "finish", "apply", "step"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +82,7 @@ class Info:
 class _Library:
     path: str
     verbs: dict[str, Any]
+    number: Any
     built: tuple[str, ...]
     supported: tuple[str, ...]
 
@@ -153,7 +144,8 @@ class Table:
     Attributes:
         records: the descriptors, of dtype `RECORD`.
         Q: per tensor a view of its sums of x², one per slice. After a step: those of the new x, as stored.
-        sums: after `allocate_sums`, per dtype one flat array of S and W of all tensors, to be added over shards.
+        sums: after `allocate_sums`, per dtype one flat array of S and W of all tensors, to be added over shards, and
+            ``finished`` likewise; ``totals``: ``step_size``, ``matrix_sums``, ``mu`` and ``u2``, one array per tensor.
     """
 
     def __init__(self, forms: Sequence[Canonical]) -> None:
@@ -163,7 +155,9 @@ class Table:
         self._Q = np.zeros(int(ends[-1]) if len(ends) else 0)
         self.Q = np.split(self._Q, ends[:-1])
         self.sums: dict[str, NDArray[Any]] = {}
-        self._finished: dict[str, NDArray[Any]] = {}
+        self.finished: dict[str, NDArray[Any]] = {}
+        self.totals: dict[str, list[NDArray[Any]]] = {}
+        self._kept: list[NDArray[Any]] = []  # what records have addresses of
         record = self.records
         for name in ("outer", "rows", "inner", "columns", "slices"):
             record[name] = [getattr(form, name) for form in self.forms]
@@ -208,55 +202,80 @@ class Table:
     def configure(
         self,
         hp: Hyperparameters,
-        t: int | NDArray[Any],
-        rho: float,
         where: slice | NDArray[Any] = slice(None),
         *,
-        decay_factor: float = 1.0,
-        scale_after_decay: bool = False,
-        maximize: bool = False,
-        skip_nonfinite: bool = False,
-        stochastic_rounding: bool = False,
-        q_known: bool | NDArray[Any] = False,
+        flags: int = 0,
         seed: int = 0,
     ) -> None:
-        """Sets the numbers of update ``t`` (from 1; one for all, or an array) for the tensors ``where``.
+        """Sets what a group says of the tensors ``where``, once.
 
         Args:
-            rho: ``hp.rho(...)``, eq. 8.
-            decay_factor: what x is multiplied by before the step: 1 - learning rate · weight decay.
-            scale_after_decay: RMS(x) of the decayed parameter (Keras), not of the one before (PyTorch).
-            q_known: ``table.Q`` holds the sums of x² already, so measure need not read x.
+            flags: the sum of ``SCALE_AFTER_DECAY``, ``MAXIMIZE``, ``SKIP_NONFINITE`` and ``STOCHASTIC_ROUNDING``.
         """
         record = self.records[where]
-        steps = np.asarray(t)
-        record["ema_weight"] = hp.decay(int(steps)) if steps.ndim == 0 else [hp.decay(int(step)) for step in steps]
-        record["rho"], record["decay_factor"] = rho, decay_factor
         record["eps1"], record["eps2"] = hp.epsilon_1, hp.epsilon_2
         record["clip"] = np.inf if hp.clip_threshold is None else hp.clip_threshold
         record["beta1"] = hp.momentum or 0.0
-        record["seed"], record["step"] = seed, steps
-        flags = SCALE_PARAMETER * hp.scale_parameter + SCALE_AFTER_DECAY * scale_after_decay + MAXIMIZE * maximize
-        flags += SKIP_NONFINITE * skip_nonfinite + STOCHASTIC_ROUNDING * stochastic_rounding
-        known = np.asarray(q_known, np.uint64) * np.uint64(Q_KNOWN)
-        record["flags"] = (record["flags"] & np.uint64(FACTORED | COLUMNS_FIRST)) | np.uint64(flags) | known
+        record["seed"] = seed
+        record["flags"] &= np.uint64(FACTORED | COLUMNS_FIRST)
+        record["flags"] |= np.uint64(SCALE_PARAMETER * hp.scale_parameter | flags)
         if not isinstance(where, slice):  # an index array gave a copy
             self.records[where] = record
 
+    def begin(
+        self,
+        t: int | NDArray[Any],
+        ema_weight: float | NDArray[Any],
+        rho: float | NDArray[Any],
+        decay_factor: float | NDArray[Any] = 1.0,
+        q_known: bool | NDArray[Any] = False,
+    ) -> None:
+        """Sets the numbers of update ``t`` (from 1): each one for all tensors, or an array of one per tensor.
+
+        Args:
+            ema_weight: 1 - beta(t), ``hp.decay(t)`` (eq. 1).
+            rho: ``hp.rho(...)`` (eq. 8).
+            decay_factor: what x is multiplied by before the step: 1 - learning rate · weight decay.
+            q_known: ``table.Q`` holds the sums of x² already, so measure need not read x.
+        """
+        record = self.records
+        record["step"], record["ema_weight"], record["rho"], record["decay_factor"] = t, ema_weight, rho, decay_factor
+        self.flag(Q_KNOWN, q_known)
+
+    def flag(self, bit: int, on: bool | NDArray[Any]) -> None:
+        """Sets one flag of every tensor, or takes it away."""
+        flags = self.records["flags"]
+        flags &= np.uint64(~bit & 0xFFFFFFFFFFFFFFFF)
+        flags |= np.asarray(on, np.uint64) * np.uint64(bit)
+
+    def number(self) -> NDArray[Any]:
+        """The number of this update of every tensor, from 1: one more than stands at ``count``."""
+        _library().number(self.records.ctypes.data, len(self.records))
+        steps: NDArray[Any] = self.records["step"]
+        return steps.astype(np.int64)
+
     def allocate_sums(self) -> None:
-        """Gives measure and apply their buffers, all S and W in one array per dtype. `step` needs none."""
+        """Gives measure, finish and apply their buffers; `step` needs none. S and W of a dtype are one array."""
+        matrices = np.array([form.outer * form.inner if form.factored else 0 for form in self.forms], np.int64)
+        slices = self.records["slices"]
+        sizes = {"step_size": 2 * slices, "matrix_sums": 2 * matrices, "mu": matrices, "u2": slices}
+        for name, size in sizes.items():
+            ends = np.cumsum(size)
+            flat = np.zeros(int(ends[-1]) if len(ends) else 0)
+            self.totals[name] = np.split(flat, ends[:-1])
+            self._kept.append(flat)
+            self.records[name] = flat.ctypes.data + 8 * (ends - size)
         wide = self.records["param_dtype"] == DTYPES["float64"]
         for dtype, chosen in (("float32", ~wide), ("float64", wide)):
             where = np.flatnonzero(chosen)
-            rows = [self.forms[k].finished_size for k in where]
-            columns = [self.forms[k].sums_size for k in where]
-            finished = self._finished[dtype] = np.zeros(sum(rows), dtype)
-            sums = self.sums[dtype] = np.zeros(2 * sum(columns), dtype)
-            ends = np.cumsum(np.array(columns, np.int64)) if columns else np.zeros(0, np.int64)
+            rows = np.array([self.forms[k].finished_size for k in where], np.int64)
+            columns = np.array([self.forms[k].sums_size for k in where], np.int64)
+            finished = self.finished[dtype] = np.zeros(int(rows.sum()), dtype)
+            sums = self.sums[dtype] = np.zeros(2 * int(columns.sum()), dtype)
             size = finished.itemsize
-            self.records["finished"][where] = finished.ctypes.data + size * (np.cumsum(np.array(rows, np.int64)) - rows)
-            self.records["S"][where] = sums.ctypes.data + size * (ends - columns)
-            self.records["W"][where] = sums.ctypes.data + size * (ends - columns + sum(columns))
+            self.records["finished"][where] = finished.ctypes.data + size * (np.cumsum(rows) - rows)
+            self.records["S"][where] = sums.ctypes.data + size * (np.cumsum(columns) - columns)
+            self.records["W"][where] = sums.ctypes.data + size * (np.cumsum(columns) - columns + columns.sum())
 
     def run(self, verb: Verb, threads: int | None = None, isa: str | None = None) -> None:
         """One call for all tensors. Releases the interpreter lock.
@@ -273,15 +292,19 @@ class Table:
             raise RuntimeError(f"native {verb}: {_ERRORS.get(error, f'error {error}')}.")
 
     def measure(self, threads: int | None = None) -> None:
-        """Fills the sums and commits nothing (eqs. 2, 4, 5, 6, 11). Needs `allocate_sums`."""
+        """Fills the sums and commits nothing (eqs. 2, 4, 5, 6, 11). Needs `allocate_sums`, as the next two do."""
         self.run("measure", threads)
 
+    def finish(self, threads: int | None = None) -> None:
+        """Finishes the columns and the step sizes (eqs. 3, 7, 9, 10), and commits nothing. Spends the sums."""
+        self.run("finish", threads)
+
     def apply(self, threads: int | None = None) -> None:
-        """Commits the statistics and moves the parameters (eqs. 3, 7, 9, 10, 12, 13). Spends the sums."""
+        """Commits the statistics and moves the parameters (eqs. 12, 13)."""
         self.run("apply", threads)
 
     def step(self, threads: int | None = None) -> None:
-        """Measure and apply, on one device."""
+        """Measure, finish and apply, on one device."""
         self.run("step", threads)
 
     @property
@@ -294,9 +317,9 @@ class Table:
 _isa, _threads = isa, threads  # `run` has arguments of these names
 _ERRORS = {
     2: "a dtype code must be one of 0 to 3",
-    3: "a tensor's param, grad, statistic, Q or sums buffer is missing, or its slices do not divide its stack",
+    3: "a tensor's param, grad, statistic, Q, sums or totals buffer is missing, or its slices do not divide its stack",
     4: "this machine or this build does not have that instruction set",
-    5: "columns can come first only in a factored tensor without a stack between its rows and columns",
+    5: "columns can come first only in a factored tensor without a stack between its rows and columns and whole columns",
     6: "a residual belongs to a bfloat16 or float16 parameter that is rounded to nearest",
     7: "a target that is the gradient has the gradient's dtype",
 }
@@ -341,11 +364,13 @@ def _load() -> _Library | str:
     if abi() != _ABI:
         return f"The native kernels at {file} belong to another version of this package. Reinstall it."
     verbs = {}
-    for verb in ("measure", "apply", "step"):
+    for verb in ("measure", "finish", "apply", "step"):
         verbs[verb] = getattr(library, f"adafactor_{verb}")
         verbs[verb].argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
         verbs[verb].restype = ctypes.c_int
+    number = library.adafactor_number
+    number.argtypes, number.restype = (ctypes.c_void_p, ctypes.c_int64), None
     library.adafactor_built.argtypes = library.adafactor_supported.argtypes = (ctypes.c_int64,)
     built = tuple(name for code, name in enumerate(ISAS) if library.adafactor_built(code))
     supported = tuple(name for code, name in enumerate(ISAS) if library.adafactor_supported(code))
-    return _Library(str(file), verbs, built, supported)
+    return _Library(str(file), verbs, number, built, supported)
