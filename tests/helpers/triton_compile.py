@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from adafactor import Factored
-from adafactor.engine.torch import cuda
-from adafactor.engine.torch.cuda import Step
+from adafactor.engine.torch import choose, cuda
+from adafactor.engine.torch.cuda import Triton
 from adafactor.torch import Adafactor
 
 SHARED = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; others have more
@@ -40,15 +40,15 @@ def launched(dtype, steps=1, **options):
     optimizer = Adafactor(
         [{"params": params}, {"params": [sliced], "factoring": lambda name, shape: Factored(batch=(0,))}], **options
     )
-    calls, step = [], Step()
-    optimizer._kernel = lambda fused, device: step
-    run = JITFunction.run
+    calls = []
+    run, kernels_on = JITFunction.run, choose.kernels_on
+    choose.kernels_on = lambda device: Triton
     JITFunction.run = lambda kernel, *args, **kwargs: calls.append((kernel, args, kwargs))
     try:
         for _ in range(steps):
             optimizer.step()
     finally:
-        JITFunction.run = run
+        JITFunction.run, choose.kernels_on = run, kernels_on
     return calls
 
 

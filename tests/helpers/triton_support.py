@@ -8,9 +8,8 @@ import sys
 
 import torch
 
-from adafactor.engine.torch import eager, triton_table
-from adafactor.engine.torch.cuda import Step
-from adafactor.torch import Adafactor
+from adafactor.engine.torch import choose, triton_table
+from adafactor.engine.torch.cuda import Triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,7 +51,7 @@ def _bounds(patch):
 
 
 def use(monkeypatch, small=True):
-    """Send every tensor of every optimizer to Triton kernels, unless it says ``fused=False``; returns the kernel."""
+    """Send every tensor of every optimizer to Triton kernels, unless it says ``fused=False``."""
     if DEVICE.type == "cpu":
         from triton.runtime import interpreter
 
@@ -64,6 +63,4 @@ def use(monkeypatch, small=True):
     if small:
         for name, value in SMALL.items():
             monkeypatch.setattr(triton_table, name, value)
-    step = Step()
-    monkeypatch.setattr(Adafactor, "_kernel", lambda self, fused, device: eager.step if fused is False else step)
-    return step
+    monkeypatch.setattr(choose, "kernels_on", lambda device: Triton)

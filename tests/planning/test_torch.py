@@ -16,8 +16,10 @@ from adafactor import layout, plan
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, transformer
 from adafactor.core.canonical import canonical
 from adafactor.core.errors import Refused
+from adafactor.engine.torch.sharded.shard import shard_of
 from adafactor.planning import optimizers as rules
 from adafactor.planning.files import read
+from adafactor.torch import prepare
 from adafactor.torch.arguments import MOMENTUM_DTYPES
 
 POLICIES = ["last_two", "largest_two", "smallest"]
@@ -206,8 +208,11 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(mesh, policy, momentum):
         p.grad = distribute_tensor(torch.ones(shape), mesh, [Shard(0)], src_data_rank=None)
         params.append(p)
     optimizer = ours(params, policy, momentum)
-    for shard in optimizer._collect_shards(0):  # a whole step needs ranks that answer
-        shard.commit()
+    preparation, groups = optimizer._preparation, optimizer.param_groups
+    for members, k in preparation.collect(groups, [(0, None)])[0]:  # a whole step needs ranks that answer
+        draft = prepare.draft_of(groups, members, k)
+        shard = shard_of(draft.param, draft.layout, draft, {}, lambda param, layout: None)
+        optimizer.state[draft.param].update(shard.state)
     usage = planned(shapes, rules.Adafactor(factoring=policy, momentum=momentum), shards=4)
     assert usage.state == state_bytes(optimizer)
     assert usage.weights == usage.gradients == sum(4 * p.to_local().numel() for p in params)

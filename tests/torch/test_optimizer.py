@@ -269,7 +269,7 @@ def test_compiled_without_graph_breaks():
         shapes = [(6, 4), (7,), (), (2, 3, 4)]
         return [torch.nn.Parameter(torch.randn(s, generator=generator).bfloat16()) for s in shapes]
 
-    options = {"beta1": 0.9, "stochastic_rounding": True, "weight_decay": 0.1}
+    options = {"beta1": 0.9, "stochastic_rounding": True, "weight_decay": 0.1, "seed": 0}
     eager, compiled = params(), params()
     a, b = Adafactor(eager, **options), Adafactor(compiled, **options)
     step_b = torch.compile(lambda: b.step(), fullgraph=True, backend="aot_eager")
@@ -310,11 +310,16 @@ def test_compiled_with_a_scheduler():
 def test_flat_partitions_of_zero_are_refused(monkeypatch):
     import sys
 
-    optimizer = Adafactor([parameter(3, 3)])
+    given = parameter(3, 3)
+    optimizer = Adafactor([given])
     flat = parameter(9)
     flat.grad = torch.ones(9)
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.step()  # no DeepSpeed here: somebody knows what they do
     monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    optimizer.step()  # nor does it matter that it was imported
+    given._hp_mapping = None  # as ZeRO ties a parameter to its partition
+    optimizer.param_groups[0]["params"] = [other := parameter(9)]
+    other.grad = torch.ones(9)
     with pytest.raises(RuntimeError, match="a flat partition of DeepSpeed ZeRO with shape"):
         optimizer.step()

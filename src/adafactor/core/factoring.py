@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Literal
 
 from adafactor.core.errors import message
@@ -40,6 +41,11 @@ Policy = Literal["last_two", "largest_two", "smallest"]
 Rule = Callable[[str, Shape], Factored | None]
 Factoring = Policy | Rule
 POLICIES: tuple[Policy, ...] = ("last_two", "largest_two", "smallest")
+
+
+#: What a part's sums lack: nothing, column sums (its rows are cut, or its columns if it is transposed), only what other
+#: matrices of a stack add to a slice, or row sums and column sums.
+Cut = Literal["nothing", "rows", "stack", "both"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,11 @@ class Layout:
         return tuple(axis for axis in range(len(self.shape)) if axis not in lacks)
 
     @property
+    def cut(self) -> Cut:
+        """What of its matrices and slices other processes hold."""
+        return "nothing"
+
+    @property
     def state_size(self) -> int:
         """Numbers kept for the second moment."""
         return sum(math.prod(shape) for shape in self.slots.values())
@@ -125,10 +136,12 @@ class Part(Layout):
     Attributes:
         whole_shape: the parameter's shape.
         offset: where the part begins in it, axis by axis.
+        split: the axes that other processes hold pieces of.
     """
 
     whole_shape: Shape = ()
     offset: Shape = ()
+    split: frozenset[int] = frozenset()
 
     @cached_property
     def n(self) -> int:
@@ -144,6 +157,18 @@ class Part(Layout):
     def slice_size(self) -> int:
         """Elements behind one clip factor, in all parts."""
         return math.prod(self.whole_shape[axis] for axis in self.whole)
+
+    @cached_property
+    def cut(self) -> Cut:
+        sides = [side for side in (self.rows, self.columns) if self.split & set(side)]
+        if not self.split - set(self.batch):
+            return "nothing"
+        if not sides:
+            return "stack"
+        # A slice of a batch has its own clip factor, but its sums must not be added to another slice's: a part that
+        # has some slices and some rows of them puts S and W in their own places of one buffer.
+        elsewhere = self.split - set(self.rows) - set(self.columns) - set(self.batch)
+        return "rows" if len(sides) == 1 and not elsewhere else "both"
 
     @property
     def transposed(self) -> Part:
@@ -205,9 +230,9 @@ def validate(factoring: object, min_dim_size_to_factor: object) -> None:
         choices = ", ".join(f'"{policy}"' for policy in POLICIES)
         remedy = 'The default is "last_two".'
         raise ValueError(message("factoring", f"{choices} or a callable (name, shape) -> Factored", factoring, remedy))
-    if isinstance(min_dim_size_to_factor, bool) or not isinstance(min_dim_size_to_factor, int):
+    if isinstance(min_dim_size_to_factor, bool) or not isinstance(min_dim_size_to_factor, Integral):
         raise TypeError(message("min_dim_size_to_factor", "an integer", min_dim_size_to_factor, "Pass 1 for all."))
-    if min_dim_size_to_factor < 1:
+    if int(min_dim_size_to_factor) < 1:
         raise ValueError(message("min_dim_size_to_factor", ">= 1", min_dim_size_to_factor, "Pass 1 for all."))
 
 

@@ -272,20 +272,28 @@ class Table:
             columns = np.array([self.forms[k].sums_size for k in where], np.int64)
             finished = self.finished[dtype] = np.zeros(int(rows.sum()), dtype)
             sums = self.sums[dtype] = np.zeros(2 * int(columns.sum()), dtype)
-            size = finished.itemsize
-            self.records["finished"][where] = finished.ctypes.data + size * (np.cumsum(rows) - rows)
-            self.records["S"][where] = sums.ctypes.data + size * (np.cumsum(columns) - columns)
-            self.records["W"][where] = sums.ctypes.data + size * (np.cumsum(columns) - columns + columns.sum())
+            width = finished.itemsize
+            self.records["finished"][where] = finished.ctypes.data + width * (np.cumsum(rows) - rows)
+            self.records["S"][where] = sums.ctypes.data + width * (np.cumsum(columns) - columns)
+            self.records["W"][where] = sums.ctypes.data + width * (np.cumsum(columns) - columns + columns.sum())
 
-    def run(self, verb: Verb, threads: int | None = None, isa: str | None = None) -> None:
-        """One call for all tensors. Releases the interpreter lock.
+    def run(
+        self,
+        verb: Verb,
+        threads: int | None = None,
+        isa: str | None = None,
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
+        """One call. Releases the interpreter lock.
 
         Args:
             threads: as for `threads`.
             isa: an instruction set instead of the one in use; for tests.
+            chosen: some of the tensors instead of all; what the call sets in their records is not kept.
         """
+        records = self.records if chosen is None else self.records[chosen]
         code = _isa() if isa is None else ISAS.index(isa)
-        error = _library().verbs[verb](self.records.ctypes.data, len(self.records), _threads(threads), code)
+        error = _library().verbs[verb](records.ctypes.data, len(records), _threads(threads), code)
         if error == 1:
             raise MemoryError("The native kernels found no memory for their row and column sums.")
         if error:
@@ -319,7 +327,7 @@ _ERRORS = {
     2: "a dtype code must be one of 0 to 3",
     3: "a tensor's param, grad, statistic, Q, sums or totals buffer is missing, or its slices do not divide its stack",
     4: "this machine or this build does not have that instruction set",
-    5: "columns can come first only in a factored tensor without a stack between its rows and columns and whole columns",
+    5: "columns can come first only in a factored tensor without a stack inside, and only where columns are whole",
     6: "a residual belongs to a bfloat16 or float16 parameter that is rounded to nearest",
     7: "a target that is the gradient has the gradient's dtype",
 }

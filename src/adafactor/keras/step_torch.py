@@ -1,8 +1,8 @@
-"""The step on the PyTorch backend: all variables of an update in one call to the kernels of the PyTorch front end."""
+"""The step on the PyTorch backend: all variables of an update in one call to the backends of the PyTorch front end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -10,11 +10,11 @@ import torch
 from keras import ops
 from torch import Tensor
 
-from adafactor.core import native
+from adafactor.core.errors import message
 from adafactor.core.hyperparameters import Hyperparameters
-from adafactor.engine.torch import eager
-from adafactor.engine.torch.cpu import Step
-from adafactor.engine.torch.work import Kernel, Settings, Work, new_report
+from adafactor.engine.torch import checks
+from adafactor.engine.torch.choose import Plan
+from adafactor.engine.torch.work import Group, Settings, Work, new_diagnostics
 from adafactor.keras.step import Member
 
 
@@ -22,9 +22,8 @@ class TorchStep:
     """The update of one optimizer's variables, in place, and what it keeps from step to step."""
 
     def __init__(self) -> None:
-        self._work: dict[int, Work] = {}
-        self._settings: dict[tuple[float, bool], Settings] = {}
-        self._native = Step() if native.available() else None
+        self._groups: dict[tuple[float, bool], Group] = {}
+        self._plans: dict[tuple[int, ...], tuple[Plan, Tensor]] = {}
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -37,54 +36,74 @@ class TorchStep:
             learning_rate: a number, or a tensor or Keras variable of one element.
             iterations: integer variable of shape (), the updates made so far.
             scheduled: whether the learning rate varies by itself (eq. 8).
+
+        Raises:
+            RuntimeError: a variable, its gradient or its state does not fit. Nothing has been modified.
         """
+        members = list(members)
+        if not members:
+            return
         if isinstance(learning_rate, keras.Variable):
             learning_rate = learning_rate.value
-        lists: dict[torch.device, list[Work]] = {}
-        reporting = []
         for member in members:
-            if member.report is not None:
-                reporting.append(member)
-            work = self._item(member, hp, learning_rate, scheduled)
-            lists.setdefault(work.param.device, []).append(work)
-        done = ops.convert_to_tensor(iterations)
-        for device, items in lists.items():
-            # The kernels count updates tensor by tensor; Keras counts them once, and by itself.
-            counts = done.to(device, torch.int64).repeat(len(items)).unbind()
-            for item, count in zip(items, counts, strict=True):
-                item.state["step"] = count
-            kernel: Kernel = self._native if self._native is not None and device.type == "cpu" else eager.step
-            kernel(items, torch.zeros((), dtype=torch.int64, device=device))
-            for item in items:
-                del item.grad
-        for member in reporting:
-            values = self._work[member.place].report
-            assert values is not None
-            member.report.assign(values[:, :3].reshape(tuple(member.report.shape)).to(torch.float32))
+            key = (member.weight_decay, scheduled)
+            group = self._groups.setdefault(key, Group(_settings(hp, *key), learning_rate))
+            group.lr = learning_rate
+        grads = [ops.convert_to_tensor(member.gradient) for member in members]
+        plan, steps = self._plan(members, grads, scheduled)
+        # The backends count updates tensor by tensor; Keras counts them once, and by itself.
+        steps.copy_(ops.convert_to_tensor(iterations))
+        plan.step(grads, lambda device: torch.zeros((), dtype=torch.int64, device=device))
+        for member, w in zip(members, plan.work, strict=True):
+            if w.diagnostics is not None:
+                values = w.diagnostics[:, :3].reshape(tuple(member.report.shape))
+                member.report.assign(values.to(torch.float32))
 
-    def _item(self, member: Member, hp: Hyperparameters, learning_rate: float | Tensor, scheduled: bool) -> Work:
-        settings = self._settings.get((member.weight_decay, scheduled))
-        if settings is None:
-            settings = Settings(
-                hyperparameters=hp,
-                weight_decay=member.weight_decay,
-                maximize=False,
-                momentum_dtype=None,
-                stochastic_rounding=False,
-                skip_nonfinite=False,
-                seed=0,
-                scale_after_decay=True,
-                scheduled=scheduled,
+    def _plan(self, members: Sequence[Member], grads: Sequence[Tensor], scheduled: bool) -> tuple[Plan, Tensor]:
+        """What updates the members: what there is, as long as nothing it knows has moved."""
+        key = tuple(member.place for member in members)
+        known = self._plans.get(key)
+        params = [member.variable.value for member in members]
+        states = [_state(member) for member in members]
+        if known is not None:
+            work = known[0].work
+            same = all(
+                w.param is param and all(w.state.get(name) is value for name, value in state.items())
+                for w, param, state in zip(work, params, states, strict=True)
             )
-            self._settings[member.weight_decay, scheduled] = settings
-        param, grad = member.variable.value, ops.convert_to_tensor(member.gradient)
-        state = {name: slot.value for name, slot in member.slots.items()}
-        if member.momentum is not None:
-            state["momentum"] = member.momentum.value
-        work = self._work.get(member.place)
-        if work is None or any(work.state.get(name) is not tensor for name, tensor in state.items()):
-            work = Work(param, grad, state, member.layout, settings, learning_rate, member.place, eager.step)
-            work.report = None if member.report is None else new_report(member.layout, param.device)
-            self._work[member.place] = work
-        work.param, work.grad, work.settings, work.lr = param, grad, settings, learning_rate
-        return work
+            if same and not known[0].witness.moved() and known[0].witness.fits(grads):
+                return known
+        for member, param, grad in zip(members, params, grads, strict=True):
+            checks.check_param(param, member.variable.path)
+            checks.check_gradient(param, grad, member.variable.path)
+        steps = torch.zeros(len(members), dtype=torch.int64, device=params[0].device)
+        work = []
+        for member, param, state, step in zip(members, params, states, steps.unbind(), strict=True):
+            group = self._groups[member.weight_decay, scheduled]
+            its_layout, name = member.layout, member.variable.path
+            if param.device != step.device:
+                step = torch.zeros((), dtype=torch.int64, device=param.device)
+            state["step"] = step
+            changed = checks.fit(param, its_layout, group.settings, state, name)
+            if changed:
+                slot = next(iter(changed))
+                remedy = "Assign to optimizer variables, and leave their values' shapes, dtypes and devices alone."
+                got = f"{state[slot].dtype} of shape {tuple(state[slot].shape)} on {state[slot].device}"
+                raise RuntimeError(message(f"{slot} of {name}", "as the optimizer built it", got, remedy))
+            diagnostics = None if member.report is None else new_diagnostics(its_layout, param.device)
+            work.append(Work(param, state, its_layout, group, member.place, diagnostics, name))
+        plan = Plan(work, grads)
+        if all(map(torch.Tensor.is_contiguous, grads)):
+            self._plans[key] = plan, steps
+        return plan, steps
+
+
+def _state(member: Member) -> dict[str, Tensor]:
+    state = {name: slot.value for name, slot in member.slots.items()}
+    if member.momentum is not None:
+        state["momentum"] = member.momentum.value
+    return state
+
+
+def _settings(hp: Hyperparameters, weight_decay: float, scheduled: bool) -> Settings:
+    return Settings(hp, weight_decay, scale_after_decay=True, scheduled=scheduled)

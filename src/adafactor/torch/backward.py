@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 from adafactor.core.errors import message
+from adafactor.engine.torch.checks import is_flat
 from adafactor.engine.torch.work import is_sharded
-from adafactor.torch.arguments import is_flat
 from adafactor.torch.optimizer import Adafactor
 
 Place = tuple[int, int]  # group, and position in the group
@@ -115,7 +115,7 @@ class StepInBackward:
             self._params.append(param)
         self.lists = len(places)
         optimizer._in_backward = self
-        optimizer._forget()
+        optimizer._invalidate()
         # GradScaler.step asks for this before it looks for gradients, finds none, and says so in words of its own.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
@@ -125,7 +125,7 @@ class StepInBackward:
         self._refusal.remove()
         if self._optimizer._in_backward is self:
             self._optimizer._in_backward = None
-            self._optimizer._forget()
+            self._optimizer._invalidate()
             del self._optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
 
     def __del__(self) -> None:
@@ -214,7 +214,7 @@ class StepInBackward:
     def _check_once(self, place: Place, param: Tensor) -> None:
         """Refuse a second gradient in a pass, which only reentrant checkpoints give: the first was not complete."""
         remedy = "Pass use_reentrant=False to torch.utils.checkpoint, which adds up the gradients of all uses first."
-        what = f"{self._optimizer._name_of(*place)} of shape {tuple(param.shape)}"
+        what = f"{self._optimizer._called(*place)} of shape {tuple(param.shape)}"
         if self._nested and id(param) in self._shared:
             rule = "used in one layer only under torch.utils.checkpoint(use_reentrant=True)"
             raise RuntimeError(message(what, rule, "several", remedy))

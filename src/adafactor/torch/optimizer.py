@@ -6,32 +6,30 @@ Equation numbers refer to ``docs/algorithm.md``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adafactor.core import native
 from adafactor.core.errors import message
-from adafactor.core.factoring import Factoring, Layout, layout
+from adafactor.core.factoring import Factoring, Layout
 from adafactor.core.hyperparameters import RelativeStep
-from adafactor.engine.torch import compiled, cpu, cuda, eager, int8
-from adafactor.engine.torch.work import Kernel, Settings, Work, is_sharded, math_dtype, new_report
+from adafactor.engine.torch import compiled
+from adafactor.engine.torch.choose import Plan
+from adafactor.engine.torch.work import is_sharded
 from adafactor.torch import checkpoint
-from adafactor.torch.arguments import SETTINGS, check_lr, check_origin, check_tensors, translate
+from adafactor.torch.arguments import translate
+from adafactor.torch.prepare import LISTS, Positions, Preparation, Prepared, diagnostics_of
 
 if TYPE_CHECKING:
-    from adafactor.engine.torch.sharded.shard import Shard
-    from adafactor.engine.torch.sharded.step import Sharded
     from adafactor.torch.backward import StepInBackward
 
-# Which parameters have a gradient varies little from step to step: what is derived from a list is kept for so many.
-LISTS = 8
-
-# The columns of ``Work.report``.
+# The columns of ``Work.diagnostics``.
 DIAGNOSTICS = ("update_rms", "clip_factor", "parameter_scale", "skipped")
 
 
@@ -68,7 +66,8 @@ class Adafactor(Optimizer):
             the next update. Not with ``stochastic_rounding``; without effect on other parameters.
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient holds an inf or a NaN, or
             when its squares overflow; count it in :attr:`skipped`. ``False`` lets it spread.
-        seed: an integer; of the bits behind ``stochastic_rounding`` and int8 momentum.
+        seed: an integer; of the bits behind ``stochastic_rounding`` and int8 momentum. ``None`` numbers the optimizers
+            that are alive, so that no two of them round alike: the first is 0, on all processes.
         diagnostics: record what :meth:`diagnostics` returns; for all groups.
         capturable: allow a CUDA graph to capture ``step``, as in ``torch.optim``. The state is on the parameters'
             device either way, and no step waits for it. A graph keeps a learning rate that is a number, and
@@ -105,7 +104,7 @@ class Adafactor(Optimizer):
         stochastic_rounding: bool = False,
         compensated: bool = False,
         skip_nonfinite: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         diagnostics: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -128,44 +127,24 @@ class Adafactor(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "compensated": compensated,
             "skip_nonfinite": skip_nonfinite,
-            "seed": seed,
+            "seed": _number(self) if seed is None else seed,
             "capturable": capturable,
         }
         translate(defaults)
         if not isinstance(diagnostics, bool):
             raise TypeError(message("diagnostics", "True or False", diagnostics, "Leave it out for the default."))
-        self._reports: dict[Tensor, Tensor] | None = {} if diagnostics else None
+        self._diagnostics: dict[Tensor, Tensor] | None = {} if diagnostics else None
         self._in_backward: StepInBackward | None = None
-        self._forget()
+        self._preparation = Preparation()
         self._skipped: dict[torch.device, Tensor] = {}
-        self._given: set[int] = set()  # ids of the parameters that came in through a group
         self._handle = compiled.register(self)
         super().__init__(params, defaults)
 
-    def _forget(self) -> None:
+    def _invalidate(self) -> None:
         """Drop what is derived from groups and state, so that the next step derives it anew."""
-        self._work: dict[Tensor, Work] = {}
-        self._shards: dict[Tensor, Shard] = {}
-        self._sharded: Sharded | None = None
-        self._settings: dict[int, tuple[tuple[object, ...], Settings]] = {}
-        # Stepped in the backward pass, every parameter is a list of its own.
-        self._lists = LISTS if self._in_backward is None else max(LISTS, self._in_backward.lists)
-        self._native = cpu.Step(self._lists) if native.available() else None
-        self._triton = cuda.Step(self._lists)
-
-    def _kernel(self, fused: bool | None, device: torch.device) -> Kernel:
-        """The kernel for a device; see ``fused``."""
-        if fused is False:
-            return eager.step
-        if device.type == "cpu" and self._native is not None:
-            return self._native
-        cause = native.why_not() if device.type == "cpu" else cuda.why_not(device)
-        if cause is None and device.type != "cpu":
-            return self._triton
-        if fused:
-            rule, remedy = "None or False here", f"{cause} Pass fused=None for the fastest kernel there is."
-            raise RuntimeError(message(f"fused for {device.type} tensors", rule, fused, remedy))
-        return eager.step
+        if self._in_backward is not None:  # every parameter is a list of its own
+            self._preparation = Preparation(max(LISTS, self._in_backward.lists), self._preparation)
+        self._preparation.clear()
 
     @property
     def skipped(self) -> int:
@@ -189,33 +168,29 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: they are not recorded.
         """
-        if self._reports is None:
+        if self._diagnostics is None:
             raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
-        found = {}
-        for number, group in enumerate(self.param_groups):
-            first = self._first(number)
-            names = group.get("param_names") or range(first, first + len(group["params"]))
+        recorded = {}
+        number = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or range(number, number + len(group["params"]))
+            number += len(group["params"])
             for name, param in zip(names, group["params"], strict=True):
-                if param in self._reports:
-                    report = self._reports[param].clone()
-                    values = (report[0] if report.shape[0] == 1 else report).unbind(-1)
-                    found[str(name)] = dict(zip(DIAGNOSTICS, values, strict=True))
-        return found
+                if param in self._diagnostics:
+                    of = self._diagnostics[param].clone()
+                    values = (of[0] if of.shape[0] == 1 else of).unbind(-1)
+                    recorded[str(name)] = dict(zip(DIAGNOSTICS, values, strict=True))
+        return recorded
 
-    def _first(self, number: int) -> int:
-        """The place of a group's first parameter among all the optimizer's parameters."""
-        return sum(len(group["params"]) for group in self.param_groups[:number])
-
-    def _name_of(self, number: int, position: int) -> str:
+    def _called(self, number: int, position: int) -> str:
+        """What errors call a parameter."""
         names = self.param_groups[number].get("param_names")
-        return names[position] if names else f"parameter {self._first(number) + position}"
+        first = sum(len(group["params"]) for group in self.param_groups[:number])
+        return str(names[position]) if names else f"parameter {first + position}"
 
-    def _report_of(self, param: Tensor, roles: Layout) -> Tensor | None:
-        if self._reports is None:
-            return None
-        if param not in self._reports:
-            self._reports[param] = new_report(roles, param.device)
-        return self._reports[param]
+    def _recorded(self, param: Tensor, layout: Layout) -> Tensor | None:
+        """The tensor in which a parameter's diagnostics are recorded, if they are."""
+        return diagnostics_of(self._diagnostics, param, layout)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not say is taken from the constructor's arguments.
@@ -230,8 +205,9 @@ class Adafactor(Optimizer):
         if isinstance(param_group, dict):
             translate({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._given.update(map(id, self.param_groups[-1]["params"]))
-        self._forget()
+        self._preparation.given(self.param_groups[-1]["params"])
+        _unshare(self.param_groups)
+        self._invalidate()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -264,23 +240,25 @@ class Adafactor(Optimizer):
         self._update([(number, None) for number in range(len(self.param_groups))])
         return loss
 
-    def _update(self, chosen: Sequence[tuple[int, Sequence[int] | None]]) -> None:
-        """Update what has a gradient among the positions of groups that are ``chosen``; None is all of a group."""
+    def _update(self, chosen: Positions) -> None:
+        """Update what has a gradient among the ``chosen`` positions of groups."""
         # Every check comes before the first write: a step happens wholly or not at all.
-        work = [w for number, positions in chosen for w in self._collect(number, positions)]
-        shards = [shard for number, positions in chosen for shard in self._collect_shards(number, positions)]
-        if cuda.is_capturing() and any(not {*w.slots} <= {*self.state.get(w.param, ())} for w in work):
-            remedy = "Call step once before the capture, so that no replay makes the state anew."
-            raise RuntimeError(message("the state of a captured step", "complete", "none for some parameters", remedy))
-        for w in work:
-            w.state = self._state_of(w)
-        if shards:
-            if self._sharded is None:
-                from adafactor.engine.torch.sharded.step import Sharded
+        places, grads = self._preparation.collect(self.param_groups, chosen)
+        if places:
+            prepared = self._preparation.prepared(self.param_groups, self.state, places, grads, self._recorded)
+            if not (prepared.fresh and self._makes_state_only(grads)):
+                prepared.step(grads, self.state, self._count_of)
+            prepared.fresh = False
 
-                self._sharded = Sharded(self._lists)
-            self._sharded.step(shards, self._count_of)
-        self._run(work)
+    def _makes_state_only(self, grads: Sequence[Tensor]) -> bool:
+        """Whether this first step is one of torch.distributed.checkpoint, which takes one to have state to look at.
+
+        It sets every learning rate to 0 and every gradient to zeros, and must not count.
+        """
+        lrs = [group["lr"] for group in self.param_groups]
+        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs) or any(map(float, lrs)):
+            return False
+        return not any(grad.is_cuda or bool(grad.any()) for grad in grads)
 
     def _check_capture(self) -> None:
         """torch's own check that a captured step has ``capturable=True``; older releases have another name for it."""
@@ -292,93 +270,6 @@ class Adafactor(Optimizer):
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped[device]
-
-    def _run(self, work: Sequence[Work]) -> None:
-        lists: dict[tuple[torch.device, Kernel], list[Work]] = {}
-        for w in work:
-            lists.setdefault((w.param.device, w.kernel), []).append(w)
-        try:
-            for (device, kernel), members in lists.items():
-                kernel(members, self._count_of(device))
-        finally:
-            _release(work)
-
-    def _collect(self, number: int, positions: Sequence[int] | None = None) -> list[Work]:
-        """One item of work per parameter of a group that has a gradient. All checks are here; nothing is written."""
-        group = self.param_groups[number]
-        settings = self._group_settings(number, group)
-        first = self._first(number)
-        work: dict[Tensor, Work] = {}  # a parameter that is listed twice is updated once
-        for position in range(len(group["params"])) if positions is None else positions:
-            param = group["params"][position]
-            grad = param.grad
-            if grad is None or not param.numel() or is_sharded(param):
-                continue
-            check_tensors(param, grad)
-            check_origin(param, self._given)
-            if group["capturable"] and param.device.type == "cpu":
-                remedy = "A graph captures what runs on an accelerator; leave it out."
-                raise RuntimeError(message("capturable", "False for cpu tensors", True, remedy))
-            kernel = self._kernel(group["fused"], param.device)
-            w = self._work.get(param)
-            if w is None or w.layout.shape != param.shape:
-                roles = _layout(group, position, param)
-                w = Work(param, grad, {}, roles, settings, group["lr"], first + position, kernel)
-                w.report = self._report_of(param, roles)
-                self._work[param] = w
-            w.grad, w.settings, w.lr, w.kernel = grad, settings, group["lr"], kernel
-            work[param] = w
-        return list(work.values())
-
-    def _collect_shards(self, number: int, positions: Sequence[int] | None = None) -> list[Shard]:
-        """The sharded parameters of a group. Those without a gradient here too: other ranks may have one."""
-        group = self.param_groups[number]
-        found: dict[Tensor, Shard] = {}
-        first = self._first(number)
-        for position in range(len(group["params"])) if positions is None else positions:
-            param = group["params"][position]
-            if not is_sharded(param) or not param.numel() or not (param.requires_grad or param.grad is not None):
-                continue
-            from adafactor.engine.torch.sharded.shard import gradient, shard_of
-
-            settings, grad = self._group_settings(number, group), gradient(param)
-            if settings.momentum_dtype == torch.int8 and settings.hyperparameters.momentum is not None:
-                remedy = "Its blocks of 256 elements would cross the shards; torch.bfloat16 is the smallest here."
-                raise RuntimeError(message("momentum_dtype of a DTensor", "a float dtype", torch.int8, remedy))
-            shard = self._shards.get(param)
-            if shard is None or shard.placement.roles.shape != param.shape:
-                name = self._name_of(number, position)
-                roles = _layout(group, position, param)
-                shard = shard_of(param, roles, settings, group["lr"], first + position, name)
-                shard.work.report = self._report_of(param, shard.work.layout)
-                self._shards[param] = shard
-            if grad is None and not shard.placement.dims:
-                continue
-            check_tensors(param.to_local(), param.to_local() if grad is None else grad.to_local())
-            shard.work.settings, shard.work.lr = settings, group["lr"]
-            shard.fused = self._kernel(group["fused"], shard.work.param.device) is self._native
-            shard.open(grad, self.state)
-            found[param] = shard
-        return list(found.values())
-
-    def _state_of(self, w: Work) -> dict[str, Tensor]:
-        """The parameter's state, made of zeros where there is none (their weight is 0 at t = 1)."""
-        state: dict[str, Tensor] = self.state[w.param]
-        dtype, device = math_dtype(w.param.dtype), w.param.device
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.int64, device=device)
-            for name, shape in w.layout.slots.items():
-                state[name] = torch.zeros(shape, dtype=dtype, device=device)
-        if w.settings.hyperparameters.momentum is not None and "momentum" not in state:
-            stored = w.settings.momentum_dtype or dtype
-            memory = torch.contiguous_format if stored == torch.int8 else torch.preserve_format
-            state["momentum"] = torch.zeros_like(w.param, dtype=stored, memory_format=memory)
-            if stored == torch.int8:
-                scales = int8.scales(w.param.numel())
-                state["momentum_scale"] = torch.zeros(scales, dtype=torch.float32, device=device)
-        if w.compensated and "residual" not in state:
-            state["residual"] = torch.zeros_like(w.param, dtype=torch.bfloat16, memory_format=torch.preserve_format)
-        return state
 
     def _traced_step(self) -> None:
         """The step as torch.compile sees it: one operator per group."""
@@ -400,38 +291,39 @@ class Adafactor(Optimizer):
         if any(map(is_sharded, group["params"])):
             remedy = "Compile the model, and call step outside of what is compiled."
             raise RuntimeError(message("a parameter in a compiled step", "an unsharded tensor", "a DTensor", remedy))
-        work = self._collect(number)
-        for w in work:
-            params.append(w.param)
-            grads.append(w.grad)
-            values = self._state_of(w)
-            state.extend(values[name] for name in w.slots)
-        _release(work)
+        prepared, its_grads = self._prepared_group(number)
+        if prepared is not None and prepared.plan is not None:
+            for w, grad in zip(prepared.plan.work, prepared.grads(its_grads), strict=True):
+                params.append(w.param)
+                grads.append(grad)
+                state.extend(w.state[name] for name in w.slots)
         return False
+
+    def _prepared_group(self, number: int) -> tuple[Prepared | None, list[Tensor]]:
+        places, grads = self._preparation.collect(self.param_groups, [(number, None)])
+        if not places:
+            return None, []
+        return self._preparation.prepared(self.param_groups, self.state, places, grads, self._recorded), grads
 
     def _run_group(
         self, number: int, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor]
     ) -> None:
         """Update the tensors that compiled code passes, which need not be the parameters themselves."""
+        prepared, _ = self._prepared_group(number)
+        assert prepared is not None
+        assert prepared.plan is not None
         rest = iter(state)
-        work = self._collect(number)
         passed = [
-            replace(w, param=param, grad=grad, state={name: next(rest) for name in w.slots})
-            for w, param, grad in zip(work, params, grads, strict=True)
+            replace(w, param=param, state={name: next(rest) for name in w.slots})
+            for w, param in zip(prepared.plan.work, params, strict=True)
         ]
-        _release(work)
-        self._run(passed)
-
-    def _group_settings(self, number: int, group: dict[str, Any]) -> Settings:
-        """The group's settings: checked when they change, the learning rate every time."""
-        values = tuple([group[name] for name in SETTINGS])
-        known = self._settings.get(number)
-        if known is not None and known[0] == values:
-            check_lr(group["lr"])
-            return known[1]
-        settings = translate(group)
-        self._settings[number] = values, settings
-        return settings
+        own = [[w.param, *(w.state[name] for name in w.slots)] for w in prepared.plan.work]
+        theirs = [[w.param, *w.state.values()] for w in passed]
+        same = [list(map(Tensor.data_ptr, tensors)) for tensors in own] == [
+            list(map(Tensor.data_ptr, tensors)) for tensors in theirs
+        ]
+        plan = prepared.plan if same and all(grad.is_contiguous() for grad in grads) else Plan(passed, grads)
+        plan.step(grads, self._count_of)
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups, as every optimizer gives them.
@@ -470,15 +362,21 @@ class Adafactor(Optimizer):
             warnings.warn(note, UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": self._skipped, "_reports": None if self._reports is None else {}}
+        return {
+            **super().__getstate__(),
+            "_skipped": self._skipped,
+            "_diagnostics": None if self._diagnostics is None else {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Both unpickling and the base class's load_state_dict come through here.
         super().__setstate__(state)
         self.__dict__.setdefault("_in_backward", None)
-        self.__dict__.setdefault("_reports", None)
-        if "_given" not in self.__dict__:
-            self._given = {id(param) for group in self.param_groups for param in group["params"]}
+        self.__dict__.setdefault("_diagnostics", None)
+        if "_preparation" not in self.__dict__:
+            self._preparation = Preparation()
+            for group in self.param_groups:
+                self._preparation.given(group["params"])
         if "_handle" not in self.__dict__:
             self._handle = compiled.register(self)
         for values in self.state.values():
@@ -489,17 +387,29 @@ class Adafactor(Optimizer):
             for name, default in self.defaults.items():
                 if name != "differentiable":
                     group.setdefault(name, default)
-        self._forget()
+        _unshare(self.param_groups)
+        self._invalidate()
 
 
-def _release(work: Sequence[Work]) -> None:
-    """Let go of the gradients, so that zero_grad(set_to_none=True) can free them."""
-    for w in work:
-        del w.grad
+_free: list[int] = []
+_next = 0
 
 
-def _layout(group: Mapping[str, Any], position: int, param: Tensor) -> Layout:
-    """The role of every axis of a parameter, by the group's policy."""
-    names = group.get("param_names")
-    name = names[position] if names else ""
-    return layout(param.shape, group["factoring"], group["min_dim_size_to_factor"], name=name)
+def _number(optimizer: Adafactor) -> int:
+    """The smallest number that no living optimizer has, in the order of construction: alike on all processes."""
+    global _next
+    number = heappop(_free) if _free else _next
+    _next = max(_next, number + 1)
+    weakref.finalize(optimizer, heappush, _free, number).atexit = False
+    return number
+
+
+def _unshare(groups: list[dict[str, Any]]) -> None:
+    """Give every group a learning rate of its own, where groups were given one tensor: schedulers write into it."""
+    seen: set[int] = set()
+    for group in groups:
+        lr = group.get("lr")
+        if isinstance(lr, Tensor):
+            if id(lr) in seen:
+                group["lr"] = lr.clone()
+            seen.add(id(group["lr"]))

@@ -131,7 +131,6 @@ def test_nothing_is_kept_longer_than_the_optimizer(kernel, monkeypatch):
         optimizer.step()
     graph.recorded.clear()
     row = weakref.ref(optimizer.state[param]["row"])
-    kernel._tables.clear()  # which is the optimizer's own outside of tests
     del optimizer
     gc.collect()
     assert row() is None

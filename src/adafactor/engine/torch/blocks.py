@@ -21,7 +21,7 @@ CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 22
 
 
-def blocks(w: Work) -> Iterator[tuple[Block, list[Block]]]:
+def blocks(w: Work, grad: Tensor) -> Iterator[tuple[Block, list[Block]]]:
     """Cut a parameter into blocks, and a block into pieces.
 
     A block holds whole rows, so that its part of the row statistic can be finished. It is one piece, unless a
@@ -32,7 +32,7 @@ def blocks(w: Work) -> Iterator[tuple[Block, list[Block]]]:
     if size <= limit:
         yield None, [None]
         return
-    strides = w.grad.stride()
+    strides = grad.stride()
     order = sorted(range(len(shape)), key=lambda axis: -strides[axis])  # neighbours in memory stay together
     chunk = list(shape)
     for axis in [axis for axis in order if axis not in columns]:

@@ -1,15 +1,13 @@
-"""The native kernels under the PyTorch front end: a list of work becomes one table of descriptors and one call.
+"""The native kernels under the PyTorch front end: a list of work becomes one table of descriptors and one call a verb.
 
-A table is kept for as long as the same parameters come in the same order, so a step costs, besides the arithmetic,
-the addresses of the gradients and a handful of numbers per group. What has no form that the kernels know (a
-channels-last gradient beside a contiguous parameter, rows between columns) goes to ``eager.py``, tensor by tensor.
+A table is kept for as long as the same tensors come in the same order, so a step costs, besides the arithmetic,
+the addresses of the gradients and a handful of numbers. Every address comes from a tensor that ``checks.py`` has
+looked at since it last moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,145 +16,215 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adafactor.core import native
-from adafactor.core.factoring import Part
-from adafactor.engine.torch import eager
-from adafactor.engine.torch.work import Work
+from adafactor.core.canonical import canonical
+from adafactor.core.factoring import Layout, Part, Shape
+from adafactor.engine.torch.blocks import kept
+from adafactor.engine.torch.work import Group, Settings, Sums, Work, math_dtype
 
 _DTYPES = {getattr(torch, name): name for name in native.DTYPES}
 _CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 
 
-class Step:
-    """The kernel ``step(work, skipped)`` for CPU tensors, with the tables of the last ``lists`` lists or fewer."""
-
-    def __init__(self, lists: int = 8) -> None:
-        self._lists = lists
-        self._tables: dict[tuple[int, ...], Prepared] = {}
-
-    def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
-        """One update of every parameter in ``work``, in place; see ``work.py``."""
-        grads = [w.grad for w in work]
-        if not all(map(Tensor.is_contiguous, grads)):
-            other = [w for w in work if not w.grad.is_contiguous()]
-            eager.step(other, skipped)
-            work = [w for w in work if w.grad.is_contiguous()]
-            grads = [w.grad for w in work]
-        key = tuple(map(id, work))
-        prepared = self._tables.get(key)
-        if prepared is None or prepared.stale():
-            if len(self._tables) >= self._lists:  # a model whose list changes every step must not fill the memory
-                self._tables.clear()
-            prepared = self._tables[key] = prepare(work)
-        if prepared.other:
-            eager.step(prepared.other, skipped)
-            grads = [w.grad for w in prepared.work]
-        if prepared.work:
-            prepared.step(grads, skipped)
-
-
-@dataclass(eq=False)
-class Prepared:
-    """A table and the tensors behind its addresses.
+class Native:
+    """A list of work whose every tensor has a `form_of`. See `work.Backend`.
 
     Attributes:
-        work: what the table holds, in its order; ``other``: what it cannot hold.
+        table: the descriptors.
         versions: of each parameter when ``table.Q`` was computed; -1 for not yet.
     """
 
-    work: list[Work]
-    other: list[Work]
-    table: native.Table
-    params: list[Tensor]
-    addresses: list[list[int]]
-    versions: list[int] = field(default_factory=list)
+    def __init__(self, work: Sequence[Work]) -> None:
+        forms = [form_of(w) for w in work]
+        self.work = work
+        self.table = table = native.Table([form for form in forms if form is not None])
+        assert len(table) == len(work)
+        self._params = [w.param for w in work]
+        for k, w in enumerate(work):
+            momentum = w.state.get("momentum") if w.settings.hyperparameters.momentum is not None else None
+            table.place(
+                k,
+                param=w.param.data_ptr(),
+                param_dtype=_DTYPES[w.param.dtype],
+                second_moment={name: w.state[name].data_ptr() for name in w.layout.slots},
+                momentum=0 if momentum is None else momentum.data_ptr(),
+                momentum_dtype="float32" if momentum is None else _DTYPES[momentum.dtype],
+                residual=w.state["residual"].data_ptr() if w.compensated else 0,
+            )
+            if isinstance(w.layout, Part):
+                _globalise(table.records[k : k + 1], _in_memory(w.layout, table.forms[k]))
+        table.records["rng_stream"] = [w.rng_stream for w in work]
+        table.records["count"] = [w.state["step"].data_ptr() for w in work]
+        table.records["diagnostics"] = [0 if w.diagnostics is None else w.diagnostics.data_ptr() for w in work]
+        self._groups = _Groups(work)
+        self._versions: list[int] = [-1] * len(work)
+        self._counts = [w.state["step"] for w in work]
+        self._reread = np.array([w.layout.cut == "both" for w in work])
+        self._sums: list[Sums] | None = None
 
-    def stale(self) -> bool:
-        """Whether a parameter or a statistic has got other memory since (``param.data = ...``, a loaded state)."""
-        return _addresses(self.work) != self.addresses
-
-    def step(self, grads: list[Tensor], skipped: Tensor) -> None:
-        known = np.array([p._version for p in self.params]) == self.versions
-        self.begin(grads, known)
+    def step(self, grads: Sequence[Tensor], skipped: Tensor) -> None:
+        known = np.array([p._version for p in self._params]) == self._versions
+        self._begin(grads, known)
         self.table.step(torch.get_num_threads())
-        self.finish(skipped)
-        self.versions = [p._version for p in self.params]
+        self._count(skipped)
+        self._versions = [p._version for p in self._params]
 
-    def begin(self, grads: Sequence[Tensor], known: NDArray[np.bool_]) -> None:
+    def measure(self, grads: Sequence[Tensor]) -> list[Sums]:
+        if self._sums is None:
+            self.table.allocate_sums()
+            self._sums = _views(self)
+        self._begin(grads, False)
+        self.table.flag(native.ROWS_SUMMED | native.MATRIX_SUMS | native.TOTALS, False)
+        self.table.flag(native.ROW_SUMS, self._reread)
+        self.table.measure(torch.get_num_threads())
+        for sums in self._sums:
+            sums.mu = sums.u2 = None
+        return self._sums
+
+    def measure_again(self) -> None:
+        chosen = np.flatnonzero(self._reread)
+        if len(chosen):
+            self.table.flag(native.ROW_SUMS, False)
+            self.table.flag(native.ROWS_SUMMED, self._reread)
+            self.table.run("measure", torch.get_num_threads(), chosen=chosen)
+
+    def finish_columns(self, places: Sequence[int]) -> None:
+        chosen = np.array([k for k in places if self.work[k].layout.factored], np.int64)
+        if not len(chosen):
+            return
+        asked = np.zeros(len(self.work), bool)
+        asked[chosen] = True
+        self.table.flag(native.MATRIX_SUMS, asked)
+        self.table.run("finish", torch.get_num_threads(), chosen=chosen)
+        self.table.flag(native.MATRIX_SUMS, False)
+        assert self._sums is not None
+        for k in chosen.tolist():
+            sums, layout = self._sums[k], self.work[k].layout
+            shape = kept(layout, (*layout.rows, *layout.columns))
+            columns, weighted = torch.from_numpy(self.table.totals["matrix_sums"][k].reshape(-1, 2).copy()).unbind(1)
+            sums.columns, sums.weighted = columns.view(shape), weighted.view(shape)
+
+    def finish(self) -> None:
+        assert self._sums is not None
+        totals = np.array([sums.columns is not None for sums in self._sums])
+        for k in np.flatnonzero(totals).tolist():
+            sums, layout = self._sums[k], self.work[k].layout
+            assert sums.columns is not None
+            assert sums.weighted is not None
+            mu = sums.columns / layout.m if sums.mu is None else sums.mu
+            u2 = (mu * sums.weighted).sum(layout.whole) if sums.u2 is None else sums.u2
+            self.table.totals["mu"][k][...] = mu.reshape(-1).numpy()
+            self.table.totals["u2"][k][...] = u2.reshape(-1).numpy()
+            sums.columns = sums.weighted = None
+        self.table.flag(native.TOTALS, totals)
+        self.table.finish(torch.get_num_threads())
+
+    def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
+        self.table.apply(torch.get_num_threads())
+        self._count(skipped)
+
+    def release(self) -> None:
+        """The table holds addresses, not tensors."""
+
+    def _begin(self, grads: Sequence[Tensor], known: bool | NDArray[np.bool_]) -> None:
         """Hand over the gradients and the numbers of this update; ``known``: whose ``table.Q`` is still true."""
         record = self.table.records
-        record["grad"] = [g.data_ptr() for g in grads]
+        record["grad"] = list(map(Tensor.data_ptr, grads))
         record["grad_dtype"] = [_CODES[g.dtype] for g in grads]
-        t = torch.stack([w.state["step"] for w in self.work]).numpy() + 1
+        self._groups.configure(self.table)
+        t = self.table.number()
+        self.table.begin(t, *self._groups.numbers(t), known)
+
+    def _count(self, skipped: Tensor) -> None:
+        """Tell autograd what was written, and the user what was left alone."""
+        torch.autograd.graph.increment_version(self._params)
+        torch.autograd.graph.increment_version(self._counts)
+        left_alone = int(self.table.skipped.sum())
+        if left_alone:
+            skipped.add_(left_alone)
+
+
+class _Groups:
+    """The numbers of a table's groups, tensor by tensor."""
+
+    def __init__(self, work: Sequence[Work]) -> None:
+        self._groups: list[Group] = []
+        lengths: list[int] = []
+        for w in work:
+            if not self._groups or self._groups[-1] is not w.group:
+                self._groups.append(w.group)
+                lengths.append(0)
+            lengths[-1] += 1
+        self._lengths = np.array(lengths, np.int64)
+        self._settings: list[Settings | None] = [None] * len(lengths)
+
+    def configure(self, table: native.Table) -> None:
+        """Hand over what groups say, where it has changed."""
+        settings = [group.settings for group in self._groups]
+        if all(new is old for new, old in zip(settings, self._settings, strict=True)):
+            return
         first = 0
-        for _, run in groupby(self.work, lambda w: (id(w.settings), id(w.lr))):
-            members = list(run)
-            where = slice(first, first + len(members))
-            first = where.stop
-            self._configure(members[0], where, t[where], known[where])
+        for k, length in enumerate(self._lengths.tolist()):
+            said = settings[k]
+            if said is not self._settings[k]:
+                flags = native.SCALE_AFTER_DECAY * said.scale_after_decay + native.MAXIMIZE * said.maximize
+                flags += native.SKIP_NONFINITE * said.skip_nonfinite
+                flags += native.STOCHASTIC_ROUNDING * said.stochastic_rounding
+                table.configure(said.hyperparameters, slice(first, first + length), flags=flags, seed=said.seed)
+            first += length
+        self._settings = list(settings)
+        every = self._lengths
+        self._caps = np.repeat([said.hyperparameters.caps(said.scheduled) for said in settings], every)
+        self._weight_decay = np.repeat([float(said.weight_decay) for said in settings], every)
+        # Equation 1 is Python's own power, once for every pair of t and exponent: all ways of running share its bits.
+        self._curves: list[Callable[[int], float]] = []
+        known: dict[tuple[float, float | None], int] = {}
+        curves = []
+        for said in settings:
+            hp = said.hyperparameters
+            key = (hp.beta_2_decay, hp.beta_2_max)
+            if key not in known:
+                known[key] = len(self._curves)
+                self._curves.append(hp.decay)
+            curves.append(known[key])
+        self._curve = np.repeat(curves, every)
 
-    def finish(self, skipped: Tensor) -> None:
-        """Count the update of every tensor that was not left alone."""
-        torch.autograd.graph.increment_version(self.params)
-        steps = [w.state["step"] for w in self.work]
-        left_alone = self.table.skipped
-        if left_alone.any():
-            skipped.add_(int(left_alone.sum()))
-            steps = [step for step, alone in zip(steps, left_alone.tolist(), strict=True) if not alone]
-        if steps:
-            torch._foreach_add_(steps, 1)
+    def numbers(self, t: NDArray[np.int64]) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
+        """1 - beta(t) (eq. 1), rho(t) (eq. 8) and what weight decay multiplies x by, of every tensor."""
+        lr = np.repeat(np.array([float(group.lr) for group in self._groups]), self._lengths)
+        rho = np.where(self._caps, np.minimum(lr, 1.0 / np.sqrt(t)), lr)
+        decay_factor = 1.0 - lr * self._weight_decay
+        if len(self._curves) == 1 and (t == t[0]).all():
+            return self._curves[0](int(t[0])), rho, decay_factor
+        pairs, inverse = np.unique(np.stack([self._curve, t]), axis=1, return_inverse=True)
+        values = np.array([self._curves[curve](step) for curve, step in pairs.T.tolist()])
+        return values[inverse.reshape(-1)], rho, decay_factor
 
-    def _configure(self, w: Work, where: slice, t: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
-        settings, lr = w.settings, float(w.lr)
-        hp = settings.hyperparameters
-        same = bool((t == t[0]).all())
-        rho: float | NDArray[np.float64] = (
-            hp.rho(lr, int(t[0]), settings.scheduled)
-            if same
-            else np.array([hp.rho(lr, int(s), settings.scheduled) for s in t])
+
+def _views(backend: Native) -> list[Sums]:
+    """The table's own sums as tensors: what is written there is what finish reads."""
+    table, views = backend.table, []
+    flat = {name: torch.from_numpy(sums) for name, sums in table.sums.items()}
+    rows = {name: torch.from_numpy(finished) for name, finished in table.finished.items()}
+    first = dict.fromkeys(flat, (0, 0))
+    for k, w in enumerate(backend.work):
+        layout, form = w.layout, table.forms[k]
+        dtype = "float64" if math_dtype(w.param.dtype) == torch.float64 else "float32"
+        at, at_rows = first[dtype]
+        half = len(flat[dtype]) // 2
+        over = layout.rows if layout.factored else layout.whole
+        S, W = (flat[dtype][start : start + form.sums_size].view(kept(layout, over)) for start in (at, half + at))
+        finished = rows[dtype][at_rows : at_rows + form.finished_size] if layout.factored else None
+        first[dtype] = at + form.sums_size, at_rows + form.finished_size
+        Q = torch.from_numpy(table.Q[k]).view(kept(layout, layout.whole))
+        views.append(
+            Sums(
+                None if finished is None else finished.view(kept(layout, layout.columns)),
+                S if layout.factored else None,
+                W,
+                Q if w.settings.hyperparameters.scale_parameter else None,
+            )
         )
-        self.table.configure(
-            hp,
-            int(t[0]) if same else t,
-            rho,  # type: ignore[arg-type]
-            where,
-            decay_factor=1.0 - lr * settings.weight_decay,
-            scale_after_decay=settings.scale_after_decay,
-            maximize=settings.maximize,
-            skip_nonfinite=settings.skip_nonfinite,
-            stochastic_rounding=settings.stochastic_rounding,
-            q_known=known,
-            seed=settings.seed,
-        )
-
-
-def prepare(work: Sequence[Work]) -> Prepared:
-    """A table of what the kernels can take, and a list of what they cannot."""
-    forms = [form_of(w) for w in work]
-    chosen = [w for w, form in zip(work, forms, strict=True) if form is not None]
-    table = native.Table([form for form in forms if form is not None])
-    for k, w in enumerate(chosen):
-        momentum = w.state.get("momentum")
-        table.place(
-            k,
-            param=w.param.data_ptr(),
-            param_dtype=_DTYPES[w.param.dtype],
-            second_moment={name: w.state[name].data_ptr() for name in w.layout.slots},
-            momentum=0 if momentum is None else momentum.data_ptr(),
-            momentum_dtype="float32" if momentum is None else _DTYPES[momentum.dtype],
-            residual=w.state["residual"].data_ptr() if w.compensated else 0,
-        )
-        if isinstance(w.layout, Part):
-            _globalise(table.records[k : k + 1], _in_memory(w.layout, table.forms[k]))
-    table.records["rng_stream"] = [w.tensor for w in chosen]
-    table.records["diagnostics"] = [0 if w.report is None else w.report.data_ptr() for w in chosen]
-    return Prepared(
-        work=chosen,
-        other=[w for w, form in zip(work, forms, strict=True) if form is None],
-        table=table,
-        params=[w.param for w in chosen],
-        addresses=_addresses(chosen),
-        versions=[-1] * len(chosen),
-    )
+    return views
 
 
 def _in_memory(part: Part, form: native.Canonical) -> Part:
@@ -166,7 +234,6 @@ def _in_memory(part: Part, form: native.Canonical) -> Part:
 
 def _globalise(record: NDArray[Any], part: Part) -> None:
     """The numbers of the whole parameter for a table row that holds a part of it."""
-    whole, offset = part.whole_shape, part.offset
     record["global_rows"] = part.n if part.factored else 1
     record["global_columns"] = part.m if part.factored else part.slice_size
     record["global_size"] = part.slice_size
@@ -174,7 +241,7 @@ def _globalise(record: NDArray[Any], part: Part) -> None:
     def first(axes: Sequence[int]) -> int:
         place = 0
         for axis in axes:
-            place = place * whole[axis] + offset[axis]
+            place = place * part.whole_shape[axis] + part.offset[axis]
         return place
 
     if part.factored:  # in front of the rows stand those of the matrices that other processes hold
@@ -188,10 +255,10 @@ def _globalise(record: NDArray[Any], part: Part) -> None:
 def _numbered(part: Part) -> bool:
     """Whether an offset is enough to number the elements: every role is split along its leading axis at most."""
     stack = tuple(axis for axis in range(len(part.shape)) if axis not in (*part.rows, *part.columns, *part.batch))
-    roles = (part.batch, stack, part.rows, part.columns) if part.factored else (part.batch, part.whole)
+    sides: tuple[Shape, ...] = (stack, part.rows, part.columns) if part.factored else (part.whole,)
     lengths = list(zip(part.shape, part.whole_shape, strict=True))
     split = [axis for axis, (here, whole) in enumerate(lengths) if here != whole]
-    if any(axis in split for axes in roles for axis in axes[1:]):
+    if any(axis in split for axes in (part.batch, *sides) for axis in axes[1:]):
         return False
     if not part.factored:
         return True
@@ -202,30 +269,20 @@ def _numbered(part: Part) -> bool:
     return in_order and not (part.batch and any(axis in split for axis in stack))
 
 
-def _addresses(work: Sequence[Work]) -> list[list[int]]:
-    states = [w.state for w in work]
-    lists = [[w.param.data_ptr() for w in work]]
-    for name in ("row", "column", "second_moment", "momentum"):
-        lists.append([state[name].data_ptr() for state in states if name in state])
-    lists.append([w.state["residual"].data_ptr() for w in work if w.compensated])
-    return lists
-
-
 def form_of(w: Work) -> native.Canonical | None:
     """The kernels' form of a tensor, or ``None`` where only ``eager.py`` can update it."""
-    momentum = w.state.get("momentum")
-    if not w.param.is_contiguous() or (momentum is not None and not momentum.is_contiguous()):
+    dense = [w.param, *(w.state[name] for name in ("momentum", "residual") if name in w.slots)]
+    if not all(tensor.is_contiguous() for tensor in dense) or any(tensor.dtype == torch.int8 for tensor in dense):
         return None
-    if momentum is not None and momentum.dtype == torch.int8:
-        return None
-    if w.compensated and not w.state["residual"].is_contiguous():
-        return None
-    form = native.canonical(w.layout)
-    if form is None or not isinstance(w.layout, Part):
+    layout: Layout = w.layout
+    form = canonical(layout)
+    if form is None or not isinstance(layout, Part):
         return form
-    if w.settings.stochastic_rounding and not _numbered(_in_memory(w.layout, form)):
+    if not layout.size:
+        return None
+    if w.settings.stochastic_rounding and not _numbered(_in_memory(layout, form)):
         return None
     if not form.transposed:
         return form
     # A part's rows are whole and its columns may not be: its rows, the kernel's columns, are what measure must finish.
-    return form._replace(columns_first=True) if form.inner == 1 else None
+    return form._replace(columns_first=True) if form.inner == 1 and layout.cut != "both" else None

@@ -8,7 +8,7 @@ captured in a CUDA graph. What has no form that the kernels know, and float64, g
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import chain
@@ -24,20 +24,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Part
-from adafactor.engine.torch import eager, triton_table
+from adafactor.engine.torch import triton_table
 from adafactor.engine.torch.blocks import kept
 from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered
 from adafactor.engine.torch.int8 import BLOCK
 from adafactor.engine.torch.triton_table import FIELDS, FLAGS, NUMBERS, Launch, Tables
-from adafactor.engine.torch.work import Work
+from adafactor.engine.torch.work import Sums, Work
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 _NAMES[torch.int8] = "int8"
 _SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 _BACKENDS = {"cuda": "amd" if torch.version.hip else "nvidia", "xpu": "intel"}
-_dtype_of = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_version_of = Tensor._version.__get__  # type: ignore[attr-defined]
+_dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_version_of: Any = Tensor._version.__get__  # type: ignore[attr-defined]
 
 # Every so many steps Σx² (eq. 6) is taken from the parameters again, whatever their version counters say.
 REMEASURE = 64
@@ -126,37 +126,6 @@ class Scratch:
 _scratch: WeakValueDictionary[tuple[torch.device, object], Scratch] = WeakValueDictionary()
 
 
-class Step:
-    """The kernel ``step(work, skipped)`` for CUDA tensors, with the tables of the last ``lists`` lists or fewer."""
-
-    def __init__(self, lists: int = 8) -> None:
-        self._lists = lists
-        self._tables: dict[tuple[int, ...], tuple[Triton | None, list[int], list[int]]] = {}
-
-    def __call__(self, work: Sequence[Work], skipped: Tensor) -> None:
-        """One update of every parameter in ``work``, all on one device, in place; see ``work.py``."""
-        if not all(w.grad.is_contiguous() for w in work):
-            eager.step([w for w in work if not w.grad.is_contiguous()], skipped)
-            work = [w for w in work if w.grad.is_contiguous()]
-        if not work:
-            return
-        key = tuple(map(id, work))
-        found = self._tables.pop(key, None)
-        if found is None or (found[0] is not None and found[0].stale()):
-            forms = [form_of(w) for w in work]
-            chosen = [k for k, form in enumerate(forms) if form is not None]
-            other = [k for k, form in enumerate(forms) if form is None]
-            while len(self._tables) >= self._lists:  # a model whose list changes every step must not fill the memory
-                del self._tables[next(iter(self._tables))]
-            found = Triton([work[k] for k in chosen]) if chosen else None, chosen, other
-        self._tables[key] = found  # the last one used goes last
-        prepared, chosen, other = found
-        if other:
-            eager.step([work[k] for k in other], skipped)
-        if prepared is not None:
-            prepared.step([work[k].grad for k in chosen], skipped)
-
-
 class Triton:
     """A list of work whose every tensor has a `form_of`: its tables on the device, and the buffers between kernels.
 
@@ -174,7 +143,7 @@ class Triton:
         self._aligned = [True] * len(work)
         self._dtypes = [w.param.dtype for w in work]
         self._states = self._by_slots()
-        self._sums: list[eager.Sums] | None = None
+        self._sums: list[Sums] | None = None
         self._reserve: Tensor | None = None
         self._recorded: list[Tensor] = []  # what a capture in progress has made
         self._streams: set[object] = set()
@@ -196,16 +165,6 @@ class Triton:
             tensors += chain.from_iterable(map(take, [w.state for w in members]))
         said: list[object] = [w.settings for w in self.work]
         return tensors, list(map(Tensor.data_ptr, tensors)), list(map(_dtype_of, tensors)), said
-
-    def stale(self) -> bool:
-        """Whether a tensor behind an address or a group's settings are others than the tables were made from."""
-        try:
-            tensors, addresses, dtypes, said = self._look()
-        except KeyError:
-            return True
-        old = self._seen
-        same = all(map(is_, tensors, old[0])) and all(map(is_, said, old[3]))
-        return not same or addresses != old[1] or dtypes != old[2]
 
     def _build(self) -> None:
         work, device = self.work, self.device
@@ -266,11 +225,11 @@ class Triton:
                 "momentum": state["momentum"].data_ptr() if hp.momentum is not None else 0,
                 "scales": state["momentum_scale"].data_ptr() if "momentum_scale" in w.slots else 0,
                 "residual": state["residual"].data_ptr() if w.compensated else 0,
-                "diagnostics": 0 if w.report is None else w.report.data_ptr(),
+                "diagnostics": 0 if w.diagnostics is None else w.diagnostics.data_ptr(),
                 "step": state["step"].data_ptr(),
                 "lr": self._groups[k],
                 "seed": settings.seed - (1 << 64 if settings.seed >> 63 else 0),
-                "rng_stream": w.tensor,
+                "rng_stream": w.rng_stream,
             }
             if isinstance(w.layout, Part):
                 _globalise(cast(Any, said), _in_memory(w.layout, form))
@@ -310,7 +269,7 @@ class Triton:
             launch.apply()
         self._wrote(skipped)
 
-    def measure(self, grads: Sequence[Tensor | None]) -> list[eager.Sums]:
+    def measure(self, grads: Sequence[Tensor | None]) -> list[Sums]:
         """Equations 2, 4, 5, 6 and 11. What is written to the sums is what `finish` reads."""
         with device_of(self.device):
             self._launches = Launches(self, self._begin(grads))
@@ -322,8 +281,15 @@ class Triton:
         if self._sums is None:
             self._sums = self._views()
         for sums in self._sums:
-            sums.mu = sums.sum_u2 = None
+            sums.mu = sums.u2 = None
         return self._sums
+
+    def measure_again(self) -> None:
+        """`form_of` takes no part that is cut along both sides."""
+
+    def finish_columns(self, places: Sequence[int]) -> None:
+        """`form_of` takes no part whose matrices or slices lie on several processes."""
+        assert not places
 
     def finish(self) -> None:
         """Equations 3, 7, 9 and 10."""
@@ -333,12 +299,15 @@ class Triton:
             launches.slices(measured=False, finished=True)
             launches.finish(self.updated, count=False)
 
-    def apply(self, skipped: Tensor, absent: Sequence[int] = ()) -> None:
+    def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
         """Equations 11 to 13, of everything but what is ``absent``."""
         with device_of(self.device):
             self._launches.count(skipped)
             self._launches.apply()
         self._wrote(skipped)
+
+    def release(self) -> None:
+        """The tables hold addresses, not tensors."""
 
     def _wrote(self, skipped: Tensor) -> None:
         if self._recorded:
@@ -368,7 +337,7 @@ class Triton:
     def _begin(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Bring the gradients' addresses and the learning rates to the device, where they have changed."""
         count, capturing = len(self.work), is_capturing()
-        if self._of_graph and not capturing:
+        if (self._of_graph and not capturing) or not all(map(is_, [w.settings for w in self.work], self._seen[3])):
             self._build()
         addresses, dtypes = self._of_gradients(grads)
         values = np.zeros(count + len(self._leaders), np.int64)
@@ -383,7 +352,7 @@ class Triton:
         numbers = values[count:].view(np.float64)
         on_device = {}
         for group, leader in enumerate(self._leaders):
-            lr = self.work[leader].lr
+            lr = self.work[leader].group.lr
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[group] = lr
             else:
@@ -454,8 +423,8 @@ class Triton:
                     tensor.record_stream(stream)
         self._streams.add(stream)
 
-    def _views(self) -> list[eager.Sums]:
-        """The buffers as tensors, in the shapes of `eager.Sums`: what is written there is what finish reads."""
+    def _views(self) -> list[Sums]:
+        """The buffers as tensors, in the shapes of `Sums`: what is written there is what finish reads."""
         views = []
         for k, (w, tensor) in enumerate(zip(self.work, self._described, strict=True)):
             form, layout = tensor.form, w.layout
@@ -463,7 +432,7 @@ class Triton:
             slices = self.found.view(-1, 3)[record["slice"] : record["slice"] + form.slices]
             Q = slices[:, 1].view(kept(layout, layout.whole))
             if not form.factored:
-                views.append(eager.Sums(None, None, slices[:, 0].view(kept(layout, layout.whole)), Q))
+                views.append(Sums(None, None, slices[:, 0].view(kept(layout, layout.whole)), Q))
                 continue
             matrices, parts, m = record["matrices"], record["parts"], record["m"]
             S, W = (
@@ -472,7 +441,7 @@ class Triton:
                 )
                 for half in (0, 1)
             )
-            views.append(eager.Sums(None, S, W, Q))
+            views.append(Sums(None, S, W, Q))
         return views
 
 
@@ -486,7 +455,7 @@ def form_of(w: Work) -> Canonical | None:
     if form is None or not isinstance(w.layout, Part):
         return form
     draws = w.settings.stochastic_rounding or any(tensor.dtype == torch.int8 for tensor in beside)
-    if form.transposed or not w.layout.size or (draws and not _numbered(w.layout)):
+    if form.transposed or not w.layout.size or w.layout.cut in ("stack", "both") or (draws and not _numbered(w.layout)):
         return None
     return form
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from adafactor.engine.torch.cpu import Native
 from adafactor.torch import Adafactor, Factored
 
 SHAPES = [(48, 40), (7, 5), (1, 6), (6, 1), (3, 4, 5), (8, 4, 6), (6, 4, 3, 3), (9,), (2,)]
@@ -210,8 +211,8 @@ def kernels() -> dict[str, bool]:
         param.grad = distribute_tensor(torch.ones(shape), mesh, placements)
         optimizer = Adafactor([param])
         optimizer.step()
-        tables = optimizer._sharded._tables.values()
-        found[name] = sum(len(table.work) for table in tables) == 1
+        (prepared,) = optimizer._preparation._prepared.values()
+        found[name] = [type(backend) for backend, _ in prepared.shard_plan.backends] == [Native]
     return found
 
 

@@ -199,8 +199,8 @@ def sent(model: nn.Module, optimizer: Adafactor) -> dict[str, Any]:
         rounds.append(((first - 2) * copies + 2, second))
     columns = 0
     for place in placements:
-        if place.mode == "rows":
-            shape = place.roles.row_shape if place.transposed else place.roles.column_shape
+        if place.cut == "rows":
+            shape = place.layout.row_shape if place.transposed else place.layout.column_shape
             columns += torch.Size(shape).numel()
     return {
         "collectives": counted.get_total_counts(),

@@ -38,7 +38,7 @@ def test_several_groups_and_dtypes_in_one_model_and_the_kernel_of_every_layout()
         assert len(found["groups"]) == 20
         assert {case: d for case, d in found["groups"].items() if not d <= limits[case.rpartition(".")[2]]} == {}
         if native.available():
-            assert [case for case, is_native in found["kernels"].items() if not is_native] == ["rows and columns"]
+            assert [case for case, is_native in found["kernels"].items() if not is_native] == []
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -16,7 +16,7 @@ from adafactor.core.factoring import Layout, Shape
 from adafactor.engine.torch.sharded.placement import Placement, Split
 
 
-def placement_of(param: DTensor, roles: Layout) -> Placement:
+def placement_of(param: DTensor, layout: Layout) -> Placement:
     """What this process holds of ``param``.
 
     Raises:
@@ -38,7 +38,7 @@ def placement_of(param: DTensor, roles: Layout) -> Placement:
     if coordinate is None:
         remedy = "Give the optimizer only parameters whose device mesh holds this rank."
         raise RuntimeError(message("a parameter's device mesh", "a mesh with this rank in it", str(mesh), remedy))
-    where = Placement(roles, tuple(mesh.shape), tuple(coordinate), tuple(splits))
+    where = Placement(layout, tuple(mesh.shape), tuple(coordinate), tuple(splits))
     try:
         expected = where.part.shape
     except ValueError:
@@ -61,6 +61,15 @@ def statistic(local: Tensor, param: DTensor, shape: Shape, axes: Sequence[int]) 
         shape: of the whole statistic.
         axes: the parameter's axes that it keeps, in order.
     """
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    made: DTensor = DTensor.from_local(
+        local, param.device_mesh, placements_of(param, axes), run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return made
+
+
+def placements_of(param: DTensor, axes: Sequence[int]) -> list[TorchPlacement]:
+    """Where a statistic that keeps ``axes`` of a parameter lies: sharded where the parameter is."""
     placements: list[TorchPlacement] = []
     for placement in param.placements:
         if not isinstance(placement, Shard | _StridedShard) or placement.dim % max(1, param.dim()) not in axes:
@@ -69,17 +78,13 @@ def statistic(local: Tensor, param: DTensor, shape: Shape, axes: Sequence[int]) 
             placements.append(_StridedShard(axes.index(placement.dim), split_factor=placement.split_factor))
         else:
             placements.append(Shard(axes.index(placement.dim % param.dim())))
-    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    made: DTensor = DTensor.from_local(
-        local, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
-    return made
+    return placements
 
 
-def adopt(value: Tensor, param: DTensor, roles: Layout, slot: str, dtype: torch.dtype) -> DTensor:
+def adopt(value: Tensor, param: DTensor, layout: Layout, slot: str, dtype: torch.dtype) -> DTensor:
     """A loaded statistic or momentum, whole or sharded in whatever way, as ``param`` needs it. Copies."""
-    part, axes = placement_of(param, roles).part, roles.keeps(slot)
-    shape = tuple(roles.shape[axis] for axis in axes)
+    part, axes = placement_of(param, layout).part, layout.keeps(slot)
+    shape = tuple(layout.shape[axis] for axis in axes)
     local = torch.empty(tuple(part.shape[axis] for axis in axes), dtype=dtype, device=param.to_local().device)
     wanted = statistic(local, param, shape, axes)
     if isinstance(value, DTensor):

@@ -14,44 +14,44 @@ from adafactor.engine.torch.sharded.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A value's room in the buffer.
+class Slot:
+    """Where a value has its place in the buffer.
 
     Attributes:
-        shape: of the room.
-        place: where in it this process's value goes; ``None`` for all of it.
-        speaks: whether this process adds its value, or leaves that to another that has the same.
+        shape: of the slot, in which the values of all processes have their places.
+        place: of this process's value; ``None`` for all of it.
+        contributes: whether this process adds its value, or leaves that to another that has the same.
     """
 
     shape: Shape
     place: tuple[slice, ...] | None
-    speaks: bool
+    contributes: bool
 
-    def here(self, canvas: Tensor) -> Tensor:
+    def here(self, buffer: Tensor) -> Tensor:
         """This process's part of a sum, without the axis of copies."""
-        return canvas[0] if self.place is None else canvas[self.place][0]
+        return buffer[0] if self.place is None else buffer[self.place][0]
 
-    def copy(self, canvas: Tensor) -> Tensor:
+    def copy(self, buffer: Tensor) -> Tensor:
         """The whole sum of this process's copy."""
-        return canvas[0] if self.place is None else canvas[self.place[0]][0]
+        return buffer[0] if self.place is None else buffer[self.place[0]][0]
 
 
-def entry(
+def slot_of(
     placement: Placement, reduced: Shape, group: Shape, summed: Shape = (), copy: tuple[int, int] = (0, 1)
-) -> Entry:
-    """The room for a value with ``reduced`` axes of length 1; see `Placement.canvas` and `Placement.speaks`.
+) -> Slot:
+    """The slot of a value with ``reduced`` axes of length 1; see `Placement.buffer` and `Placement.contributes`.
 
     Args:
-        copy: which of how many copies of the room is this process's; each is a sum of its own. It is axis 0.
+        copy: which of how many copies of the slot is this process's; each is a sum of its own. It is axis 0.
     """
-    shape, place = placement.canvas(reduced, group)
+    shape, place = placement.buffer(reduced, group)
     shape, place = (copy[1], *shape), (slice(copy[0], copy[0] + 1), *place)
     fills = all(part.start == 0 and part.stop == n for part, n in zip(place, shape, strict=True))
-    return Entry(shape, None if fills else place, placement.speaks(group, summed))
+    return Slot(shape, None if fills else place, placement.contributes(group, summed))
 
 
 @dataclass(slots=True)
-class Channel:
+class AllReduce:
     """Where sums go.
 
     Attributes:
@@ -64,18 +64,18 @@ class Channel:
     device: torch.device
     dtype: torch.dtype
 
-    def add(self, entries: Sequence[Entry], values: Sequence[Tensor]) -> list[Tensor]:
-        """The sums of every entry over the group, each of its room's shape: one all-reduce."""
+    def add(self, slots: Sequence[Slot], values: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of every slot over the group, each of its slot's shape: one all-reduce."""
         parts = []
-        for room, value in zip(entries, values, strict=True):
-            if room.speaks and room.place is None:
+        for slot, value in zip(slots, values, strict=True):
+            if slot.contributes and slot.place is None:
                 parts.append(value.reshape(-1).to(self.device, self.dtype))
                 continue
-            canvas = torch.zeros(room.shape, dtype=self.dtype, device=self.device)
-            if room.speaks and room.place is not None:
-                canvas[room.place] = value.to(self.device, self.dtype)
-            parts.append(canvas.view(-1))
+            room = torch.zeros(slot.shape, dtype=self.dtype, device=self.device)
+            if slot.contributes and slot.place is not None:
+                room[slot.place] = value.to(self.device, self.dtype)
+            parts.append(room.view(-1))
         buffer = torch.cat(parts)
         dist.all_reduce(buffer, group=self.group)
         sums = torch.split(buffer, [part.numel() for part in parts])
-        return [part.view(room.shape) for room, part in zip(entries, sums, strict=True)]
+        return [part.view(slot.shape) for slot, part in zip(slots, sums, strict=True)]

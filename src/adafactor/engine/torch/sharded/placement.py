@@ -17,12 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
-from adafactor.core.factoring import Layout, Part, Shape
-
-# How a parameter's sums become complete; the rows of the table above that need something.
-Mode = Literal["alone", "rows", "stack", "both"]
+from adafactor.core.factoring import Cut, Layout, Part, Shape
 
 
 @dataclass(frozen=True)
@@ -44,13 +40,13 @@ class Placement:
     """One process's share of one parameter.
 
     Attributes:
-        roles: the layout of the whole parameter.
+        layout: of the whole parameter.
         mesh: processes along every dimension of the mesh.
         coordinate: where in the mesh this process is.
         splits: what every dimension of the mesh does.
     """
 
-    roles: Layout
+    layout: Layout
     mesh: Shape
     coordinate: Shape
     splits: tuple[Split, ...]
@@ -76,15 +72,15 @@ class Placement:
         Raises:
             ValueError: the dimensions that split one axis do not say in which order.
         """
-        shape, offset = list(self.roles.shape), [0] * len(self.roles.shape)
+        shape, offset = list(self.layout.shape), [0] * len(self.layout.shape)
         for axis in self.split:
             for dim in self._order(axis):
                 size = -(-shape[axis] // self.mesh[dim])
                 first = min(shape[axis], size * self.coordinate[dim])
                 shape[axis] = min(size, shape[axis] - first)
                 offset[axis] += first
-        roles = self.roles
-        return Part(tuple(shape), roles.rows, roles.columns, roles.batch, roles.shape, tuple(offset))
+        layout = self.layout
+        return Part(tuple(shape), layout.rows, layout.columns, layout.batch, layout.shape, tuple(offset), self.split)
 
     def _order(self, axis: int) -> list[int]:
         """The dimensions that split an axis, in the order in which they did."""
@@ -98,28 +94,22 @@ class Placement:
             order.insert(first.index(after), dim)
         return order
 
-    @cached_property
-    def mode(self) -> Mode:
+    @property
+    def cut(self) -> Cut:
         """How the sums become complete."""
-        roles, split = self.roles, self.split - set(self.roles.batch)
-        if not split:
-            return "alone"
-        if not roles.factored:
-            return "stack"
-        sides = [side for side in (roles.rows, roles.columns) if split & set(side)]
-        elsewhere = self.split - set(roles.rows) - set(roles.columns)
-        if not sides:
-            return "stack"
-        # A slice of a batch has its own clip factor, but its sums must not be added to another slice's: a shard
-        # that has some slices and some rows of them puts S and W in their own places of one buffer.
-        return "rows" if len(sides) == 1 and elsewhere <= set(roles.batch) else "both"
+        return self.part.cut
 
     @cached_property
     def transposed(self) -> bool:
         """Whether rows and columns change places, so that the rows are what is split."""
-        return self.mode == "rows" and bool(self.split & set(self.roles.columns))
+        return self.cut == "rows" and bool(self.split & set(self.layout.columns))
 
-    def speaks(self, group: Shape, summed: Shape = ()) -> bool:
+    @property
+    def local(self) -> Part:
+        """The part as kernels see it: with its rows split, if either side is."""
+        return self.part.transposed if self.transposed else self.part
+
+    def contributes(self, group: Shape, summed: Shape = ()) -> bool:
         """Whether this process adds its value: of processes along ``group`` that hold the same, the first.
 
         Args:
@@ -129,7 +119,7 @@ class Placement:
         repeats = [dim for dim in group if self.split_by(dim) is None or self.split_by(dim) in summed]
         return all(self.coordinate[dim] == 0 for dim in repeats)
 
-    def canvas(self, reduced: Shape, group: Shape) -> tuple[Shape, tuple[slice, ...]]:
+    def buffer(self, reduced: Shape, group: Shape) -> tuple[Shape, tuple[slice, ...]]:
         """The shape in which values of all processes along ``group`` have room, and where this one's goes.
 
         Args:
@@ -156,23 +146,23 @@ def sums(placement: Placement, group: Shape, scale_parameter: bool) -> tuple[int
 
     Two flags per parameter (a gradient that is not finite, a gradient that is there) are counted in the first.
     """
-    roles = placement.roles
+    layout = placement.layout
     if not placement.dims:
         return 0, 0
 
     def size(reduced: Shape) -> int:
-        return math.prod(placement.canvas(reduced, group)[0])
+        return math.prod(placement.buffer(reduced, group)[0])
 
-    if placement.mode == "alone":
+    if placement.cut == "nothing":
         return 2, 0
-    first = 2 + (size(roles.whole) if scale_parameter else 0)
-    if placement.mode == "stack":
-        return first + size(roles.whole), 0
-    sides = (roles.columns, roles.rows) if placement.transposed else (roles.rows, roles.columns)
-    if placement.mode == "rows":
+    first = 2 + (size(layout.whole) if scale_parameter else 0)
+    if placement.cut == "stack":
+        return first + size(layout.whole), 0
+    sides = (layout.columns, layout.rows) if placement.transposed else (layout.rows, layout.columns)
+    if placement.cut == "rows":
         return first + 2 * size(sides[0]), 0
-    if placement.split & set(roles.rows):
-        first += size(roles.rows)
-    if placement.split & set(roles.columns):
-        first += size(roles.columns)
-    return first, 2 * size((*roles.rows, *roles.columns))
+    if placement.split & set(layout.rows):
+        first += size(layout.rows)
+    if placement.split & set(layout.columns):
+        first += size(layout.columns)
+    return first, 2 * size((*layout.rows, *layout.columns))

@@ -1,4 +1,13 @@
-"""Who adds up what with whom."""
+"""Who adds up what with whom, and the one all-reduce that does it.
+
+What a part's sums lack follows from how it is cut (`placement.py`):
+
+    rows     S, W and Q                                       first round
+    stack    the sum of u² of a slice, and Q                  first round
+    both     row sums, S and Q; then what eq. 7 adds up       first and second round
+
+Only here are ranks known. What is completed, is completed in the `Sums` that finish reads.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +18,16 @@ from math import prod
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor.device_mesh import DeviceMesh
 
-from adafactor.core.factoring import Shape
-from adafactor.engine.torch.sharded.packing import Channel, Entry, entry
+from adafactor.core.factoring import Layout, Shape
+from adafactor.engine.torch.blocks import total
+from adafactor.engine.torch.sharded.packing import AllReduce, Slot, slot_of
+from adafactor.engine.torch.sharded.placement import Placement
 from adafactor.engine.torch.sharded.rank_check import check
 from adafactor.engine.torch.sharded.shard import Shard
-from adafactor.engine.torch.work import math_dtype
+from adafactor.engine.torch.work import Sums, Work, math_dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,58 +35,110 @@ class Member:
     """A shard in a sum.
 
     Attributes:
+        at: the shard's place in the list.
+        layout, placement: of its local part.
+        scaled: whether its parameter scale is asked for, and so Q.
         dims: the dimensions of its mesh that the sum runs along.
         copy: which of how many sums of this parameter in one buffer is meant, where the buffer's group is larger.
     """
 
-    shard: Shard
+    at: int
+    layout: Layout
+    placement: Placement
+    scaled: bool
     dims: Shape
     copy: tuple[int, int] = (0, 1)
 
+    def slot(self, reduced: Shape, summed: Shape = ()) -> Slot:
+        return slot_of(self.placement, reduced, self.dims, summed, self.copy)
+
+    def first(self, sums: Sums) -> list[tuple[Shape, Tensor | None]]:
+        """What it adds to the first round and gets back complete, each with the axes it was summed over."""
+        layout, cut = self.layout, self.layout.cut
+        if cut == "nothing":
+            return []
+        values: list[tuple[Shape, Tensor | None]] = [(layout.whole, sums.Q)] if self.scaled else []
+        if cut == "stack":
+            values.append((layout.whole, sums.u2 if layout.factored else sums.W))
+        elif cut == "rows":
+            values += [(layout.rows, sums.S), (layout.rows, sums.W)]
+        else:
+            sides = ((layout.rows, sums.S), (layout.columns, sums.rows))
+            values += [(axes, value) for axes, value in sides if self.placement.split & set(axes)]
+        return values
+
 
 @dataclass(slots=True, eq=False)
-class Exchange:
+class Reducer:
     """The shards whose sums one group of processes adds up, in the order of the model on all of them."""
 
-    channel: Channel
+    all_reduce: AllReduce
     members: list[Member]
     mesh: DeviceMesh
     dims: Shape
-    _rooms: dict[bool, list[Entry]] = field(default_factory=dict)
+    _slots: dict[bool, list[Slot]] = field(default_factory=dict)
+    _nonfinite: dict[int, Tensor] = field(default_factory=dict)
 
-    def rooms(self, second: bool) -> list[Entry]:
-        """The buffer's entries besides the flags, member by member. They are the same in every step."""
-        if second not in self._rooms:
-            self._rooms[second] = self._made(second)
-        return self._rooms[second]
+    def first(self, work: Sequence[Work], sums: Sequence[Sums], present: Sequence[bool]) -> set[int]:
+        """Complete S, W and Q, row sums or Σu²; returns the places of shards without a gradient anywhere."""
+        members = self.members
+        ours = [sums[member.at] for member in members]
+        checks = [s.W.sum() if s.S is None else s.W.sum() + s.S.sum() for s in ours]
+        device, dtype = self.all_reduce.device, self.all_reduce.dtype
+        broken = ~torch.stack([value.to(device, dtype) for value in checks]).isfinite()
+        here = torch.tensor([present[member.at] for member in members], device=device)
+        flags = torch.cat([broken.to(dtype), here.to(dtype)])
+        values = [value for member, its in zip(members, ours, strict=True) for _, value in member.first(its)]
+        if False not in self._slots:
+            reduced = [
+                (member, axes) for member, its in zip(members, ours, strict=True) for axes, _ in member.first(its)
+            ]
+            self._slots[False] = [member.slot(axes) for member, axes in reduced]
+        slots = [Slot(tuple(flags.shape), None, True), *self._slots[False]]
+        totals = self.all_reduce.add(slots, [flags, *[value for value in values if value is not None]])
+        rest = iter(zip(slots[1:], totals[1:], strict=True))
+        self._nonfinite = {}
+        for member, its, nonfinite in zip(members, ours, totals[0][: len(members)] > 0, strict=True):
+            for _, value in member.first(its):
+                assert value is not None
+                slot, buffer = next(rest)
+                value.copy_(slot.here(buffer))
+            if work[member.at].settings.skip_nonfinite:  # all ranks must leave alone what one of them does
+                nan = torch.where(nonfinite, torch.nan, 0.0).to(its.W.device, its.W.dtype)
+                its.W += nan
+                if its.u2 is not None:
+                    its.u2 += nan
+                self._nonfinite[member.at] = nan
+        if all(present[member.at] for member in members):
+            return set()
+        count = totals[0][len(members) :].tolist()  # the only question to the device, where a gradient is missing
+        return {member.at for member, on in zip(members, count, strict=True) if not on}
 
-    def _made(self, second: bool) -> list[Entry]:
-        rooms = []
-        for member in self.members:
-            layout, place = member.shard.work.layout, member.shard.placement
-
-            def room(reduced: Shape, summed: Shape = (), member: Member = member) -> Entry:
-                return entry(member.shard.placement, reduced, member.dims, summed, member.copy)
-
-            if second:
-                if place.mode == "both":
-                    matrix = (*layout.rows, *layout.columns)
-                    rooms += [room(matrix), room(matrix, layout.rows)]
-                continue
-            if place.mode == "alone":
-                continue
-            if member.shard.work.settings.hyperparameters.scale_parameter:
-                rooms.append(room(layout.whole))
-            if place.mode == "stack":
-                rooms.append(room(layout.whole))
-            elif place.mode == "rows":
-                rooms += [room(layout.rows)] * 2
-            else:
-                rooms += [room(axes) for axes in (layout.rows, layout.columns) if place.split & set(axes)]
-        return rooms
+    def second(self, sums: Sequence[Sums]) -> None:
+        """Complete Σu² of parts that are cut along both sides; nothing where there is none."""
+        members = [member for member in self.members if member.layout.cut == "both"]
+        if not members:
+            return
+        if True not in self._slots:
+            sides = [(member, (*member.layout.rows, *member.layout.columns)) for member in members]
+            self._slots[True] = [
+                slot for m, axes in sides for slot in (m.slot(axes), m.slot(axes, summed=m.layout.rows))
+            ]
+        values = [value for m in members for value in (sums[m.at].weighted, sums[m.at].columns)]
+        totals = iter(self.all_reduce.add(self._slots[True], [value for value in values if value is not None]))
+        for member, slot in zip(members, self._slots[True][::2], strict=True):
+            layout, its = member.layout, sums[member.at]
+            weighted, columns = next(totals), next(totals)
+            means = columns / layout.m
+            per_slice = total(slot.copy(means * weighted), layout.whole)
+            device, dtype = its.W.device, its.W.dtype
+            its.mu = slot.here(means).to(device, dtype)
+            place = (slice(None),) * len(layout.shape) if slot.place is None else slot.place[1:]
+            mine = [slice(None) if axis in layout.whole else part for axis, part in enumerate(place)]
+            its.u2 = per_slice[tuple(mine)].to(device, dtype) + self._nonfinite.get(member.at, 0)
 
 
-def exchanges(shards: Sequence[Shard]) -> list[Exchange]:
+def reducers(shards: Sequence[Shard]) -> list[Reducer]:
     """Who adds up what with whom; all ranks come to the same answer, or to the same error.
 
     Along every mesh a sum runs over the dimensions that split any of its parameters.
@@ -83,24 +147,31 @@ def exchanges(shards: Sequence[Shard]) -> list[Exchange]:
     for shard in shards:
         if shard.placement.dims:
             dims.setdefault(shard.param.device_mesh, set()).update(shard.placement.dims)
-    found: dict[tuple[int, ...], Exchange] = {}
+    made: dict[tuple[int, ...], Reducer] = {}
     # The largest groups first: a sum over part of one's ranks can go into its buffer.
     for mesh, along in sorted(dims.items(), key=lambda item: -prod(item[0].shape[dim] for dim in item[1])):
-        here, split = tuple(sorted(along)), [s for s in shards if s.placement.dims and s.param.device_mesh == mesh]
+        here = tuple(sorted(along))
+        split = [k for k, s in enumerate(shards) if s.placement.dims and s.param.device_mesh == mesh]
         ranks = ranks_along(mesh, here)
-        widest = max([torch.float32, *(math_dtype(shard.param.dtype) for shard in split)], key=lambda d: d.itemsize)
-        inside = next((e for e in found.values() if copy_of(ranks, e.mesh, e.dims)), None)
+        dtypes = [torch.float32, *(math_dtype(shards[k].param.dtype) for k in split)]
+        inside = next((e for e in made.values() if copy_of(ranks, e.mesh, e.dims)), None)
         if inside is None:
-            channel = Channel(group_of(mesh, here, ranks), torch.device(mesh.device_type), widest)
-            inside = found[ranks] = Exchange(channel, [], mesh, here)
+            all_reduce = AllReduce(group_of(mesh, here, ranks), torch.device(mesh.device_type), torch.float32)
+            inside = made[ranks] = Reducer(all_reduce, [], mesh, here)
         copy = copy_of(ranks, inside.mesh, inside.dims)
         assert copy is not None
-        inside.channel = replace(inside.channel, dtype=max(inside.channel.dtype, widest, key=lambda d: d.itemsize))
-        inside.members += [Member(shard, here, copy) for shard in split]
-    for exchange in found.values():
-        described = [description(member.shard) for member in exchange.members]
-        check(described, exchange.channel.group, exchange.channel.device)
-    return list(found.values())
+        widest = max([inside.all_reduce.dtype, *dtypes], key=lambda dtype: dtype.itemsize)
+        inside.all_reduce = replace(inside.all_reduce, dtype=widest)
+        inside.members += [_member(k, shards[k], here, copy) for k in split]
+    for reducer in made.values():
+        described = [description(shards[member.at]) for member in reducer.members]
+        check(described, reducer.all_reduce.group, reducer.all_reduce.device)
+    return list(made.values())
+
+
+def _member(at: int, shard: Shard, dims: Shape, copy: tuple[int, int]) -> Member:
+    scaled = shard.work.settings.hyperparameters.scale_parameter
+    return Member(at, shard.work.layout, shard.placement, scaled, dims, copy)
 
 
 def copy_of(ranks: tuple[int, ...], mesh: DeviceMesh, dims: Shape) -> tuple[int, int] | None:
@@ -124,10 +195,10 @@ def copy_of(ranks: tuple[int, ...], mesh: DeviceMesh, dims: Shape) -> tuple[int,
 
 def description(shard: Shard) -> str:
     """What ranks must agree on."""
-    w = shard.work
-    roles = shard.placement.roles
+    w, layout = shard.work, shard.placement.layout
     kind = f"{w.param.dtype}, {', '.join(map(str, shard.param.placements))}"
-    return f"{shard.name} {tuple(roles.shape)} of {kind}, rows {roles.rows}, columns {roles.columns}\t, {w.settings}"
+    sides = f"rows {layout.rows}, columns {layout.columns}"
+    return f"{w.name} {tuple(layout.shape)} of {kind}, {sides}\t, {w.settings}"
 
 
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

@@ -1,9 +1,10 @@
-"""One process's part of one DTensor parameter, as work for a kernel."""
+"""One process's part of one DTensor parameter, as work for a backend."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout
-from adafactor.engine.torch import eager
-from adafactor.engine.torch.sharded.dtensor import placement_of, statistic
+from adafactor.engine.torch.checks import AFRESH, check_param
+from adafactor.engine.torch.sharded.dtensor import adopt, placement_of, placements_of, statistic
 from adafactor.engine.torch.sharded.placement import Placement
-from adafactor.engine.torch.work import Settings, Work, math_dtype
+from adafactor.engine.torch.work import Work, math_dtype, slots_of
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """This process's part of one parameter.
 
@@ -26,92 +27,134 @@ class Shard:
         param: the parameter.
         work: of the local tensors; rows and columns have changed places where ``placement.transposed``.
         placement: where the part lies.
-        name: what errors and the comparison of ranks call it.
-        fused: whether native kernels may step it.
-        present: whether there is a gradient here; elsewhere there may be one.
-        decay: 1 - beta(t) of this step, and ``found``: its sums.
-        state: the optimizer's own, by parameter; ``made``: what it holds of this one after this step.
+        state: what the optimizer keeps, as soon as a step was made with it.
     """
 
     param: DTensor
     work: Work
     placement: Placement
-    name: str
-    fused: bool
-    present: bool = True
-    decay: Tensor | None = None
-    found: eager.Sums | None = None
-    state: MutableMapping[Tensor, dict[str, Tensor]] = field(default_factory=dict)
-    made: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Any]
 
-    @property
-    def sums(self) -> eager.Sums:
-        assert self.found is not None
-        return self.found
-
-    def open(self, grad: DTensor | None, state: MutableMapping[Tensor, dict[str, Tensor]]) -> None:
-        """Point ``work`` at the local parts of this step's tensors, made of zeros where there are none yet."""
-        w, param = self.work, self.param
-        w.param = param.to_local()
-        self.state, self.present = state, grad is not None
-        old = state.get(param, {})
-        if grad is None:  # no memory: one zero that stands for all
-            w.grad = torch.zeros((), dtype=w.param.dtype, device=w.param.device).expand(w.param.shape)
-        else:
-            if grad.placements != param.placements:  # tensor parallelism leaves a sum to be done
-                grad = grad.redistribute(placements=param.placements)
-            w.grad = grad.to_local()
-            if isinstance(w.grad, AsyncCollectiveTensor):
-                w.grad = w.grad.wait()
-        other = {"row": "column", "column": "row"} if self.placement.transposed else {}
-        made = {slot: old[slot] if slot in old else self._zeros(slot) for slot in w.slots}
-        self.made = made
-        w.state = {
-            other.get(slot, slot): value.to_local() if isinstance(value, DTensor) else value
-            for slot, value in made.items()
-        }
-
-    def _zeros(self, slot: str) -> Tensor:
-        w, roles, part = self.work, self.placement.roles, self.placement.part
-        device = w.param.device
-        if slot == "step":
-            return torch.zeros((), dtype=torch.int64, device=device)
-        dtype = math_dtype(w.param.dtype)
-        if slot == "momentum":
-            dtype = w.settings.momentum_dtype or dtype
-        elif slot == "residual":
-            dtype = torch.bfloat16
-        axes = roles.keeps(slot)
-        local = torch.zeros([part.shape[axis] for axis in axes], dtype=dtype, device=device)
-        return statistic(local, self.param, tuple(roles.shape[axis] for axis in axes), axes)
-
-    def commit(self) -> None:
-        """Keep the state that this step has written, and let go of the gradient."""
-        self.state[self.param].update(self.made)
-        del self.work.grad
+    def current(self, state: Mapping[str, Any]) -> bool:
+        """Whether the parameter's and its state's local tensors are still these."""
+        if self.param.to_local() is not self.work.param:
+            return False
+        if not state:  # it was never stepped
+            return True
+        renamed = _renamed(self.placement)
+        for slot, value in self.state.items():
+            now = state.get(slot)
+            if now is not value or _local(now) is not self.work.state[renamed.get(slot, slot)]:
+                return False
+        return True
 
 
-def shard_of(param: DTensor, roles: Layout, settings: Settings, lr: float | Tensor, tensor: int, name: str) -> Shard:
-    """This process's part of a parameter. Nothing of it is read yet.
+def shard_of(
+    param: DTensor,
+    layout: Layout,
+    work: Work,
+    state: Mapping[str, Any],
+    recorded: Callable[[Tensor, Layout], Tensor | None],
+) -> Shard:
+    """This process's part of a parameter, with zeros for the state that it has not yet. Nothing is written.
+
+    Args:
+        layout: of the whole parameter.
+        work: all that is said of it besides tensors and layout.
+        state: what the optimizer keeps of it.
+        recorded: gives the tensor for diagnostics of the part.
 
     Raises:
-        RuntimeError: the placements do not fit; see `dtensor.placement_of`.
+        RuntimeError: the placements do not fit (`dtensor.placement_of`), or the state does not.
     """
-    place = placement_of(param, roles)
-    part = place.part.transposed if place.transposed else place.part
+    placement = placement_of(param, layout)
     local = param.to_local()
-    return Shard(param, Work(local, local, {}, part, settings, lr, tensor, eager.step), place, name, fused=True)
+    check_param(local, work.name)
+    settings = work.settings
+    if settings.momentum_dtype == torch.int8 and settings.hyperparameters.momentum is not None:
+        remedy = "Its blocks of 256 elements would cross the shards; torch.bfloat16 is the smallest here."
+        raise RuntimeError(message("momentum_dtype of a DTensor", "a float dtype", torch.int8, remedy))
+    slots = slots_of(layout, settings, param.dtype)
+    statistics = ("step", *layout.slots)
+    there = [slot for slot in statistics if slot in state]
+    if there and len(there) < len(statistics):
+        remedy = f"{AFRESH}, or construct the optimizer with the factoring that wrote it."
+        rule = " and ".join(statistics)
+        raise RuntimeError(message(f"the state of {work.name}", rule, sorted(map(str, state)), remedy))
+    held = {slot: _fitted(param, placement, work, slot, state.get(slot)) for slot in slots}
+    renamed = _renamed(placement)
+    locals_ = {renamed.get(slot, slot): _local(value) for slot, value in held.items()}
+    diagnostics = recorded(param, placement.local)
+    made = Work(local, locals_, placement.local, work.group, work.rng_stream, diagnostics, work.name)
+    return Shard(param, made, placement, held)
 
 
-def gradient(param: DTensor) -> DTensor | None:
-    """The parameter's gradient.
+def _renamed(placement: Placement) -> dict[str, str]:
+    return {"row": "column", "column": "row"} if placement.transposed else {}
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _fitted(param: DTensor, placement: Placement, work: Work, slot: str, value: Any) -> Tensor:
+    """A state tensor as the parameter needs it: the one that is there where it fits, else a copy, or zeros."""
+    layout, part, device = placement.layout, placement.part, param.to_local().device
+    what = f"{slot} in the state of {work.name}"
+    if slot == "step":
+        if value is None:
+            return torch.zeros((), dtype=torch.int64, device=device)
+        step = torch.as_tensor(_local(value))
+        if step.numel() != 1 or step.device.type == "meta":
+            raise RuntimeError(message(what, "a tensor of shape ()", tuple(step.shape), f"{AFRESH}."))
+        if step is value and step.dtype == torch.int64 and step.device == device and step.dim() == 0:
+            return value
+        copied: Tensor = step.reshape(()).to(device, torch.int64, copy=True)
+        return copied
+    dtype = math_dtype(param.dtype)
+    if slot == "momentum":
+        dtype = work.settings.momentum_dtype or dtype
+    elif slot == "residual":
+        dtype = torch.bfloat16
+    axes = layout.keeps(slot)
+    shape, local_shape = tuple(layout.shape[axis] for axis in axes), tuple(part.shape[axis] for axis in axes)
+    if value is None:
+        return statistic(torch.zeros(local_shape, dtype=dtype, device=device), param, shape, axes)
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.device.type == "meta":
+        remedy = f"{AFRESH}, or construct the optimizer with the factoring that wrote it."
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise RuntimeError(message(what, f"of shape {shape} for {tuple(param.shape)}", got, remedy))
+    if isinstance(value, DTensor) and value.device_mesh == param.device_mesh:
+        local = value.to_local()
+        if (
+            value.placements == tuple(placements_of(param, axes))
+            and tuple(local.shape) == local_shape
+            and (local.dtype, local.device) == (dtype, device)
+            and local.is_contiguous()
+        ):
+            return value
+    return adopt(value, param, layout, slot, dtype)
+
+
+def gradient(param: DTensor, name: str) -> Tensor | None:
+    """The local part of the parameter's gradient.
 
     Raises:
         RuntimeError: it is not sharded over the parameter's mesh, so its parts have no meaning here.
     """
     grad = param.grad
-    if grad is not None and (not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh):
+    if grad is None:
+        return None
+    if not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh:
         remedy = "Let autograd make it, or use distribute_tensor with the parameter's mesh."
         got = type(grad).__name__
-        raise RuntimeError(message("a sharded parameter's gradient", "a DTensor on the parameter's mesh", got, remedy))
-    return grad
+        raise RuntimeError(message(f"the gradient of {name}", "a DTensor on the parameter's mesh", got, remedy))
+    if grad.placements != param.placements:  # tensor parallelism leaves a sum to be done
+        grad = grad.redistribute(placements=param.placements)
+    local = grad.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def absent(param: Tensor) -> Tensor:
+    """A gradient for a part that has none while other processes may: one zero that stands for all."""
+    return torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)

@@ -1,0 +1,128 @@
+"""Which backend updates what: native kernels on the CPU, Triton's on a GPU, torch operations anywhere.
+
+``fused=None`` takes the fastest there is, ``True`` insists on kernels, ``False`` on torch operations. Every front end
+asks here, for whole parameters and for parts of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adafactor.core import native
+from adafactor.core.errors import message
+from adafactor.engine.torch import cpu, cuda
+from adafactor.engine.torch.checks import Witness, has_memory
+from adafactor.engine.torch.eager import Eager
+from adafactor.engine.torch.work import Backend, Work
+
+
+def why_not(device: torch.device) -> str | None:
+    """One sentence that says why there are no kernels for tensors on a device, or ``None`` where there are."""
+    return native.why_not() if device.type == "cpu" else cuda.why_not(device)
+
+
+def check(fused: bool | None, device: torch.device) -> None:
+    """Refuse ``fused=True`` where there are no kernels.
+
+    Raises:
+        RuntimeError: with the reason.
+    """
+    if fused:
+        cause = why_not(device)
+        if cause is not None:
+            rule, remedy = "None or False here", f"{cause} Pass fused=None for the fastest kernel there is."
+            raise RuntimeError(message(f"fused for {device.type} tensors", rule, fused, remedy))
+
+
+def kernels_for(w: Work, grad: Tensor) -> type[Backend] | None:
+    """The kernels that can update it, if any: they want dense memory that they know the shape of.
+
+    A tensor of another class has no address of its own, or another meaning; a gradient of other strides has no form.
+    """
+    if w.settings.fused is False or not grad.is_contiguous() or not (has_memory(w.param) and has_memory(grad)):
+        return None
+    kernels = kernels_on(w.param.device)
+    form = cpu.form_of if kernels is cpu.Native else cuda.form_of
+    return kernels if kernels is not None and form(w) is not None else None
+
+
+def kernels_on(device: torch.device) -> type[Backend] | None:
+    """The kernels for tensors on a device, if there are any."""
+    if why_not(device) is not None:
+        return None
+    return cpu.Native if device.type == "cpu" else cuda.Triton
+
+
+class Plan:
+    """A list of work with the backends that update it.
+
+    Attributes:
+        backends: each with the places of its work in the list. What shares memory comes one after the other.
+        witness: of the tensors whose addresses backends have taken.
+    """
+
+    def __init__(self, work: Sequence[Work], grads: Sequence[Tensor]) -> None:
+        self.work = work
+        self.witness = Witness(work)
+        self.backends: list[tuple[Backend, list[int]]] = []
+        for places in _apart(work):
+            lists: dict[tuple[torch.device, type[Backend]], list[int]] = {}
+            for k in places:
+                kernels = kernels_for(work[k], grads[k]) or Eager
+                lists.setdefault((work[k].param.device, kernels), []).append(k)
+            for (_, kernels), members in lists.items():
+                self.backends.append((kernels([work[k] for k in members]), members))
+
+    def owns(self, state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether the optimizer's state of every parameter is still the dictionary that is written here."""
+        return all(state.get(w.param) is w.state for w in self.work)
+
+    def step(self, grads: Sequence[Tensor], skipped: Callable[[torch.device], Tensor]) -> None:
+        """One update of everything, where there is nothing to reduce."""
+        try:
+            for backend, places in self.backends:
+                here = grads if len(places) == len(grads) else [grads[k] for k in places]
+                backend.step(here, skipped(self.work[places[0]].param.device))
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the gradients, so that they can be freed."""
+        for backend, _ in self.backends:
+            backend.release()
+
+
+def _apart(work: Sequence[Work]) -> Iterator[list[int]]:
+    """The places of the work, in lists in which no two parameters share memory."""
+    rest = list(range(len(work)))
+    while rest:
+        first: list[int] = []
+        later: list[int] = []
+        taken: dict[torch.device, list[tuple[int, int, int]]] = {}
+        for k in rest:
+            param = work[k].param
+            if has_memory(param):
+                size = sum((n - 1) * abs(s) for n, s in zip(param.shape, param.stride(), strict=True)) + 1
+                begin = param.data_ptr()
+                taken.setdefault(param.device, []).append((begin, begin + size * param.element_size(), k))
+        shared = set[int]()
+        for intervals in taken.values():
+            intervals.sort()
+            end, owner = 0, -1
+            for begin, last, k in intervals:
+                if begin < end:
+                    shared |= {k, owner}
+                if last > end:
+                    end, owner = last, k
+        kept_one = False
+        for k in rest:
+            if k in shared and kept_one:
+                later.append(k)
+            else:
+                kept_one = kept_one or k in shared
+                first.append(k)
+        yield first
+        rest = later

@@ -1,0 +1,338 @@
+"""From groups, gradients and state to what backends take: checked, complete, and kept while nothing moves.
+
+A step asks which parameters have a gradient, and looks up what the last step with the same ones has prepared. Only
+where something has changed is everything looked at again, and all of it before the first tensor is written.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adafactor.core.errors import message
+from adafactor.core.factoring import Layout, layout
+from adafactor.engine.torch import checks, choose, cuda
+from adafactor.engine.torch.choose import Plan
+from adafactor.engine.torch.work import Group, Work, is_sharded, new_diagnostics
+from adafactor.torch.arguments import check_lr, translate, values_of
+
+if TYPE_CHECKING:
+    from adafactor.engine.torch.sharded.reducer import Reducer
+    from adafactor.engine.torch.sharded.shard import Shard
+
+# Which parameters have a gradient varies little from step to step: what is derived from a list is kept for so many.
+LISTS = 8
+
+Positions = Sequence[tuple[int, Sequence[int] | None]]  # in groups, by number; None is all of a group
+
+_grad_of: Any = Tensor.grad.__get__  # type: ignore[union-attr]
+
+
+@dataclass(slots=True, eq=False)
+class Members:
+    """A parameter group as it was when it was looked at.
+
+    Attributes:
+        number: the group's; ``first``: the place of its first parameter among all.
+        params: its parameters; ``places``: of each, this object and its position.
+        values: the group's words; ``structure``: those that decide about state and backends.
+        group: the same in the engine's words.
+    """
+
+    number: int
+    first: int
+    params: list[Tensor]
+    values: tuple[object, ...]
+    structure: tuple[object, ...]
+    group: Group
+    places: list[tuple[Members, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """What updates a list of parameters.
+
+    Attributes:
+        plan: of the whole tensors, ``at`` these places of the list; None for all of them.
+        shards: of DTensors, ``shards_at`` these places, with a plan of their own and the sums they need.
+        fresh: whether no tensor had state before.
+    """
+
+    plan: Plan | None
+    at: list[int] | None
+    shards: list[Shard]
+    shards_at: list[int]
+    shard_plan: Plan | None
+    reducers: list[Reducer]
+    fresh: bool
+
+    def current(self, grads: Sequence[Any], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
+        """Whether nothing has moved since it was prepared; ``dense``: and all gradients are as backends like them."""
+        if self.plan is not None:
+            here = self.grads(grads)
+            if self.plan.witness.moved() or not self.plan.owns(state) or (dense and not self.plan.witness.fits(here)):
+                return False
+        if self.shard_plan is not None:
+            if self.shard_plan.witness.moved() or not all(s.current(state.get(s.param, {})) for s in self.shards):
+                return False
+            here = [grads[k] for k in self.shards_at]
+            return not dense or (not any(map(is_, here, [None] * len(here))) and self.shard_plan.witness.fits(here))
+        return True
+
+    def grads(self, grads: Sequence[Any]) -> Sequence[Tensor]:
+        """The gradients of the whole tensors."""
+        return grads if self.at is None else [grads[k] for k in self.at]
+
+    def step(
+        self,
+        grads: Sequence[Any],
+        state: Mapping[Tensor, dict[str, Any]],
+        skipped: Callable[[torch.device], Tensor],
+    ) -> None:
+        """One update of everything."""
+        if self.shard_plan is not None:
+            from adafactor.engine.torch.sharded import shard, step
+
+            locals_ = [grads[k] for k in self.shards_at]
+            present = [grad is not None for grad in locals_]
+            params = self.shard_plan.work
+            filled = [shard.absent(w.param) if g is None else g for w, g in zip(params, locals_, strict=True)]
+            absent = step.step(self.shard_plan, filled, present, self.reducers, skipped)
+            for k, its in enumerate(self.shards):
+                if k not in absent:
+                    state[its.param].update(its.state)
+        if self.plan is not None:
+            self.plan.step(self.grads(grads), skipped)
+
+
+class Preparation:
+    """What steps of one optimizer have prepared."""
+
+    def __init__(self, lists: int = LISTS, before: Preparation | None = None) -> None:
+        self._lists = lists
+        self._given: list[weakref.ref[Tensor]] = [] if before is None else before._given
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything that was derived."""
+        self._members: dict[int, Members] = {}
+        self._offsets: list[int] = []
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
+        self._reducers: dict[tuple[object, ...], list[Reducer]] = {}
+
+    def given(self, params: Iterable[Tensor]) -> None:
+        """Note parameters that the user has given."""
+        self._given += map(weakref.ref, params)
+
+    def collect(self, groups: list[dict[str, Any]], chosen: Positions) -> tuple[list[tuple[Members, int]], list[Any]]:
+        """What has a gradient, as places in groups, and the gradients, of a shard its local one.
+
+        Sharded parameters without a gradient too, as None: other ranks may have one.
+        """
+        places: list[tuple[Members, int]] = []
+        grads: list[Any] = []
+        for number, positions in chosen:
+            members = self._members_of(groups, number)
+            params = members.params if positions is None else [members.params[k] for k in positions]
+            its_places = members.places if positions is None else [members.places[k] for k in positions]
+            its_grads = list(map(_grad_of, params))
+            if any(map(is_, its_grads, [None] * len(its_grads))):
+                kept = [k for k, g in enumerate(its_grads) if g is not None or _may_be_elsewhere(params[k])]
+                its_places, its_grads = [its_places[k] for k in kept], [its_grads[k] for k in kept]
+            places += its_places
+            grads += its_grads
+        if "torch.distributed.tensor" in sys.modules:
+            for k, (members, position) in enumerate(places):
+                param = members.params[position]
+                if is_sharded(param):
+                    from adafactor.engine.torch.sharded.shard import gradient
+
+                    grads[k] = gradient(param, called(groups, members, position))  # type: ignore[arg-type]
+        return places, grads
+
+    def prepared(
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        places: list[tuple[Members, int]],
+        grads: list[Any],
+        recorded: Callable[[Tensor, Layout], Tensor | None],
+    ) -> Prepared:
+        """What updates a list of parameters: what there is, as long as nothing it knows has moved.
+
+        Args:
+            groups, state: the optimizer's.
+            places, grads: as `collect` gives them.
+            recorded: gives the tensor for a parameter's diagnostics.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: a parameter, its gradient or its state does not fit.
+        """
+        params = [members.params[k] for members, k in places]
+        key: tuple[object, ...] = tuple(map(id, params))
+        prepared = self._prepared.get(key)
+        if prepared is not None and prepared.current(grads, state, dense=True):
+            return prepared
+        for (members, k), param, grad in zip(places, params, grads, strict=True):
+            if grad is not None and param.numel():
+                local = param.to_local() if is_sharded(param) else param  # type: ignore[attr-defined]
+                checks.check_gradient(local, grad, called(groups, members, k))
+        # Gradients that fit, but not every kernel: another list for each pattern of them.
+        pattern = tuple([grad is not None and grad.is_contiguous() and checks.has_memory(grad) for grad in grads])
+        if not all(pattern):
+            prepared = self._prepared.get((key, pattern))
+            if prepared is not None and prepared.current(grads, state, dense=False):
+                return prepared
+        made = self._prepare(groups, state, places, grads, recorded)
+        if len(self._prepared) >= self._lists:  # a model whose list changes every step must not fill the memory
+            self._prepared.clear()
+        self._prepared[key if all(pattern) else (key, pattern)] = made
+        return made
+
+    def _members_of(self, groups: list[dict[str, Any]], number: int) -> Members:
+        """A group as of this step: its words are checked when they change, the learning rate every time."""
+        group, known = groups[number], self._members.get(number)
+        params, (values, structure) = group["params"], values_of(group)
+        if known is not None and len(params) == len(known.params) and all(map(is_, params, known.params)):
+            if values == known.values:
+                check_lr(group["lr"])
+                known.group.lr = group["lr"]
+                return known
+            settings = translate(group)
+            if structure == known.structure:
+                known.group.settings, known.group.lr, known.values = settings, group["lr"], values
+                return known
+        settings = translate(group)
+        if known is not None or len(self._offsets) != len(groups) + 1:
+            self.clear()
+            self._offsets = [0, *accumulate(len(each["params"]) for each in groups)]
+        made = Members(number, self._offsets[number], list(params), values, structure, Group(settings, group["lr"]))
+        made.places = [(made, k) for k in range(len(params))]
+        self._members[number] = made
+        return made
+
+    def _prepare(
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        places: list[tuple[Members, int]],
+        grads: list[Any],
+        recorded: Callable[[Tensor, Layout], Tensor | None],
+    ) -> Prepared:
+        """Check everything, complete the state, and choose backends."""
+        drafts: list[Work] = []
+        at: list[int] = []
+        shards: list[Shard] = []
+        shards_at: list[int] = []
+        seen: set[int] = set()
+        for place, (members, k) in enumerate(places):
+            param = members.params[k]
+            if id(param) in seen or not param.numel():  # a parameter that is listed twice is updated once
+                continue
+            seen.add(id(param))
+            draft = draft_of(groups, members, k)
+            if is_sharded(param):
+                from adafactor.engine.torch.sharded.shard import shard_of
+
+                its = shard_of(param, draft.layout, draft, state.get(param, {}), recorded)  # type: ignore[arg-type]
+                if grads[place] is None and not its.placement.dims:
+                    continue
+                choose.check(draft.settings.fused, its.work.param.device)
+                shards.append(its)
+                shards_at.append(place)
+            else:
+                checks.check_param(param, draft.name)
+                self._check_origin(param)
+                choose.check(draft.settings.fused, param.device)
+                drafts.append(replace(draft, diagnostics=recorded(param, draft.layout)))
+                at.append(place)
+        changes = [checks.fit(w.param, w.layout, w.settings, state.get(w.param, {}), w.name) for w in drafts]
+        if cuda.is_capturing() and any(changes):
+            remedy = "Call step once before the capture, so that no replay makes the state anew."
+            raise RuntimeError(message("the state of a captured step", "complete", "none for some parameters", remedy))
+        reducers = self._reducers_of(shards)
+        for w, changed in zip(drafts, changes, strict=True):
+            checks.write(state[w.param], changed)
+        work = [replace(w, state=state[w.param]) for w in drafts]
+        plan = Plan(work, [grads[k] for k in at]) if work else None
+        shard_plan = None
+        if shards:
+            from adafactor.engine.torch.sharded.shard import absent
+
+            local = [
+                absent(s.work.param) if grads[k] is None else grads[k] for s, k in zip(shards, shards_at, strict=True)
+            ]
+            shard_plan = Plan([its.work for its in shards], local)
+        fresh = bool(drafts) and not shards and all("step" in changed for changed in changes)
+        return Prepared(plan, at if len(at) < len(grads) else None, shards, shards_at, shard_plan, reducers, fresh)
+
+    def _reducers_of(self, shards: list[Shard]) -> list[Reducer]:
+        """Who adds up what: asked of all ranks at the same time, hence not again because something moved here."""
+        if not shards:
+            return []
+        scaled = tuple(its.work.settings.hyperparameters.scale_parameter for its in shards)
+        key = (tuple(id(its.param) for its in shards), scaled)
+        if key not in self._reducers:
+            from adafactor.engine.torch.sharded.reducer import reducers
+
+            if len(self._reducers) >= self._lists:
+                self._reducers.clear()
+            self._reducers[key] = reducers(shards)
+        return self._reducers[key]
+
+    def _check_origin(self, param: Tensor) -> None:
+        """Refuse the flat partitions that DeepSpeed's ZeRO writes into the groups in place of the parameters.
+
+        The parameters themselves tell: ZeRO ties what it partitions to its partition.
+        """
+        if param.dim() != 1 or "deepspeed" not in sys.modules:
+            return
+        given = [known for ref in self._given if (known := ref()) is not None]
+        if any(known is param for known in given):
+            return
+        if any(hasattr(known, name) for known in given for name in ("_hp_mapping", "ds_id")):
+            remedy = "Use fully_shard (FSDP2), whose parameters keep their shapes; docs/sharding.md shows how."
+            got = f"a flat partition of DeepSpeed ZeRO with shape {tuple(param.shape)}"
+            raise RuntimeError(message("a parameter", "a tensor with the rows and columns of its layer", got, remedy))
+
+
+def _may_be_elsewhere(param: Tensor) -> bool:
+    """Whether a parameter without a gradient may have one on another rank."""
+    return is_sharded(param) and param.requires_grad and bool(param.numel())
+
+
+def called(groups: list[dict[str, Any]], members: Members, position: int) -> str:
+    """What errors call a parameter."""
+    names = groups[members.number].get("param_names")
+    return str(names[position]) if names else f"parameter {members.first + position}"
+
+
+def draft_of(groups: list[dict[str, Any]], members: Members, k: int) -> Work:
+    """All of a parameter's work but its state and diagnostics."""
+    param, group = members.params[k], groups[members.number]
+    if group["capturable"] and param.device.type == "cpu":
+        remedy = "A graph captures what runs on an accelerator; leave it out."
+        raise RuntimeError(message("capturable", "False for cpu tensors", True, remedy))
+    names = group.get("param_names")
+    its_layout = layout(
+        param.shape, group["factoring"], group["min_dim_size_to_factor"], name=str(names[k]) if names else ""
+    )
+    return Work(param, {}, its_layout, members.group, members.first + k, None, called(groups, members, k))
+
+
+def diagnostics_of(recorded: dict[Tensor, Tensor] | None, param: Tensor, its_layout: Layout) -> Tensor | None:
+    """The tensor in which a parameter's diagnostics are recorded, if they are."""
+    if recorded is None:
+        return None
+    slices = new_diagnostics(its_layout, param.device)
+    if param not in recorded or recorded[param].shape != slices.shape or recorded[param].device != slices.device:
+        recorded[param] = slices
+    return recorded[param]
