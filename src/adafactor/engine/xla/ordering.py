@@ -55,10 +55,13 @@ class _Program:
     """
 
     def __init__(self, gradients: Sequence[Value]) -> None:
-        self._block = ir.InsertionPoint.current.block
-        operations = [operation.operation for operation in self._block.operations]
-        position = {operation: k for k, operation in enumerate(operations)}
-        made = {value: position[self._outermost(value.owner)] for value in gradients if not _is_argument(value)}
+        operations = [operation.operation for operation in ir.InsertionPoint.current.block.operations]
+        self._position = {operation: k for k, operation in enumerate(operations)}
+        made = {}
+        for value in gradients:
+            owner = None if isinstance(value.owner, ir.Block) else self._outermost(value.owner)
+            if owner is not None:
+                made[value] = self._position[owner]
         self.gradients = sorted(made, key=made.__getitem__)
         self._bits = {value: 1 << k for k, value in enumerate(self.gradients)}
         self.leads_to: dict[Any, int] = {}
@@ -74,11 +77,12 @@ class _Program:
         return sum({self._bits.get(value, 0) for value in gradients})
 
     def readers(self, value: Value) -> list[Any]:
-        return list(dict.fromkeys(self._outermost(use.owner) for use in value.uses))
+        outermost = dict.fromkeys(self._outermost(use.owner) for use in value.uses)
+        return [operation for operation in outermost if operation is not None]
 
     def end(self, operation: Any) -> Value | None:
         """A value that depends on the operation and that nothing depends on yet: of the program's results, it seems."""
-        while True:
+        while operation is not None:
             results = list(operation.results)
             if not results:
                 return None
@@ -86,17 +90,16 @@ class _Program:
             if not uses:
                 return results[0]
             operation = self._outermost(uses[0].owner)
+        return None
 
-    def _outermost(self, operation: Any) -> Any:
-        """The operation of the block itself that the given one is, or is part of."""
+    def _outermost(self, operation: Any) -> Any | None:
+        """The operation of the block itself that the given one is, or is part of; ``None`` for one from elsewhere."""
         operation = operation.operation
-        while operation.parent.operation != self._block.owner.operation:
+        while operation not in self._position:
+            if operation.parent is None:
+                return None
             operation = operation.parent.operation
         return operation
-
-
-def _is_argument(value: Value) -> bool:
-    return isinstance(value.owner, ir.Block)
 
 
 def _lowest(mask: int) -> int:
