@@ -543,7 +543,7 @@ def apply(
             Q += tl.sum(tl.sum(x * x, axis=2), axis=1)
     if SQUARES:
         slot = (k * parts + part) * tl.load(record + _MOVED) + chunk
-        tl.store(squares + tl.load(record + _SQUARES) + slot, Q, mask=here & goes_on)
+        tl.store(squares + tl.load(record + _SQUARES) + slot, Q, mask=k < tl.where(goes_on, matrices, 0))
 
 
 @triton.jit
