@@ -9,8 +9,8 @@ from triton_support import DEVICE, use
 
 from adafactor import layout
 from adafactor.core.factoring import Factored, Part
-from adafactor.engine.torch import cuda, eager
-from adafactor.engine.torch.work import Work
+from adafactor.engine.torch import cuda
+from adafactor.engine.torch.work import Group, Work
 from adafactor.torch import Adafactor
 from adafactor.torch.arguments import translate
 
@@ -26,7 +26,7 @@ def work_of(x, its_layout, **options):
     state |= {name: torch.zeros(shape, device=DEVICE) for name, shape in its_layout.slots.items()}
     if options.get("beta1"):
         state["momentum"] = torch.zeros(x.shape, device=DEVICE)
-    return Work(param, x, state, its_layout, translate(group), group["lr"], 0, eager.step)
+    return Work(param, state, its_layout, Group(translate(group), group["lr"]), 0)
 
 
 def cut(whole, lengths):
@@ -34,7 +34,10 @@ def cut(whole, lengths):
     first = 0
     for length in lengths:
         shape, offset = (length, *whole.shape[1:]), (first, *(0 for _ in whole.shape[1:]))
-        yield slice(first, first + length), Part(shape, whole.rows, whole.columns, whole.batch, whole.shape, offset)
+        yield (
+            slice(first, first + length),
+            Part(shape, whole.rows, whole.columns, whole.batch, whole.shape, offset, frozenset({0})),
+        )
         first += length
 
 
