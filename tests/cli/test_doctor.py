@@ -8,6 +8,7 @@ import sys
 from native_support import need
 
 from adafactor.cli import doctor
+from adafactor.core import native
 
 
 def run(only="", **environment):
@@ -34,6 +35,16 @@ def test_a_missing_library_is_named_and_not_an_error(tmp_path):
     outcome = run("adafactor.torch", ADAFACTOR_LIBRARY=str(tmp_path / "libadafactor.so"))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert "native kernels: none. The native kernels are not built" in outcome.stdout
+
+
+def test_why_tensorflow_has_no_native_kernels_is_said():
+    need(native.why_not())
+    outcome = run("adafactor.keras on tensorflow", ADAFACTOR_TENSORFLOW="ops")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "  ADAFACTOR_TENSORFLOW=ops" in outcome.stdout.splitlines()
+    assert "no native kernels: ADAFACTOR_TENSORFLOW=ops asks for TensorFlow's operations." in outcome.stdout
+    outcome = run("adafactor.keras on tensorflow")
+    assert "works; on the CPU native kernels in graphs and eagerly" in outcome.stdout
 
 
 def test_a_front_end_that_fails_is_broken(monkeypatch, capsys):

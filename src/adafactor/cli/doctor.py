@@ -88,7 +88,14 @@ print(f"works; compiled by XLA, {why}")
             ),
             (
                 "tensorflow",
-                'print("works; TensorFlow operations, compiled by XLA with jit_compile; no native kernels")',
+                """
+from adafactor.engine.tensorflow import op, xla
+reason = op.why_not()
+compiled = xla.why_not()
+why = "on the CPU native kernels in graphs and eagerly; with jit_compile "
+why += "they measure" if compiled is None else f"XLA alone: {compiled}"
+print(f"works; {why if reason is None else f'TensorFlow operations, no native kernels: {reason}'}")
+""",
             ),
             ("torch", "import torch; print(cpu_tensors(torch.get_num_threads()))"),
         )
@@ -112,7 +119,7 @@ else:
 
 #: Of one program.
 SECONDS = 300
-VARIABLES = ("ADAFACTOR_LIBRARY", "ADAFACTOR_ISA", "ADAFACTOR_NUM_THREADS", "KERAS_BACKEND")
+VARIABLES = ("ADAFACTOR_LIBRARY", "ADAFACTOR_ISA", "ADAFACTOR_NUM_THREADS", "ADAFACTOR_TENSORFLOW", "KERAS_BACKEND")
 PACKAGES = ("numpy", "keras", "tensorflow", "tensorflow-cpu", "jax", "jaxlib", "optax", "torch", "triton")
 
 

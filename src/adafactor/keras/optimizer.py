@@ -324,8 +324,15 @@ class Adafactor(keras.optimizers.Optimizer):
         A subclass may override it, for a learning rate or a gradient of its own per variable, say; every backend then
         calls it variable by variable, and the variables have decayed by the learning rate of the optimizer before.
         """
-        for member in self._members([gradient], [variable]):
-            update_one(self, member, learning_rate, self._hyperparameters, callable(self._learning_rate))
+        members = self._members([gradient], [variable])
+        scheduled = callable(self._learning_rate)
+        if keras.backend.backend() == "tensorflow":
+            from adafactor.keras import step_tensorflow
+
+            whole = (self._hyperparameters, learning_rate, self.iterations, scheduled)
+            members = step_tensorflow.update(self, members, *whole)
+        for member in members:
+            update_one(self, member, learning_rate, self._hyperparameters, scheduled)
 
     def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
         """All variables in one call where the backend has kernels for that, else one by one."""
@@ -341,6 +348,14 @@ class Adafactor(keras.optimizers.Optimizer):
 
             if step_jax.update(self, self._members(grads, trainable_variables), *whole):
                 return
+        if keras.backend.backend() == "tensorflow":
+            from adafactor.keras import step_tensorflow
+
+            if not step_tensorflow.distributed():  # else variable by variable, through update_step
+                others = step_tensorflow.update(self, self._members(grads, trainable_variables), *whole)
+                if not others:
+                    return
+                grads, trainable_variables = [m.gradient for m in others], [m.variable for m in others]
         super()._backend_update_step(grads, trainable_variables, learning_rate)
 
     def _members(self, grads: Iterable[Any], variables: Iterable[Any]) -> list[Member]:

@@ -1,0 +1,1 @@
+"""The step as an op of TensorFlow, in graphs and eagerly."""
