@@ -106,25 +106,18 @@ def capturable(optimizer):
 
 def install():
     """Put the device in place."""
-    from adafactor.engine.torch import cuda
+    from adafactor.engine.torch import choose, cuda
     from adafactor.torch import Adafactor
 
-    cuda.why_not = lambda device: None
-    steps = {}
-    kernel = Adafactor._kernel
-
-    def chosen(optimizer, fused, device):
-        if fused is False:
-            return kernel(optimizer, fused, device)
-        return steps.setdefault(id(optimizer), cuda.Step())
-
+    cuda.why_not = choose.why_not = lambda device: None
+    choose.kernels_on = lambda device: cuda.Triton
     init = Adafactor.__init__
 
     def made(optimizer, *args, capturable=False, **options):  # which is refused on a CPU
         init(optimizer, *args, **options)
         optimizer.mocked_capturable = capturable
 
-    Adafactor._kernel, Adafactor.__init__ = chosen, made
+    Adafactor.__init__ = made
     JITFunction.run = lambda kernel, *args, **kwargs: launched.append(kernel.fn.__name__)
     torch.Generator, torch.profiler.profile = Generator, Profile
     fake = {

@@ -3,6 +3,11 @@
 The sums are added by hand, so no process group is needed; ``tests/engine/torch/sharded`` has the processes.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from triton_support import DEVICE, use
@@ -128,3 +133,13 @@ def test_a_tensor_without_a_gradient_is_left_alone(monkeypatch):
                 assert torch.equal(w.param, x) == (k in absent)
                 assert int(w.state["step"]) == t + (k not in absent)
     assert skipped == 0
+
+
+def test_dtensors_step_as_the_native_kernels_do():
+    """Two processes: FSDP2's Shard(0), uneven, reaches Triton; the rest goes another way beside it."""
+    helper = Path(__file__).parents[2] / "helpers" / "triton_ranks.py"
+    outcome = subprocess.run([sys.executable, helper], capture_output=True, text=True, timeout=300, check=False)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    found = json.loads(outcome.stdout.splitlines()[-1])
+    assert [4, 20] in found["reached"]
+    assert max(found["differences"]) < 1e-6
