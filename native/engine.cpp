@@ -66,7 +66,7 @@ bool prepare(Work& work, Buffer& buffer, Verb verb) {
   const size_t S = own_S ? padded(sums * element) : 0, W = t.W ? 0 : padded(sums * element);
   const size_t partial = factored && plan.sum_parts > 1 ? padded(columns * plan.sum_parts * element) : 0;
   const size_t units = padded(plan.units * 8), step_size = t.step_size ? 0 : padded(t.slices * 16);
-  char* at = buffer.reserve(finished + S + W + 2 * partial + 3 * units + step_size);
+  char* at = buffer.reserve(finished + S + W + 2 * partial + 4 * units + step_size);
   if (!at) return false;
   const auto take = [&at](size_t size) {
     char* here = at;
@@ -79,6 +79,7 @@ bool prepare(Work& work, Buffer& buffer, Verb verb) {
   space.partial_S = take(partial);
   space.partial_W = take(partial);
   space.Q = reinterpret_cast<double*>(take(units));
+  space.Q_found = reinterpret_cast<double*>(take(units));
   space.g2 = reinterpret_cast<double*>(take(units));
   space.u2 = reinterpret_cast<double*>(take(units));
   space.step_size = step_size ? reinterpret_cast<double*>(take(step_size)) : t.step_size;
@@ -209,9 +210,11 @@ class Schedule {
       changed_.notify_all();
     } else {
       chunk(work, task.chunk, kernels(work).apply);
-      std::lock_guard<std::mutex> lock(mutex_);
+      std::unique_lock<std::mutex> lock(mutex_);
       if (++work.applied < work.plan.chunks) return;
+      lock.unlock();
       conclude(work);
+      lock.lock();
       release(work);
     }
   }
@@ -260,15 +263,41 @@ class Schedule {
   }
 
   // What apply leaves behind besides the tensors: that it was made, and the sums of the new x^2.
-  void conclude(const Work& work) {
+  void conclude(Work& work) {
     if (work.t.count) ++*work.t.count;
     if (!(work.t.flags & ADAFACTOR_SCALE_PARAMETER)) return;
+    if (work.t.flags & ADAFACTOR_Q_KNOWN) rescale(work);
+    for (int64_t s = 0; s < work.t.slices; ++s) work.t.Q[s] = of_slice(work, work.space.Q, s);
+  }
+
+  static double of_slice(const Work& work, const double* of_units, int64_t slice) {
     const int64_t n = work.plan.units_per_slice;
-    for (int64_t s = 0; s < work.t.slices; ++s) {
-      double Q = 0;
-      for (int64_t k = s * n; k < (s + 1) * n; ++k) Q += work.space.Q[k];
-      work.t.Q[s] = Q;
+    double sum = 0;
+    for (int64_t k = slice * n; k < (slice + 1) * n; ++k) sum += of_units[k];
+    return sum;
+  }
+
+  // Q was known and yet not true: somebody wrote to x since. What lacks to the step of the right size is made up for,
+  // as a step along the same direction without decay, momentum or statistics of its own.
+  void rescale(Work& work) {
+    const adafactor_tensor& t = work.t;
+    bool wrong = false;
+    for (int64_t s = 0; s < t.slices; ++s) {
+      const double Q = of_slice(work, work.space.Q_found, s);
+      double& step = work.space.step_size[2 * s];
+      const bool same = Q == t.Q[s] || (Q != Q && t.Q[s] != t.Q[s]);
+      const double scale = same ? 0 : kernels(work).scale(t, Q);
+      step = same ? 0 : t.rho * scale - step;
+      wrong = wrong || step != 0;
+      if (!same && t.diagnostics) t.diagnostics[4 * s + 2] = scale;
     }
+    if (!wrong) return;
+    adafactor_tensor rest = t;
+    if (t.target) rest.param = t.target;
+    if (t.momentum_target) rest.momentum = t.momentum_target;
+    rest.flags &= ~uint64_t(ADAFACTOR_Q_KNOWN);
+    rest.decay_factor = 1, rest.ema_weight = 0, rest.beta1 = 1, rest.seed = ~t.seed;
+    for (int64_t k = 0; k < work.plan.units; ++k) kernels(work).apply(rest, work.space, work.plan.unit(k, t));
   }
 
   Buffer* pop() {

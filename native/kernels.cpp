@@ -354,6 +354,13 @@ double total(const T* x, size_t count) {
   return s;
 }
 
+// max(eps2, RMS(x)), eq. 9; NaN stays NaN.
+double parameter_scale(const adafactor_tensor& t, double Q) {
+  double scale = root(Q / double(t.global_size));
+  if (t.flags & ADAFACTOR_SCALE_AFTER_DECAY) scale *= t.decay_factor < 0 ? -t.decay_factor : t.decay_factor;
+  return scale <= t.eps2 ? t.eps2 : scale;
+}
+
 template <class T>
 bool finish(const adafactor_tensor& t, const Workspace& w) {
   const bool factored = t.flags & ADAFACTOR_FACTORED, totals = t.flags & ADAFACTOR_TOTALS;
@@ -394,12 +401,7 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
     const double N = double(t.global_size);
     const double rms_u = root(u2 / N), excess = rms_u / t.clip;
     const double clip = !finite(t.clip) || excess <= 1 ? 1 : excess;  // eq. 10; NaN stays NaN
-    double scale = 1;
-    if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
-      scale = root(t.Q[s] / N);
-      if (t.flags & ADAFACTOR_SCALE_AFTER_DECAY) scale *= t.decay_factor < 0 ? -t.decay_factor : t.decay_factor;
-      if (scale <= t.eps2) scale = t.eps2;  // eq. 9
-    }
+    const double scale = (t.flags & ADAFACTOR_SCALE_PARAMETER) ? parameter_scale(t, t.Q[s]) : 1;
     w.step_size[2 * s] = t.rho * scale;
     w.step_size[2 * s + 1] = 1 / clip;
     if (double* d = t.diagnostics ? t.diagnostics + 4 * s : nullptr) d[0] = rms_u, d[1] = clip, d[2] = scale;
@@ -497,12 +499,14 @@ struct Target {
   T x_tile[kTile], momentum_tile[kTile], residual_tile[kTile];
   const T *x, *momentum;
   T *moved, *new_momentum;
+  double before = 0;  // sum of the x^2 that is there
 
   Target(const adafactor_tensor& tensor, size_t first_element, size_t count)
       : t(tensor), first(first_element), n(count) {
     const bool half = t.param_dtype == ADAFACTOR_BFLOAT16 || t.param_dtype == ADAFACTOR_FLOAT16;
     stochastic = half && (t.flags & ADAFACTOR_STOCHASTIC_ROUNDING);
     x = load(t.param_dtype, t.param, first, x_tile, n);
+    if (t.flags & ADAFACTOR_Q_KNOWN) before = double(sum<Square>(x, n));
     moved = room(t.param_dtype, target_of(t), first, x_tile);
     if (t.residual) {
       const T* residual = load(ADAFACTOR_BFLOAT16, t.residual, first, residual_tile, n);
@@ -556,8 +560,13 @@ inline uint64_t global_index(const adafactor_tensor& t, uint64_t run, uint64_t c
   return run * uint64_t(t.global_columns) + uint64_t(t.column_offset) + column;
 }
 
+// Sums of x^2, after the step and as it was found.
+struct Squares {
+  double after = 0, before = 0;
+};
+
 template <class T>
-double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+Squares apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner);
   const Step<T> step(t, w, unit.slice);
   // Where columns come first, commit has done both sides: the rows are in S and the columns in finished.
@@ -570,7 +579,8 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
     return inverse_root(finished[r]) * step.normalised;
   };
   T tile[kTile], u[kTile];
-  double Q = 0;
+  Squares Q;
+  const bool known = t.flags & ADAFACTOR_Q_KNOWN;
   const bool plain = t.param_dtype == Own<T>::dtype && t.grad_dtype == Own<T>::dtype && !t.momentum && m >= kTile;
 
   const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * inner;
@@ -585,11 +595,12 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
         const T* x = at<T>(t.param, r * m + j);
         const T* g = static_cast<const T*>(t.grad) + r * m + j;
         T* moved = at<T>(target_of(t), r * m + j);
+        if (known) Q.before += double(sum<Square>(x, count));
         if (count >= kLanes) {
-          Q += double(descend_squares(g, c + j, a, step.decay_factor, x, moved, count));
+          Q.after += double(descend_squares(g, c + j, a, step.decay_factor, x, moved, count));
         } else {
           descend(g, c + j, a, step.decay_factor, x, moved, count);
-          Q += double(sum<Square>(moved, count));
+          Q.after += double(sum<Square>(moved, count));
         }
       }
       cursor.next();
@@ -616,7 +627,8 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
         descend_momentum(u, step, target.momentum, target.new_momentum, target.x, target.moved, runs * count);
       if (target.stochastic)
         for (size_t q = 0; q < runs; ++q) target.round(q * count, count, global_index(t, r + q, j));
-      Q += target.finish();
+      Q.before += target.before;
+      Q.after += target.finish();
     }
     r += runs;
   }
@@ -624,11 +636,11 @@ double apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit&
 }
 
 template <class T>
-double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
+Squares apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const size_t m = size_t(t.columns);
   const Step<T> step(t, w, unit.slice);
   T tile[kTile], u[kTile];
-  double Q = 0;
+  Squares Q;
   for (size_t j = size_t(unit.begin); j < size_t(unit.end); j += kTile) {
     const size_t n = least(kTile, size_t(unit.end) - j), start = size_t(unit.b) * m + j;
     const T* g = load(t.grad_dtype, t.grad, start, tile, n);
@@ -645,23 +657,24 @@ double apply_whole(const adafactor_tensor& t, const Workspace& w, const Unit& un
       for (size_t k = 0; k < n; ++k) moved[k] = step.decay_factor * x[k] - u[k];
     }
     if (target.stochastic) target.round(0, n, global_index(t, uint64_t(unit.b), j));
-    Q += target.finish();
+    Q.before += target.before;
+    Q.after += target.finish();
   }
   return Q;
 }
 
 template <class T>
 void apply(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
-  const double Q = (t.flags & ADAFACTOR_FACTORED) ? apply_factored<T>(t, w, unit) : apply_whole<T>(t, w, unit);
-  if (t.flags & ADAFACTOR_SCALE_PARAMETER) w.Q[unit.index] = Q;
+  const Squares Q = (t.flags & ADAFACTOR_FACTORED) ? apply_factored<T>(t, w, unit) : apply_whole<T>(t, w, unit);
+  if (t.flags & ADAFACTOR_SCALE_PARAMETER) w.Q[unit.index] = Q.after, w.Q_found[unit.index] = Q.before;
 }
 
 }  // namespace
 
 extern const adafactor::Kernels kernels[2];
 const adafactor::Kernels kernels[2] = {  // of float and of double
-    {measure<float>, combine<float>, finish<float>, commit<float>, apply<float>},
-    {measure<double>, combine<double>, finish<double>, commit<double>, apply<double>},
+    {measure<float>, combine<float>, finish<float>, commit<float>, apply<float>, parameter_scale},
+    {measure<double>, combine<double>, finish<double>, commit<double>, apply<double>, parameter_scale},
 };
 
 }  // namespace ADAFACTOR_NS

@@ -16,6 +16,7 @@ struct Workspace {
   void* partial_S;  // [outer][parts] times S of a block, where a matrix is measured in several parts
   void* partial_W;
   double* Q;        // [units] sums of x^2, before or after the step
+  double* Q_found;  // [units] where Q was known: what apply finds it to have been
   double* g2;       // [units] if not factored: sums of g^2 and of u^2
   double* u2;
   double* step_size;  // as in adafactor_tensor
@@ -36,6 +37,7 @@ struct Kernels {
   bool (*finish)(const adafactor_tensor&, const Workspace&);   // false: skip this tensor
   void (*commit)(const adafactor_tensor&, const Workspace&);   // what apply does not commit row by row
   void (*apply)(const adafactor_tensor&, const Workspace&, const Unit&);
+  double (*scale)(const adafactor_tensor&, double Q);          // eq. 9
 };
 
 }  // namespace adafactor

@@ -149,3 +149,59 @@ def test_a_fork_in_the_middle_of_training_leaves_two_that_go_on():
     results = outcome.stdout.split()
     assert len(results) == 2, outcome
     assert results[0] == results[1]
+
+
+WRITES = {
+    "clamped": lambda p: p.data.clamp_(-0.01, 0.01),
+    "scaled through NumPy": lambda p: p.detach().numpy().__imul__(0.1),
+    "rows of unit norm": lambda p: p.data.div_(p.data.norm(dim=-1, keepdim=True)),
+    "one element": lambda p: p.data.view(-1).__setitem__(0, 50.0),
+    "zeroed": lambda p: p.data.zero_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("options", [{}, {"beta1": 0.9}, {"weight_decay": 0.1, "diagnostics": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_write_that_no_counter_counts_is_noticed(write, options, dtype):
+    """Writes through ``.data`` leave the version counter alone; the scale is that of the weights that are there."""
+    shapes = [(30, 40), (1500, 700), (9,), (3, 20, 30), (6, 4, 3, 3)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+    runs = []
+    for fused in (None, False):
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        optimizer = Adafactor(params, lr=0.05, fused=fused, **options)
+        generator = torch.Generator().manual_seed(1)
+        for t in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+            optimizer.step()
+            if t < 3:
+                for p in params:
+                    write(p)
+        runs.append((params, optimizer))
+    for k, (ours, theirs) in enumerate(zip(*(params for params, _ in runs), strict=True)):
+        scale = float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=(1e-5 if dtype == torch.float32 else 1e-13) * scale)
+        if options.get("diagnostics"):
+            first, second = (o.diagnostics()[str(k)]["parameter_scale"] for _, o in runs)
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("rounding", [{"compensated": True}, {"stochastic_rounding": True, "seed": 3}], ids=str)
+def test_a_write_that_no_counter_counts_is_noticed_in_bfloat16(rounding):
+    start = torch.randn(400, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moved = {}
+    for known in (True, False):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = Adafactor([param], lr=0.05, relative_step=False, **rounding)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        param.data.mul_(0.125)
+        if not known:
+            torch.autograd.graph.increment_version([param])
+        before = param.detach().clone()
+        optimizer.step()
+        moved[known] = (param.detach().float() - before.float()).mean()
+    torch.testing.assert_close(moved[True], moved[False], rtol=2e-2, atol=0)
