@@ -243,6 +243,8 @@ def finish(run: Run, tensors: Sequence[Pending]) -> None:
             tensor.column_factor = mu.sqrt() * positive(tensor.column).rsqrt_()
             checks.append(u2.sum() + sums.S.sum())  # S sees what overflows in a row and in no column
         squares.append(u2)
+        if sums.nonfinite is not None:
+            checks[-1] = checks[-1] + sums.nonfinite
     finite = torch.stack(checks).isfinite()
     applied = finite if settings.skip_nonfinite else torch.ones_like(finite)
 

@@ -136,6 +136,7 @@ class Sums:
         columns, weighted: after `finish_columns` the sum of a matrix's finished columns, and of W / column.
         mu, u2: where other processes hold a part of it: the mean of the finished columns of every matrix, and the sum
             of u² of every slice (eq. 7).
+        nonfinite: NaN where a gradient is not finite on another process. W is NaN too, unless this part is empty.
     """
 
     rows: Tensor | None
@@ -146,6 +147,7 @@ class Sums:
     weighted: Tensor | None = None
     mu: Tensor | None = None
     u2: Tensor | None = None
+    nonfinite: Tensor | None = None
 
 
 class Backend(Protocol):

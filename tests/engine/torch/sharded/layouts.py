@@ -212,6 +212,8 @@ def kernels() -> dict[str, bool]:
         optimizer = Adafactor([param])
         optimizer.step()
         (prepared,) = optimizer._preparation._prepared.values()
+        optimizer.step()
+        assert list(optimizer._preparation._prepared.values()) == [prepared], "nothing moved, and all was made anew"
         found[name] = [type(backend) for backend, _ in prepared.shard_plan.backends] == [Native]
     return found
 

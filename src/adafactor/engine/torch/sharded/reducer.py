@@ -106,6 +106,7 @@ class Reducer:
             if work[member.at].settings.skip_nonfinite:  # all ranks must leave alone what one of them does
                 nan = torch.where(nonfinite, torch.nan, 0.0).to(its.W.device, its.W.dtype)
                 its.W += nan
+                its.nonfinite = nan
                 if its.u2 is not None:
                     its.u2 += nan
                 self._nonfinite[member.at] = nan

@@ -37,14 +37,14 @@ class Shard:
 
     def current(self, state: Mapping[str, Any]) -> bool:
         """Whether the parameter's and its state's local tensors are still these."""
-        if self.param.to_local() is not self.work.param:
+        if not _same(self.param.to_local(), self.work.param):
             return False
         if not state:  # it was never stepped
             return True
         renamed = _renamed(self.placement)
         for slot, value in self.state.items():
             now = state.get(slot)
-            if now is not value or _local(now) is not self.work.state[renamed.get(slot, slot)]:
+            if now is not value or not _same(_local(now), self.work.state[renamed.get(slot, slot)]):
                 return False
         return True
 
@@ -87,6 +87,14 @@ def shard_of(
     diagnostics = recorded(param, placement.local)
     made = Work(local, locals_, placement.local, work.group, work.rng_stream, diagnostics, work.name)
     return Shard(param, made, placement, held)
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    """Whether two local tensors are the same memory: a DTensor gives another view of it at every question."""
+    return now is then or (
+        now.data_ptr() == then.data_ptr() and now.dtype == then.dtype and now.shape == then.shape
+        and now.stride() == then.stride()
+    )  # fmt: skip
 
 
 def _renamed(placement: Placement) -> dict[str, str]:
