@@ -5,6 +5,7 @@
 // model, and a tensor stacks the models in its leading axis: it becomes that many records.
 
 #include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <condition_variable>
 #include <cstring>
@@ -189,64 +190,26 @@ T inverse_root(T v) {
   return v == 0 ? T(0) : T(1) / std::sqrt(v);
 }
 
-// Where the second half of `measure` finds the sums and leaves its results.
+// Where `measure` leaves what the kernels have found: [slices] but for rows, columns and diagnostics, [slices][3] or null.
 template <class T>
-struct Finish {
-  const T *S, *W, *old_column;
-  T *row, *column, *row_factor, *column_factor;
-  T *inverse_clip, *alpha, *diagnostics;  // [slices], [slices], [slices][3] or null; inverse_clip if not factored
+struct Results {
+  T *row, *column, *row_factor, *inverse_clip, *alpha, *diagnostics;
 };
 
-// Eqs. 9 and 10 of one slice: the step size to alpha, and what clipping multiplies by. NaN stays NaN.
+// The update is g times row_factor, which holds the finished rows, times column_factor, which finish has left in S.
 template <class T>
-double factor(const adafactor_tensor& t, const Finish<T>& f, int64_t slice, double u2) {
-  const double N = double(t.global_size), rms_u = std::sqrt(u2 / N), excess = rms_u / t.clip;
-  const double divisor = std::isinf(t.clip) || excess <= 1 ? 1 : excess;
-  double scale = 1;
-  if (t.flags & ADAFACTOR_SCALE_PARAMETER) {
-    scale = std::sqrt(t.Q[slice] / N) * ((t.flags & ADAFACTOR_SCALE_AFTER_DECAY) ? std::fabs(t.decay_factor) : 1);
-    if (scale <= t.eps2) scale = t.eps2;
-  }
-  if (f.diagnostics) {
-    T* of = f.diagnostics + 3 * slice;
-    of[0] = T(rms_u), of[1] = T(divisor), of[2] = T(scale);
-  }
-  f.alpha[slice] = T(t.rho * scale);
-  return 1 / divisor;
-}
-
-// Eqs. 3, 7, 9, 10 after adafactor_measure: the update is g times row_factor (which holds the finished rows) times
-// column_factor (which holds S).
-template <class T>
-void finish(const adafactor_tensor& t, const Finish<T>& f) {
-  const int64_t m = t.columns, matrices = t.outer / t.slices * t.inner;
-  std::vector<double> root_mu(static_cast<size_t>(matrices));
-  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
+void give(const adafactor_tensor& t, const Results<T>& to) {
+  const int64_t rows = rows_of(t) / std::max<int64_t>(t.slices, 1);
+  const bool factored = t.flags & ADAFACTOR_FACTORED;
+  if (factored) std::memcpy(to.column, t.W, size_t(columns_of(t)) * sizeof(T));
   for (int64_t s = 0; s < t.slices; ++s) {
-    double u2 = 0;
-    for (int64_t k = 0; k < matrices; ++k) {
-      const int64_t at = (s * matrices + k) * m;
-      double total = 0, weighted = 0;
-      for (int64_t j = at; j < at + m; ++j) {
-        const T c = past * f.old_column[j] + ema_weight * (f.S[j] / T(t.rows) + eps1);
-        f.column[j] = c;
-        total += c;
-        weighted += c == 0 ? 0 : f.W[j] / c;
-      }
-      const double mu = total / double(m);
-      root_mu[size_t(k)] = std::sqrt(mu);
-      u2 += mu * weighted;
-    }
-    const T inverse_clip = T(factor(t, f, s, u2));
-    for (int64_t k = 0; k < matrices; ++k) {
-      const int64_t at = (s * matrices + k) * m;
-      const T common = T(root_mu[size_t(k)]);
-      for (int64_t j = at; j < at + m; ++j) f.column_factor[j] = common * inverse_root(f.column[j]);
-    }
-    const int64_t rows = rows_of(t) / t.slices;
-    for (int64_t i = s * rows; i < (s + 1) * rows; ++i) {
-      f.row[i] = f.row_factor[i];
-      f.row_factor[i] = inverse_clip * inverse_root(f.row[i]);
+    const T inverse_clip = T(t.step_size[2 * s + 1]);
+    to.alpha[s] = T(t.step_size[2 * s]);
+    if (!factored) to.inverse_clip[s] = inverse_clip;
+    for (int64_t k = 0; to.diagnostics && k < 3; ++k) to.diagnostics[3 * s + k] = T(t.diagnostics[4 * s + k]);
+    for (int64_t i = s * rows; factored && i < (s + 1) * rows; ++i) {
+      to.row[i] = to.row_factor[i];
+      to.row_factor[i] = inverse_clip * inverse_root(to.row[i]);
     }
   }
 }
@@ -315,16 +278,16 @@ struct Head {
 template <class T>
 void measure_as(Call& call, const Head& head) {
   std::vector<adafactor_tensor> records;
-  std::vector<Finish<T>> finishes;
+  std::vector<Results<T>> results;
   int64_t columns = 0;
   for (int64_t k = 0; k < head.count; ++k) {
     const int64_t* its = head.words + k * kWords;
     columns += its[kFactored] ? its[kOuter] * its[kInner] * its[kColumns] : 2 * its[kSlices];
   }
   std::vector<T> sums(static_cast<size_t>(columns));
-  std::vector<double> Q(static_cast<size_t>(head.slices()));
+  std::vector<double> per_slice(static_cast<size_t>(7 * head.slices()));  // Q, the step size and the diagnostics
   T* next_sum = sums.data();
-  double* next_Q = Q.data();
+  double* next = per_slice.data();
   const auto take = [&next_sum](int64_t count) {
     T* here = next_sum;
     next_sum += count;
@@ -347,37 +310,28 @@ void measure_as(Call& call, const Head& head) {
       t.param = advance(x.data, model * size_of(t) * width_of(x.dtype));
       t.grad = advance(g.data, model * size_of(t) * width_of(g.dtype));
       t.row = row + model * rows;
-      t.Q = next_Q, next_Q += t.slices;
-      Finish<T> its{};
+      t.Q = next, t.step_size = t.Q + t.slices, t.diagnostics = t.step_size + 2 * t.slices;
+      next += 7 * t.slices;
+      Results<T> its{};
       its.alpha = alpha + model * t.slices;
       if (diagnostics) its.diagnostics = diagnostics + 3 * model * t.slices;
       if (factored) {
         t.column = column + model * column_numbers;
-        its.old_column = static_cast<const T*>(t.column);
         its.row = new_row + model * rows, its.column = new_column + model * column_numbers;
         t.finished = its.row_factor = row_factor + model * rows;
-        t.S = its.column_factor = column_factor + model * column_numbers;
+        t.S = column_factor + model * column_numbers;
         t.W = take(column_numbers);
       } else {
         its.inverse_clip = inverse_clip + model * t.slices;
         for (int64_t s = 0; s < t.slices; ++s) weight[model * t.slices + s] = T(t.ema_weight);
         t.S = take(t.slices), t.W = take(t.slices);
       }
-      its.S = static_cast<const T*>(t.S), its.W = static_cast<const T*>(t.W);
       records.push_back(t);
-      finishes.push_back(its);
+      results.push_back(its);
     }
   }
-  head.perform(call, records, adafactor::kMeasure);
-  for (size_t k = 0; k < records.size(); ++k) {
-    const adafactor_tensor& t = records[k];
-    const Finish<T>& its = finishes[k];
-    if (t.flags & ADAFACTOR_FACTORED) {
-      finish(t, its);
-    } else {
-      for (int64_t s = 0; s < t.slices; ++s) its.inverse_clip[s] = T(factor(t, its, s, its.W[s]));
-    }
-  }
+  head.perform(call, records, adafactor::Verb(adafactor::kMeasure | adafactor::kFinish));
+  for (size_t k = 0; k < records.size(); ++k) give(records[k], results[k]);
 }
 
 void measure(Call& call) {
