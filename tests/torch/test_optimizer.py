@@ -323,3 +323,17 @@ def test_flat_partitions_of_zero_are_refused(monkeypatch):
     other.grad = torch.ones(9)
     with pytest.raises(RuntimeError, match="a flat partition of DeepSpeed ZeRO with shape"):
         optimizer.step()
+
+
+def test_optimizers_of_equal_layers_do_not_round_alike():
+    """One optimizer per parameter, as in optimizer-in-backward loops: the same bits would add up over layers."""
+    params = [torch.nn.Parameter(torch.full((64, 64), 0.02).bfloat16()) for _ in range(3)]
+    options = {"lr": 3e-5, "relative_step": False, "scale_parameter": False, "stochastic_rounding": True}
+    for p in params:
+        p.grad = torch.ones_like(p)
+        Adafactor([p], **options).step()
+    alike = [(params[0] == other).float().mean().item() for other in params[1:]]
+    assert max(alike) < 0.8, alike
+    seeds = [Adafactor([p], **options).param_groups[0]["seed"] for p in params]
+    assert seeds == list(range(seeds[0], seeds[0] + 3))
+    assert Adafactor(params).param_groups[0]["seed"] is None

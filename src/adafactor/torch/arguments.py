@@ -86,7 +86,7 @@ def translate(group: Mapping[str, Any]) -> Settings:
     if group["momentum_dtype"] not in MOMENTUM_DTYPES:
         rule = "torch.float32, torch.bfloat16, torch.float16, torch.int8 or None"
         raise ValueError(message("momentum_dtype", rule, group["momentum_dtype"], "None stores what is computed."))
-    seed = plain(group["seed"])
+    seed = 0 if group["seed"] is None else plain(group["seed"])
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(message("seed", "an integer >= 0 and < 2**64", seed, "The default is None."))
     validate(group["factoring"], group["min_dim_size_to_factor"])

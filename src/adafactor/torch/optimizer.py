@@ -6,10 +6,9 @@ Equation numbers refer to ``docs/algorithm.md``.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from heapq import heappop, heappush
+from itertools import count
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -66,8 +65,8 @@ class Adafactor(Optimizer):
             the next update. Not with ``stochastic_rounding``; without effect on other parameters.
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient holds an inf or a NaN, or
             when its squares overflow; count it in :attr:`skipped`. ``False`` lets it spread.
-        seed: an integer; of the bits behind ``stochastic_rounding`` and int8 momentum. ``None`` numbers the optimizers
-            that are alive, so that no two of them round alike: the first is 0, on all processes.
+        seed: an integer; of the bits behind ``stochastic_rounding`` and int8 momentum. ``None`` numbers the
+            optimizers of a process that draw any, so that no two of them round alike: the first is 0, on all processes.
         diagnostics: record what :meth:`diagnostics` returns; for all groups.
         capturable: allow a CUDA graph to capture ``step``, as in ``torch.optim``. The state is on the parameters'
             device either way, and no step waits for it. A graph keeps a learning rate that is a number, and
@@ -127,7 +126,7 @@ class Adafactor(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "compensated": compensated,
             "skip_nonfinite": skip_nonfinite,
-            "seed": _number(self) if seed is None else seed,
+            "seed": seed,
             "capturable": capturable,
         }
         translate(defaults)
@@ -205,9 +204,16 @@ class Adafactor(Optimizer):
         if isinstance(param_group, dict):
             translate({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._seed(self.param_groups[-1])
         self._preparation.given(self.param_groups[-1]["params"])
         _unshare(self.param_groups)
         self._invalidate()
+
+    def _seed(self, group: dict[str, Any]) -> None:
+        """Give a group that draws random bits this optimizer's own, if it was given none."""
+        if group["seed"] is None and (group["stochastic_rounding"] or group["momentum_dtype"] == torch.int8):
+            others = [other["seed"] for other in self.param_groups if other["seed"] is not None]
+            group["seed"] = others[0] if others else next(_made)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -391,17 +397,7 @@ class Adafactor(Optimizer):
         self._invalidate()
 
 
-_free: list[int] = []
-_next = 0
-
-
-def _number(optimizer: Adafactor) -> int:
-    """The smallest number that no living optimizer has, in the order of construction: alike on all processes."""
-    global _next
-    number = heappop(_free) if _free else _next
-    _next = max(_next, number + 1)
-    weakref.finalize(optimizer, heappush, _free, number).atexit = False
-    return number
+_made = count()  # of optimizers that draw random bits, in the order in which processes of a program make them
 
 
 def _unshare(groups: list[dict[str, Any]]) -> None:
