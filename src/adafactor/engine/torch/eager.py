@@ -334,8 +334,7 @@ def move(tensor: Pending) -> None:
                 stored = at(state["momentum"], piece)
                 scale = _scales(w, piece) if coded else None
                 u.mul_(1 - momentum)
-                average = stored.to(dtype) if scale is None else int8.decode(stored, scale).to(dtype)
-                u = average * momentum + u  # eq. 12
+                u = (stored if scale is None else int8.decode(stored, scale)).to(dtype) * momentum + u  # eq. 12
                 if scale is None:
                     keep(stored, u)
                 else:
