@@ -386,7 +386,7 @@ class Adafactor(Optimizer):
         if "_handle" not in self.__dict__:
             self._handle = compiled.register(self)
         for values in self.state.values():
-            for name, value in values.items():
+            for name, value in values.items() if isinstance(values, dict) else ():
                 if isinstance(value, checkpoint.Held):
                     values[name] = value.tensor
         for group in self.param_groups:

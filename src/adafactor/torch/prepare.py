@@ -98,6 +98,9 @@ class Prepared:
         skipped: Callable[[torch.device], Tensor],
     ) -> None:
         """One update of everything."""
+        for plan in (self.plan, self.shard_plan):
+            if plan is not None:
+                plan.check()
         if self.shard_plan is not None:
             from adafactor.engine.torch.sharded import shard, step
 
@@ -258,6 +261,16 @@ class Preparation:
         if cuda.is_capturing() and any(changes):
             remedy = "Call step once before the capture, so that no replay makes the state anew."
             raise RuntimeError(message("the state of a captured step", "complete", "none for some parameters", remedy))
+        written = [{**state.get(w.param, {}), **changed} for w, changed in zip(drafts, changes, strict=True)]
+        checks.check_apart(
+            [
+                *(
+                    (w.param, {slot: held[slot] for slot in w.slots}, w.name)
+                    for w, held in zip(drafts, written, strict=True)
+                ),
+                *((its.work.param, its.work.state, its.work.name) for its in shards),
+            ]
+        )
         reducers = self._reducers_of(shards)
         for w, changed in zip(drafts, changes, strict=True):
             checks.write(state[w.param], changed)

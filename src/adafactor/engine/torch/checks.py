@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from operator import is_
+from operator import is_, le
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
 from adafactor.engine.torch import int8
-from adafactor.engine.torch.work import DTYPES, Settings, Work, is_sharded, math_dtype, slots_of
+from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, Work, is_sharded, math_dtype, slots_of
 
 AFRESH = "Delete optimizer.state[parameter] to start it afresh"
 
 _dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _device_of: Any = Tensor.device.__get__
+_bytes_of: Any = torch.UntypedStorage.nbytes
 
 
 @cache
@@ -34,8 +35,8 @@ def _is_plain(kind: type) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is memory itself, not a wrapper around others, without an address of its own."""
-    return _is_plain(type(tensor))
+    """Whether a tensor is memory itself: not a wrapper without an address, nor negated when it is read."""
+    return _is_plain(type(tensor)) and not tensor.is_neg()
 
 
 class Witness:
@@ -45,7 +46,10 @@ class Witness:
         self._params = [w.param for w in work]
         self._entries = [(w.state, w.slots) for w in work]
         self._tensors = self._now()
-        self._plain = [tensor for tensor in self._tensors if has_memory(tensor)]
+        self._plain = [tensor for tensor in self._tensors if _is_plain(type(tensor))]
+        self._shaped = [tensor for tensor in self._tensors if tensor.dim() > 1]
+        self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
+        self._reach: tuple[list[Any], ...] = ()
         self._seen = self._look()
         self.shapes = [param.size() for param in self._params]
         self.devices = [param.device for param in self._params]
@@ -67,8 +71,12 @@ class Witness:
             list(map(Tensor.data_ptr, plain)),
             list(map(_dtype_of, plain)),
             list(map(Tensor.numel, plain)),
+            list(map(Tensor.dim, self._tensors)),
+            list(map(Tensor.size, self._shaped)),
             list(map(Tensor.is_contiguous, plain)),
-            list(map(Tensor.size, self._params)),
+            list(map(Tensor.stride, self._strided)),
+            list(map(Tensor.is_neg, self._params)),
+            list(map(_bytes_of, map(Tensor.untyped_storage, plain))),
         )
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
@@ -80,13 +88,67 @@ class Witness:
                 and list(map(Tensor.size, grads)) == self.shapes
                 and list(map(_device_of, grads)) == self.devices
                 and set(map(_dtype_of, grads)) <= _KNOWN
-                and 0 not in map(Tensor.data_ptr, grads)
+                and not any(map(Tensor.is_neg, grads))
+                and self._are_backed(grads)
             )
         except RuntimeError:  # a sparse tensor has no such thing
             return False
 
+    def _are_backed(self, grads: Sequence[Tensor]) -> bool:
+        """Whether their storages hold all of the gradients: computed once for each list of places in storages."""
+        stored = list(map(_bytes_of, map(Tensor.untyped_storage, grads)))
+        reach = stored, list(map(_dtype_of, grads)), list(map(Tensor.storage_offset, grads))
+        if reach != self._reach:
+            if not all(map(le, map(_end_of, grads), stored)):
+                return False
+            self._reach = reach
+        return True
+
 
 _KNOWN = frozenset(DTYPES)
+
+
+def _end_of(tensor: Tensor) -> int:
+    """How many bytes of its storage a contiguous tensor reaches over."""
+    return (int(tensor.storage_offset()) + tensor.numel()) * tensor.element_size()
+
+
+def check_step(step: Tensor, name: str) -> None:
+    """Refuse a number of updates that is none; not on a device, where it would have to be waited for."""
+    if step.device.type == "cpu" and has_memory(step) and not 0 <= step.item() < MOST_UPDATES:
+        what = f"step in the state of {name}"
+        raise RuntimeError(message(what, "an integer >= 0", step.item(), f"{AFRESH}."))
+
+
+def check_apart(work: Sequence[tuple[Tensor, Mapping[str, Any], str]]) -> None:
+    """Refuse state that shares memory with the state of another parameter, or with any parameter.
+
+    Args:
+        work: parameters, what is written beside each, and their names.
+    """
+    places: dict[torch.device, list[tuple[int, int, bool, str]]] = {}
+    for param, written, name in work:
+        for slot, tensor in (("", param), *written.items()):
+            if isinstance(tensor, Tensor) and has_memory(tensor) and tensor.numel() and tensor.device.type != "meta":
+                begin, is_param = tensor.data_ptr(), not slot
+                called = name if is_param else f"{slot} in the state of {name}"
+                end = begin + _reach(tensor) * tensor.element_size()
+                places.setdefault(tensor.device, []).append((begin, end, is_param, called))
+    for intervals in places.values():
+        intervals.sort()
+        # The farthest end so far, of parameters and of state: parameters that share memory take turns (``choose.py``).
+        ends: dict[bool, tuple[int, str]] = {False: (0, ""), True: (0, "")}
+        for begin, end, is_param, called in intervals:
+            for kind in (False,) if is_param else (False, True):
+                if begin < ends[kind][0]:
+                    remedy = "Give every parameter tensors of its own: clone() them."
+                    raise RuntimeError(message(called, "memory of its own", f"that of {ends[kind][1]}", remedy))
+            ends[is_param] = max(ends[is_param], (end, called))
+
+
+def _reach(tensor: Tensor) -> int:
+    """How many elements lie between a tensor's first and last, both counted."""
+    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -99,7 +161,7 @@ def check_param(param: Tensor, name: str) -> None:
     if not param.is_contiguous() and any(s == 0 and n > 1 for s, n in zip(param.stride(), param.shape, strict=True)):
         remedy = "Several elements share one place in memory; pass the tensor before expand()."
         raise RuntimeError(message(name, "writable element by element", tuple(param.shape), remedy))
-    _check_memory(name, param)
+    check_memory(name, param)
 
 
 def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
@@ -115,7 +177,7 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
     if grad.device != param.device:
         remedy = "Move the parameter and its gradient together."
         raise RuntimeError(message(what, f"on the parameter's device {param.device}", str(grad.device), remedy))
-    _check_memory(what, grad)
+    check_memory(what, grad)
 
 
 def _check_dtype(what: str, tensor: Tensor) -> None:
@@ -125,12 +187,11 @@ def _check_dtype(what: str, tensor: Tensor) -> None:
         raise RuntimeError(message(what, rule, tensor.dtype, remedy))
 
 
-def _check_memory(what: str, tensor: Tensor) -> None:
+def check_memory(what: str, tensor: Tensor) -> None:
     """Refuse a tensor whose storage was freed or shrunk under it."""
     if not has_memory(tensor) or tensor.device.type == "meta" or not tensor.numel():
         return
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    needed = (tensor.storage_offset() + reach) * tensor.element_size()
+    needed = (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
     if tensor.untyped_storage().nbytes() < needed:
         remedy = "Its memory was freed: give it memory again, or leave it out of the step (grad = None)."
         got = f"{tensor.untyped_storage().nbytes()} bytes"
@@ -151,11 +212,7 @@ def fit(param: Tensor, layout: Layout, settings: Settings, state: Mapping[str, A
         RuntimeError: the state belongs to another shape, factoring or device, or is no tensor.
     """
     slots = slots_of(layout, settings, param.dtype)
-    statistics = ("step", *layout.slots)
-    there = [slot for slot in statistics if slot in state]
-    if there and len(there) < len(statistics):
-        remedy = f"{AFRESH}, or construct the optimizer with the factoring that wrote it."
-        raise RuntimeError(message(f"the state of {name}", " and ".join(statistics), sorted(map(str, state)), remedy))
+    check_complete(layout, state, name)
     dtype = math_dtype(param.dtype)
     shapes: dict[str, Shape] = {"step": (), **layout.slots, "momentum": layout.shape, "residual": layout.shape}
     dtypes = {"step": torch.int64, "residual": torch.bfloat16, "momentum": settings.momentum_dtype or dtype}
@@ -177,6 +234,18 @@ def fit(param: Tensor, layout: Layout, settings: Settings, state: Mapping[str, A
     return changes
 
 
+def check_complete(layout: Layout, state: Any, name: str) -> None:
+    """Refuse state that is no dictionary, or has some of the statistics and not all."""
+    if not isinstance(state, Mapping):
+        raise RuntimeError(message(f"the state of {name}", "a dictionary", type(state).__name__, f"{AFRESH}."))
+    statistics = ("step", *layout.slots)
+    there = [slot for slot in statistics if state.get(slot) is not None]
+    if there and len(there) < len(statistics):
+        remedy = f"{AFRESH}, or construct the optimizer with the factoring that wrote it."
+        got = sorted(str(slot) for slot, value in state.items() if value is not None)
+        raise RuntimeError(message(f"the state of {name}", " and ".join(statistics), got, remedy))
+
+
 def _zeros(param: Tensor, slot: str, shape: Shape, dtype: torch.dtype) -> Tensor:
     if slot in ("momentum", "residual") and dtype != torch.int8:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
@@ -188,7 +257,7 @@ def _fitted(value: Any, slot: str, param: Tensor, wanted: tuple[Shape, torch.dty
     shape, dtype = wanted
     what = f"{slot} in the state of {name}"
     if slot == "step" and isinstance(value, int | float) and not isinstance(value, bool):
-        value = torch.tensor(value)
+        value = torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, Tensor):
         raise RuntimeError(message(what, f"a tensor of shape {shape}", type(value).__name__, f"{AFRESH}."))
     if is_sharded(value):
@@ -198,12 +267,14 @@ def _fitted(value: Any, slot: str, param: Tensor, wanted: tuple[Shape, torch.dty
     if value.numel() != math.prod(shape):
         remedy = f"{AFRESH}, or give its state the rows that the parameter has got or lost."
         raise RuntimeError(message(what, f"of shape {shape} for {tuple(param.shape)}", tuple(value.shape), remedy))
-    if value.device.type == "meta" and param.device.type != "meta":
-        raise RuntimeError(message(what, f"on {param.device}", "no numbers (device meta)", f"{AFRESH}."))
-    _check_memory(what, value)
-    if slot == "step" and has_memory(value) and value.device.type == "cpu" and not 0 <= float(value) < 2**63:
-        raise RuntimeError(message(what, "an integer >= 0", value.item(), f"{AFRESH}."))
+    if (value.device.type == "meta") != (param.device.type == "meta"):
+        got = "no numbers (device meta)" if value.device.type == "meta" else str(value.device)
+        raise RuntimeError(message(what, f"on {param.device}", got, f"{AFRESH}."))
+    check_memory(what, value)
+    if slot == "step":
+        check_step(value, name)
     like_param = slot in ("momentum", "residual") and dtype != torch.int8
+    value = value.resolve_neg()
     if value.dtype != dtype or value.device != param.device or tuple(value.shape) != shape:
         value = value.detach().reshape(shape).to(param.device, dtype, copy=True)
     if like_param and value.stride() != param.stride() and not value.is_contiguous():

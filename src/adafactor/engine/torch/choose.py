@@ -14,7 +14,7 @@ from torch import Tensor
 from adafactor.core import native
 from adafactor.core.errors import message
 from adafactor.engine.torch import cpu, cuda
-from adafactor.engine.torch.checks import Witness, has_memory
+from adafactor.engine.torch.checks import Witness, check_step, has_memory
 from adafactor.engine.torch.eager import Eager
 from adafactor.engine.torch.work import Backend, Work
 
@@ -42,7 +42,9 @@ def kernels_for(w: Work, grad: Tensor) -> type[Backend] | None:
 
     A tensor of another class has no address of its own, or another meaning; a gradient of other strides has no form.
     """
-    if w.settings.fused is False or not grad.is_contiguous() or not (has_memory(w.param) and has_memory(grad)):
+    if w.settings.fused is False or not grad.is_contiguous():
+        return None
+    if not all(map(has_memory, (w.param, grad, *(w.state[slot] for slot in w.slots)))):
         return None
     kernels = kernels_on(w.param.device)
     form = cpu.form_of if kernels is cpu.Native else cuda.form_of
@@ -82,12 +84,20 @@ class Plan:
 
     def step(self, grads: Sequence[Tensor], skipped: Callable[[torch.device], Tensor]) -> None:
         """One update of everything, where there is nothing to reduce."""
+        self.check()
         try:
             for backend, places in self.backends:
                 here = grads if len(places) == len(grads) else [grads[k] for k in places]
                 backend.step(here, skipped(self.work[places[0]].param.device))
         finally:
             self.release()
+
+    def check(self) -> None:
+        """Refuse, before anything is written, counts of updates that were overwritten in place by what is none."""
+        for backend, _ in self.backends:
+            if not backend.counts():
+                for w in backend.work:
+                    check_step(w.state["step"], w.name)
 
     def release(self) -> None:
         """Let go of the gradients, so that they can be freed."""

@@ -19,7 +19,7 @@ from adafactor.core import native
 from adafactor.core.canonical import canonical
 from adafactor.core.factoring import Layout, Part, Shape
 from adafactor.engine.torch.blocks import kept
-from adafactor.engine.torch.work import Group, Settings, Sums, Work, math_dtype
+from adafactor.engine.torch.work import MOST_UPDATES, Group, Settings, Sums, Work, math_dtype
 
 _DTYPES = {getattr(torch, name): name for name in native.DTYPES}
 _CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -60,6 +60,9 @@ class Native:
         self._counts = [w.state["step"] for w in work]
         self._reread = np.array([w.layout.cut == "both" for w in work])
         self._sums: list[Sums] | None = None
+
+    def counts(self) -> bool:
+        return bool(((t := self.table.number()) > 0).all() and (t <= MOST_UPDATES).all())
 
     def step(self, grads: Sequence[Tensor], skipped: Tensor) -> None:
         known = np.array([p._version for p in self._params]) == self._versions

@@ -151,6 +151,9 @@ class Triton:
 
     # ---- tables
 
+    def counts(self) -> bool:
+        return True
+
     def _by_slots(self) -> list[tuple[Any, list[Work]]]:
         """The work by the names of its state, each with what takes that out of a dictionary."""
         groups: dict[tuple[str, ...], list[Work]] = {}

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from adafactor.engine.torch import int8
 from adafactor.engine.torch.blocks import Block, at, blocks, coded_blocks, kept, reduced, total
+from adafactor.engine.torch.checks import has_memory
 from adafactor.engine.torch.rounding import random_bits, row_major, stochastic_round
-from adafactor.engine.torch.work import Settings, Sums, Work, math_dtype
+from adafactor.engine.torch.work import MOST_UPDATES, Settings, Sums, Work, math_dtype
 
 
 @dataclass(slots=True)
@@ -60,6 +61,13 @@ class Eager:
         self.work = work
         self._runs: list[Run] = []
         self._pending: list[Pending] = []
+
+    def counts(self) -> bool:
+        steps = [w.state["step"] for w in self.work]
+        if steps[0].device.type != "cpu" or not all(map(has_memory, steps)):
+            return True
+        least, most = torch.aminmax(torch.stack(steps))
+        return int(least) >= 0 and int(most) < MOST_UPDATES
 
     def step(self, grads: Sequence[Tensor], skipped: Tensor) -> None:
         self.measure(grads)

@@ -26,6 +26,7 @@ from adafactor.core.factoring import Layout
 from adafactor.core.hyperparameters import Hyperparameters
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST_UPDATES = 2**53  # what float64 counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,9 @@ class Backend(Protocol):
         """One update of everything; ``skipped``, int64 of shape (), receives the number of tensors left alone."""
 
     def __init__(self, work: Sequence[Work]) -> None: ...
+
+    def counts(self) -> bool:
+        """Whether ``step`` is a number of updates everywhere; True where the device would have to be waited for."""
 
     def measure(self, grads: Sequence[Tensor]) -> Sequence[Sums]: ...
 

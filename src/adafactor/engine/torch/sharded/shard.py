@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout
-from adafactor.engine.torch.checks import AFRESH, check_param
+from adafactor.engine.torch.checks import AFRESH, check_complete, check_memory, check_param, check_step
 from adafactor.engine.torch.sharded.dtensor import adopt, placement_of, placements_of, statistic
 from adafactor.engine.torch.sharded.placement import Placement
 from adafactor.engine.torch.work import Work, math_dtype, slots_of
@@ -75,12 +75,7 @@ def shard_of(
         remedy = "Its blocks of 256 elements would cross the shards; torch.bfloat16 is the smallest here."
         raise RuntimeError(message("momentum_dtype of a DTensor", "a float dtype", torch.int8, remedy))
     slots = slots_of(layout, settings, param.dtype)
-    statistics = ("step", *layout.slots)
-    there = [slot for slot in statistics if slot in state]
-    if there and len(there) < len(statistics):
-        remedy = f"{AFRESH}, or construct the optimizer with the factoring that wrote it."
-        rule = " and ".join(statistics)
-        raise RuntimeError(message(f"the state of {work.name}", rule, sorted(map(str, state)), remedy))
+    check_complete(layout, state, work.name)
     held = {slot: _fitted(param, placement, work, slot, state.get(slot)) for slot in slots}
     renamed = _renamed(placement)
     locals_ = {renamed.get(slot, slot): _local(value) for slot, value in held.items()}
@@ -115,6 +110,8 @@ def _fitted(param: DTensor, placement: Placement, work: Work, slot: str, value: 
         step = torch.as_tensor(_local(value))
         if step.numel() != 1 or step.device.type == "meta":
             raise RuntimeError(message(what, "a tensor of shape ()", tuple(step.shape), f"{AFRESH}."))
+        check_memory(what, step)
+        check_step(step, work.name)
         if step is value and step.dtype == torch.int64 and step.device == device and step.dim() == 0:
             return value
         copied: Tensor = step.reshape(()).to(device, torch.int64, copy=True)
@@ -132,6 +129,7 @@ def _fitted(param: DTensor, placement: Placement, work: Work, slot: str, value: 
         remedy = f"{AFRESH}, or construct the optimizer with the factoring that wrote it."
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise RuntimeError(message(what, f"of shape {shape} for {tuple(param.shape)}", got, remedy))
+    check_memory(what, _local(value))
     if isinstance(value, DTensor) and value.device_mesh == param.device_mesh:
         local = value.to_local()
         if (
