@@ -48,4 +48,10 @@ def test_edits_under_address_sanitizer(times, tmp_path):
     if not Path(preload).is_absolute():
         pytest.skip("gcc has no libasan")
     options = "detect_leaks=0:allocator_may_return_null=1"
+    preload += (
+        " "
+        + subprocess.run(
+            ["gcc", "-print-file-name=libstdc++.so.6"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )  # whose exceptions it intercepts
     fuzz(100 * times, times, {"ADAFACTOR_LIBRARY": library, "LD_PRELOAD": preload, "ASAN_OPTIONS": options})

@@ -383,6 +383,7 @@ def test_what_does_not_fit_is_refused(edit, fused):
 
 @pytest.mark.parametrize("first", [torch.int8, None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("then", [torch.int8, None, torch.bfloat16])
+@pytest.mark.parametrize("fused", ["native", "torch"], indirect=True)  # minutes in Triton's interpreter
 def test_momentum_is_recoded_when_its_storage_is_edited(first, then, fused):
     optimizer, _ = trained(fused, beta1=0.9, momentum_dtype=first)
     for dtype in (then, first, then):
