@@ -217,6 +217,7 @@ class Preparation:
         if known is not None or len(self._offsets) != len(groups) + 1:
             self.clear()
             self._offsets = [0, *accumulate(len(each["params"]) for each in groups)]
+        self._prepared.clear()  # what was prepared for earlier Members would follow their learning rates
         made = Members(number, self._offsets[number], list(params), values, structure, Group(settings, group["lr"]))
         made.places = [(made, k) for k in range(len(params))]
         self._members[number] = made

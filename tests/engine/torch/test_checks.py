@@ -418,6 +418,18 @@ def test_groups_that_are_edited(words, fused):
     assert (check(optimizer) != "right") == refused
 
 
+def test_a_group_follows_its_rate_after_another_group_was_edited():
+    params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    optimizer = Adafactor([{"params": [param]} for param in params], lr=0.01)
+    for edit in ({}, {"beta1": 0.9}, {}):
+        for param in params:
+            param.grad = torch.randn(4, 3)
+        optimizer.param_groups[1].update(edit)
+        assert check(optimizer) == "right"
+    optimizer.param_groups[0]["lr"] = 0.3
+    assert check(optimizer) == "right"
+
+
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory):
     if torch.distributed.is_initialized():
