@@ -236,7 +236,7 @@ class Play:
     def reloaded(self):
         found = [state for state in self.optimizer.state.values() if isinstance(state, dict)]
         if all(isinstance(v, torch.Tensor) and backed(v) for state in found for v in state.values()):
-            with suppress(TypeError, ValueError, KeyError):  # KeyError: torch knows no parameter that was replaced
+            with suppress(TypeError, ValueError, KeyError):  # torch's, of a parameter that was replaced
                 self.optimizer.load_state_dict(self.optimizer.state_dict())
 
 
