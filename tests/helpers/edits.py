@@ -104,12 +104,12 @@ def check(optimizer):
     assert wanted is not None, f"stepped, where the oracle cannot: {why}"
     after_dtypes = stored(optimizer)
     for param, old, x, after in wanted:
+        if not np.isfinite(x).all():
+            continue  # an edit has made numbers of which no step is right
         off, moved = float(np.abs(numbers(param) - x).max()), float(np.abs(x - old).max())
         recoded = any(dtypes.get(param, {}).get(slot, dtype) != dtype for slot, dtype in after_dtypes[param].items())
         allowed = ROUNDING[param.dtype] * float(np.abs(x).max()) + (0.03 if recoded else 1e-5) * moved
-        assert off <= allowed, (
-            f"a {param.dtype} parameter moved by {moved:.3g} and is off by {off:.3g}, fused={[g['fused'] for g in optimizer.param_groups]}, lr={[g['lr'] for g in optimizer.param_groups]}"
-        )
+        assert off <= allowed, f"a {param.dtype} parameter moved by {moved:.3g} and is off by {off:.3g}"
         state = optimizer.state[param]
         assert int(state["step"]) == after.t
         for name, value in after.second_moment.items():
