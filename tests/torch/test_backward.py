@@ -470,3 +470,24 @@ class TestRefusals:
             embedding(torch.tensor([1, 2])).sum().backward()
         assert torch.equal(embedding.weight, before)
         assert not optimizer.state
+
+
+def test_compiled_autograd_does_not_trace_into_the_step():
+    from torch._dynamo import compiled_autograd
+
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        optimizer = Adafactor(model.parameters(), lr=0.05)
+        with step_in_backward(model, optimizer):
+            for t in range(2):
+                x = torch.randn(5, 6, generator=torch.Generator().manual_seed(t))
+                if compiled:
+                    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=False)):
+                        model(x).square().mean().backward()
+                else:
+                    model(x).square().mean().backward()
+        runs.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)

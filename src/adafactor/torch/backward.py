@@ -84,6 +84,17 @@ class _Hook:
             self.owner._ready(self._place, param)
 
 
+class _UntracedHook(_Hook):
+    """The same where the compiler is loaded: compiled autograd would trace into the step."""
+
+    def __init__(self, owner: StepInBackward, place: Place) -> None:
+        super().__init__(owner, place)
+        self._call = torch.compiler.disable(super().__call__)  # type: ignore[no-untyped-call]
+
+    def __call__(self, param: Tensor) -> None:
+        self._call(param)
+
+
 class StepInBackward:
     """The hooks of :func:`step_in_backward`, which are there for as long as this or the optimizer is referred to."""
 
@@ -107,11 +118,12 @@ class StepInBackward:
             for position, param in enumerate(group["params"]):
                 if param.is_floating_point() or param.is_complex():
                     places.setdefault(param, (number, position))
+        hook = _UntracedHook if "torch._dynamo" in sys.modules else _Hook  # which takes a second to import
         for param, place in places.items():
             bucket = self._buckets.get(param)
             if bucket is not None:
                 bucket.members.append(param)
-            _register(param, _Hook(self, place))
+            _register(param, hook(self, place))
             self._params.append(param)
         self.lists = len(places)
         optimizer._in_backward = self
