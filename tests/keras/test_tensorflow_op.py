@@ -227,7 +227,8 @@ def python(code, *arguments, **environment):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
 def test_a_training_step_peaks_below_keras_own_by_the_velocity_at_least():
-    ours, theirs = (int(python(MEMORY, which)) for which in ("ours", "keras"))
+    # How many gradients are alive at once is up to TensorFlow's threads: the least of several runs is the optimizer's.
+    ours, theirs = (min(int(python(MEMORY, which)) for _ in range(4)) for which in ("ours", "keras"))
     assert theirs - ours >= 24 * 1024 * 1024 * 4 / 1024, (ours, theirs)
 
 
