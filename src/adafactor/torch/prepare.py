@@ -42,7 +42,7 @@ class Members:
 
     Attributes:
         number: the group's; ``first``: the place of its first parameter among all.
-        params: its parameters; ``places``: of each, this object and its position.
+        params: its parameters; ``places``: of each, this object and its position; ``sharded``: if any is a DTensor.
         values: the group's words; ``structure``: those that decide about state and backends.
         group: the same in the engine's words.
     """
@@ -54,6 +54,7 @@ class Members:
     structure: tuple[object, ...]
     group: Group
     places: list[tuple[Members, int]] = field(default_factory=list)
+    sharded: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -150,15 +151,15 @@ class Preparation:
             if any(map(is_, its_grads, [None] * len(its_grads))):
                 kept = [k for k, g in enumerate(its_grads) if g is not None or _may_be_elsewhere(params[k])]
                 its_places, its_grads = [its_places[k] for k in kept], [its_grads[k] for k in kept]
+            if members.sharded:
+                from adafactor.engine.torch.sharded.shard import gradient
+
+                for k, (_, position) in enumerate(its_places):
+                    param = members.params[position]
+                    if is_sharded(param):
+                        its_grads[k] = gradient(param, called(groups, members, position))  # type: ignore[arg-type]
             places += its_places
             grads += its_grads
-        if "torch.distributed.tensor" in sys.modules:
-            for k, (members, position) in enumerate(places):
-                param = members.params[position]
-                if is_sharded(param):
-                    from adafactor.engine.torch.sharded.shard import gradient
-
-                    grads[k] = gradient(param, called(groups, members, position))  # type: ignore[arg-type]
         return places, grads
 
     def prepared(
@@ -220,6 +221,7 @@ class Preparation:
         self._prepared.clear()  # what was prepared for earlier Members would follow their learning rates
         made = Members(number, self._offsets[number], list(params), values, structure, Group(settings, group["lr"]))
         made.places = [(made, k) for k in range(len(params))]
+        made.sharded = any(map(is_sharded, params))
         self._members[number] = made
         return made
 
