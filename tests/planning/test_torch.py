@@ -209,7 +209,7 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(mesh, policy, momentum):
         params.append(p)
     optimizer = ours(params, policy, momentum)
     preparation, groups = optimizer._preparation, optimizer.param_groups
-    for members, k in preparation.collect(groups, [(0, None)])[0]:  # a whole step needs ranks that answer
+    for members, k in preparation.collect(groups, [(0, None)]).places:  # a whole step needs ranks that answer
         draft = prepare.draft_of(groups, members, k)
         shard = shard_of(draft.param, draft.layout, draft, {}, lambda param, layout: None)
         optimizer.state[draft.param].update(shard.state)

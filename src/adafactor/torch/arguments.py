@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,27 +29,23 @@ VOCABULARY = {
 }
 MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
-# The words of a group that decide which state there is and which backend takes it, and those that may change between
-# steps; a scheduler moves the learning rate besides.
+# The words of a group that decide which state there is and which backend takes it, and after them those that may change
+# between steps; a scheduler moves the learning rate besides.
 STRUCTURE = (
     *("fused", "beta1", "momentum_dtype", "factoring", "min_dim_size_to_factor"),
     *("stochastic_rounding", "compensated", "capturable"),
 )
-WORDS = (
+_words = itemgetter(
+    *STRUCTURE,
     *("beta2_decay", "d", "weight_decay", "maximize", "relative_step", "scale_parameter", "beta2_max"),
-    *("skip_nonfinite", "seed"),
+    *("skip_nonfinite", "seed", "eps"),
 )
 
 
-def values_of(group: Mapping[str, Any]) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """A group's words, to see whether they have changed, and of these the ones that decide about its structure."""
-    eps = group["eps"]
-    structure = tuple([group[name] for name in STRUCTURE])
-    return (
-        *[group[name] for name in WORDS],
-        *(eps if isinstance(eps, tuple | list) else (eps,)),
-        *structure,
-    ), structure
+def values_of(group: dict[str, Any]) -> tuple[object, ...]:
+    """A group's words, to see whether they have changed; those of its structure come first."""
+    values = _words(group)
+    return (*values, *values[-1]) if isinstance(values[-1], list) else values  # a list may change in place
 
 
 def translate(group: Mapping[str, Any]) -> Settings:
@@ -122,6 +119,8 @@ def _pair(eps: Any) -> tuple[Any, Any]:
 
 
 def check_lr(lr: object) -> None:
+    if type(lr) is float and 0.0 <= lr < math.inf:
+        return
     if isinstance(lr, Tensor):  # its value stays on its device, unread
         if lr.numel() != 1:
             raise ValueError(message("lr", "a number or a tensor of one element", tuple(lr.shape), "Pass lr.mean()."))

@@ -246,14 +246,14 @@ class Adafactor(Optimizer):
         self._update([(number, None) for number in range(len(self.param_groups))])
         return loss
 
-    def _update(self, chosen: Positions) -> None:
-        """Update what has a gradient among the ``chosen`` positions of groups."""
+    def _update(self, positions: Positions) -> None:
+        """Update what has a gradient at these positions of groups."""
         # Every check comes before the first write: a step happens wholly or not at all.
-        places, grads = self._preparation.collect(self.param_groups, chosen)
-        if places:
-            prepared = self._preparation.prepared(self.param_groups, self.state, places, grads, self._recorded)
-            if not (prepared.fresh and self._makes_state_only(grads)):
-                prepared.step(grads, self.state, self._count_of)
+        chosen = self._preparation.collect(self.param_groups, positions)
+        if chosen.params:
+            prepared = self._preparation.prepared(self.param_groups, self.state, chosen, self._recorded)
+            if not (prepared.fresh and self._makes_state_only(chosen.grads)):
+                prepared.step(chosen.grads, self.state, self._count_of)
             prepared.fresh = False
 
     def _makes_state_only(self, grads: Sequence[Tensor]) -> bool:
@@ -306,10 +306,10 @@ class Adafactor(Optimizer):
         return False
 
     def _prepared_group(self, number: int) -> tuple[Prepared | None, list[Tensor]]:
-        places, grads = self._preparation.collect(self.param_groups, [(number, None)])
-        if not places:
+        chosen = self._preparation.collect(self.param_groups, [(number, None)])
+        if not chosen.params:
             return None, []
-        return self._preparation.prepared(self.param_groups, self.state, places, grads, self._recorded), grads
+        return self._preparation.prepared(self.param_groups, self.state, chosen, self._recorded), chosen.grads
 
     def _run_group(
         self, number: int, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor]

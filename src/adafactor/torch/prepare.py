@@ -22,7 +22,7 @@ from adafactor.core.factoring import Layout, layout
 from adafactor.engine.torch import checks, choose, cuda
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.work import Group, Work, is_sharded, new_diagnostics
-from adafactor.torch.arguments import check_lr, translate, values_of
+from adafactor.torch.arguments import STRUCTURE, check_lr, translate, values_of
 
 if TYPE_CHECKING:
     from adafactor.engine.torch.sharded.reducer import Reducer
@@ -43,7 +43,7 @@ class Members:
     Attributes:
         number: the group's; ``first``: the place of its first parameter among all.
         params: its parameters; ``places``: of each, this object and its position; ``sharded``: if any is a DTensor.
-        values: the group's words; ``structure``: those that decide about state and backends.
+        values: the group's words.
         group: the same in the engine's words.
     """
 
@@ -51,10 +51,21 @@ class Members:
     first: int
     params: list[Tensor]
     values: tuple[object, ...]
-    structure: tuple[object, ...]
     group: Group
     places: list[tuple[Members, int]] = field(default_factory=list)
     sharded: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Chosen:
+    """Parameters to update: their places in groups, and their gradients, of a shard its local one.
+
+    Sharded parameters without a gradient too, with None: other ranks may have one.
+    """
+
+    params: list[Tensor]
+    places: list[tuple[Members, int]]
+    grads: list[Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +140,7 @@ class Preparation:
         """Forget everything that was derived."""
         self._members: dict[int, Members] = {}
         self._offsets: list[int] = []
+        self._every: tuple[list[Members], list[Tensor], list[tuple[Members, int]]] = ([], [], [])
         self._prepared: dict[tuple[object, ...], Prepared] = {}
         self._reducers: dict[tuple[object, ...], list[Reducer]] = {}
 
@@ -136,56 +148,57 @@ class Preparation:
         """Note parameters that the user has given."""
         self._given += map(weakref.ref, params)
 
-    def collect(self, groups: list[dict[str, Any]], chosen: Positions) -> tuple[list[tuple[Members, int]], list[Any]]:
-        """What has a gradient, as places in groups, and the gradients, of a shard its local one.
+    def collect(self, groups: list[dict[str, Any]], positions: Positions) -> Chosen:
+        """What has a gradient."""
+        members = [self._members_of(groups, number) for number, _ in positions]
+        if any(its is not None for _, its in positions):
+            places = [
+                place
+                for each, (_, its) in zip(members, positions, strict=True)
+                for place in (each.places if its is None else [each.places[k] for k in its])
+            ]
+            params = [each.params[k] for each, k in places]
+        else:
+            before, params, places = self._every
+            if len(members) != len(before) or not all(map(is_, members, before)):
+                params = [param for each in members for param in each.params]
+                places = [place for each in members for place in each.places]
+                self._every = members, params, places
+        grads = list(map(_grad_of, params))
+        if any(map(is_, grads, [None] * len(grads))):
+            kept = [k for k, g in enumerate(grads) if g is not None or _may_be_elsewhere(params[k])]
+            params, places, grads = ([of[k] for k in kept] for of in (params, places, grads))  # type: ignore[assignment]
+        if any(each.sharded for each in members):
+            from adafactor.engine.torch.sharded.shard import gradient
 
-        Sharded parameters without a gradient too, as None: other ranks may have one.
-        """
-        places: list[tuple[Members, int]] = []
-        grads: list[Any] = []
-        for number, positions in chosen:
-            members = self._members_of(groups, number)
-            params = members.params if positions is None else [members.params[k] for k in positions]
-            its_places = members.places if positions is None else [members.places[k] for k in positions]
-            its_grads = list(map(_grad_of, params))
-            if any(map(is_, its_grads, [None] * len(its_grads))):
-                kept = [k for k, g in enumerate(its_grads) if g is not None or _may_be_elsewhere(params[k])]
-                its_places, its_grads = [its_places[k] for k in kept], [its_grads[k] for k in kept]
-            if members.sharded:
-                from adafactor.engine.torch.sharded.shard import gradient
-
-                for k, (_, position) in enumerate(its_places):
-                    param = members.params[position]
-                    if is_sharded(param):
-                        its_grads[k] = gradient(param, called(groups, members, position))  # type: ignore[arg-type]
-            places += its_places
-            grads += its_grads
-        return places, grads
+            for k, (param, (each, position)) in enumerate(zip(params, places, strict=True)):
+                if is_sharded(param):
+                    grads[k] = gradient(param, called(groups, each, position))  # type: ignore[arg-type]
+        return Chosen(params, places, grads)
 
     def prepared(
         self,
         groups: list[dict[str, Any]],
         state: Any,
-        places: list[tuple[Members, int]],
-        grads: list[Any],
+        chosen: Chosen,
         recorded: Callable[[Tensor, Layout], Tensor | None],
     ) -> Prepared:
         """What updates a list of parameters: what there is, as long as nothing it knows has moved.
 
         Args:
             groups, state: the optimizer's.
-            places, grads: as `collect` gives them.
+            chosen: what `collect` gave.
             recorded: gives the tensor for a parameter's diagnostics.
 
         Raises:
             RuntimeError, TypeError, ValueError: a parameter, its gradient or its state does not fit.
         """
-        params = [members.params[k] for members, k in places]
-        key: tuple[object, ...] = tuple(map(id, params))
+        grads = chosen.grads
+        key: tuple[object, ...] = tuple(map(id, chosen.params))
         prepared = self._prepared.get(key)
         if prepared is not None and prepared.current(grads, state, dense=True):
             return prepared
-        for (members, k), param, grad in zip(places, params, grads, strict=True):
+        for (members, k), param, grad in zip(chosen.places, chosen.params, grads, strict=True):
             if grad is not None and param.numel():
                 local = param.to_local() if is_sharded(param) else param  # type: ignore[attr-defined]
                 checks.check_gradient(local, grad, called(groups, members, k))
@@ -195,7 +208,7 @@ class Preparation:
             prepared = self._prepared.get((key, pattern))
             if prepared is not None and prepared.current(grads, state, dense=False):
                 return prepared
-        made = self._prepare(groups, state, places, grads, recorded)
+        made = self._prepare(groups, state, chosen, recorded)
         if len(self._prepared) >= self._lists:  # a model whose list changes every step must not fill the memory
             self._prepared.clear()
         self._prepared[key if all(pattern) else (key, pattern)] = made
@@ -204,22 +217,21 @@ class Preparation:
     def _members_of(self, groups: list[dict[str, Any]], number: int) -> Members:
         """A group as of this step: its words are checked when they change, the learning rate every time."""
         group, known = groups[number], self._members.get(number)
-        params, (values, structure) = group["params"], values_of(group)
+        params, values, lr = group["params"], values_of(group), group["lr"]
         if known is not None and len(params) == len(known.params) and all(map(is_, params, known.params)):
             if values == known.values:
-                check_lr(group["lr"])
-                known.group.lr = group["lr"]
+                check_lr(lr)
+                known.group.lr = lr
                 return known
-            settings = translate(group)
-            if structure == known.structure:
-                known.group.settings, known.group.lr, known.values = settings, group["lr"], values
+            if values[: len(STRUCTURE)] == known.values[: len(STRUCTURE)]:
+                known.group.settings, known.group.lr, known.values = translate(group), lr, values
                 return known
         settings = translate(group)
         if known is not None or len(self._offsets) != len(groups) + 1:
             self.clear()
             self._offsets = [0, *accumulate(len(each["params"]) for each in groups)]
         self._prepared.clear()  # what was prepared for earlier Members would follow their learning rates
-        made = Members(number, self._offsets[number], list(params), values, structure, Group(settings, group["lr"]))
+        made = Members(number, self._offsets[number], list(params), values, Group(settings, lr))
         made.places = [(made, k) for k in range(len(params))]
         made.sharded = any(map(is_sharded, params))
         self._members[number] = made
@@ -229,18 +241,17 @@ class Preparation:
         self,
         groups: list[dict[str, Any]],
         state: Any,
-        places: list[tuple[Members, int]],
-        grads: list[Any],
+        chosen: Chosen,
         recorded: Callable[[Tensor, Layout], Tensor | None],
     ) -> Prepared:
         """Check everything, complete the state, and choose backends."""
+        grads = chosen.grads
         drafts: list[Work] = []
         at: list[int] = []
         shards: list[Shard] = []
         shards_at: list[int] = []
         seen: set[int] = set()
-        for place, (members, k) in enumerate(places):
-            param = members.params[k]
+        for place, (param, (members, k)) in enumerate(zip(chosen.params, chosen.places, strict=True)):
             if id(param) in seen or not param.numel():  # a parameter that is listed twice is updated once
                 continue
             seen.add(id(param))
