@@ -44,7 +44,7 @@ test-core: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/core tests/cli tests/examples
 
 test-torch: $(VENV)/test.$(MODULES)
-	$(PYTEST) tests/torch tests/engine/torch
+	$(PYTEST) tests/torch tests/engine/torch tests/hosts
 
 test-optax: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/optax tests/engine/xla

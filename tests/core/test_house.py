@@ -16,6 +16,8 @@ FRONT_ENDS = {
     "optax": {"engine.xla", "jax", "optax"},
     "keras": {*ENGINES, "keras", "torch", "jax", "tensorflow"},
 }
+#: Front ends of PyTorch that speak the words of a host, over the front end of PyTorch.
+HOSTS = {host: {"engine.torch", "adafactor.torch", "torch", host} for host in ("transformers", "timm")}
 FRAMEWORKS = set().union(*ENGINES.values(), ["keras", "optax"])
 FILES = {"h5py", "msgpack", "safetensors", "ml_dtypes", "orbax"}  # each for its own files, imported when one is met
 
@@ -26,7 +28,7 @@ ALLOWED = {
     **{engine: {"adafactor.core", *frameworks} for engine, frameworks in ENGINES.items()},
     **{
         name: {"adafactor.core"} | {f"adafactor.{part}" if part in ENGINES else part for part in parts}
-        for name, parts in FRONT_ENDS.items()
+        for name, parts in (FRONT_ENDS | HOSTS).items()
     },
     "planning": {"adafactor.core", "torch", "h5py"},  # to read a file, in a process of its own or by h5py
     "convert": {"adafactor.core", *(f"adafactor.{name}" for name in [*ENGINES, *FRONT_ENDS]), *FRAMEWORKS, *FILES},
@@ -87,7 +89,7 @@ def test_every_import_goes_down():
         ".".join(("adafactor", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
         for path in SOURCE.rglob("*.py")
     }
-    assert {package(module) for module in found} >= {"", "core", "planning", "convert", "cli", *FRONT_ENDS}
+    assert {package(module) for module in found} >= {"", "core", "planning", "convert", "cli", *FRONT_ENDS, *HOSTS}
     assert [v for module, path in found.items() for v in violations(module, path.read_text(encoding="utf-8"))] == []
 
 

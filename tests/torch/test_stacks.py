@@ -4,41 +4,22 @@ import accelerate
 import lightning
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from small_models import Repeating, small_t5, training_arguments
+from transformers import Trainer
 
 from adafactor.torch import Adafactor
 
 T5 = {"lr": 1e-3, "relative_step": False, "scale_parameter": False}
 
 
-class Copying(torch.utils.data.Dataset):
-    """Sequences to be copied: a task that a T5 of a few thousand weights begins to learn in seconds."""
-
-    def __init__(self, n: int = 64) -> None:
-        self.tokens = torch.randint(2, 12, (n, 6), generator=torch.Generator().manual_seed(3))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
-
-
-def small_t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(4)
-    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    return T5ForConditionalGeneration(T5Config(**sizes, **tokens, dropout_rate=0.0))
-
-
 def loss_of(model: torch.nn.Module) -> float:
-    batch = torch.utils.data.default_collate(list(Copying()))
+    batch = torch.utils.data.default_collate(list(Repeating()))
     with torch.no_grad():
         return model(**batch).loss.item()
 
 
 def test_plain_loop():
-    model, data = small_t5(), torch.utils.data.DataLoader(Copying(), batch_size=16)
+    model, data = small_t5(), torch.utils.data.DataLoader(Repeating(), batch_size=16)
     optimizer = Adafactor(model.parameters(), lr=0.1)
     before = loss_of(model)
     for _ in range(5):
@@ -49,20 +30,13 @@ def test_plain_loop():
     assert loss_of(model) < 0.9 * before
 
 
-def training_arguments(path, **more) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(path), max_steps=10, per_device_train_batch_size=16, report_to=[], use_cpu=True, seed=0,
-        disable_tqdm=True, logging_strategy="no", save_strategy="no", data_seed=0, **more,
-    )  # fmt: skip
-
-
 def test_trainer(tmp_path):
     model = small_t5()
     before = loss_of(model)
     trainer = Trainer(
         model=model,
         args=training_arguments(tmp_path, learning_rate=1e-2),
-        train_dataset=Copying(),
+        train_dataset=Repeating(),
         optimizer_cls_and_kwargs=(Adafactor, {**T5, "lr": 1e-2}),
     )
     trainer.train()
@@ -75,12 +49,12 @@ def test_trainer_goes_on_with_the_checkpoint_of_its_own_adafactor(tmp_path):
     saving = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     arguments = training_arguments(tmp_path, optim="adafactor", **saving)
     arguments.save_strategy, arguments.save_steps = "steps", 5
-    whole = Trainer(model=small_t5(), args=arguments, train_dataset=Copying())
+    whole = Trainer(model=small_t5(), args=arguments, train_dataset=Repeating())
     whole.train()
     ours = Trainer(
         model=small_t5(),
         args=training_arguments(tmp_path, **saving),
-        train_dataset=Copying(),
+        train_dataset=Repeating(),
         optimizer_cls_and_kwargs=(Adafactor, {**T5, "lr": 1e-2}),
     )
     ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -95,7 +69,7 @@ def test_accelerate(accumulation, tmp_path):
     before = loss_of(model)
     optimizer = Adafactor(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
-    data = torch.utils.data.DataLoader(Copying(), batch_size=16)
+    data = torch.utils.data.DataLoader(Repeating(), batch_size=16)
     model, optimizer, data, schedule = runner.prepare(model, optimizer, data, schedule)
     for _ in range(6):
         for batch in data:
@@ -136,7 +110,7 @@ def test_lightning(precision, tmp_path):
         "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
         "default_root_dir": tmp_path, "precision": precision,
     }  # fmt: skip
-    data = torch.utils.data.DataLoader(Copying(), batch_size=16)
+    data = torch.utils.data.DataLoader(Repeating(), batch_size=16)
     trainer = lightning.Trainer(max_epochs=4, gradient_clip_val=1.0, **quiet)
     trainer.fit(module, data)
     assert loss_of(module.model) < 0.9 * before

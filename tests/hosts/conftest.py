@@ -1,0 +1,1 @@
+from quiet_torch import _quiet_torch  # noqa: F401
