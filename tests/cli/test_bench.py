@@ -10,17 +10,18 @@ import time
 import pytest
 
 from adafactor.cli import bench, main
-from adafactor.cli.bench import timing
+from adafactor.cli.bench import timing, worker
 from adafactor.cli.bench.timing import Budget, Candidate, Case, Group, Problem, measure, take_turns
 
-ROW = {"name": "adafactor.torch.Adafactor", "ns_per_parameter": 0.5, "ratio": 1.0, "turns": 3}
-CASE = Case("PyTorch, tiny", [ROW, ROW | {"name": "torch.optim.AdamW", "ns_per_parameter": 1.0, "ratio": 2.0}])
+ROW = {"name": "adafactor.torch.Adafactor", "ms": 0.5, "ns_per_parameter": 0.5, "ratio": 1.0, "cpu_ratio": 1.0}
+CASE = Case("PyTorch, tiny", [ROW, ROW | {"name": "torch.optim.AdamW", "ms": 1.0, "ratio": 2.0, "cpu_ratio": 1.5}])
 
 
 def test_ratios_are_medians_of_turns(monkeypatch):
     """Every step takes twice its turn's length in "slow": its median is of another turn than the ratio's."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "process_time", lambda: 3 * now[0])  # on three threads
     lengths = iter([1, 1, 5, 1, 3])  # warm-up, warm-up, three turns
     current = [0]
 
@@ -36,8 +37,9 @@ def test_ratios_are_medians_of_turns(monkeypatch):
     group = Group(lambda: {"fast": Candidate(fast), "slow": Candidate(slow, {"accessed": 4.0})})
     case = measure(Problem("title", {"mix": "tiny"}, 10, [group]), repeats=3)
     first, second = case.rows
-    assert (first["ratio"], second["ratio"]) == (1.0, 2.0)
-    assert first == {"mix": "tiny", "name": "fast", "ns_per_parameter": pytest.approx(3e8), "ratio": 1.0, "turns": 3}
+    assert [(row["ratio"], row["cpu_ratio"]) for row in case.rows] == [(1.0, 1.0), (2.0, 2.0)]
+    figures = {"ms": 3e3, "ns_per_parameter": pytest.approx(3e8), "ratio": 1.0, "cpu_ratio": 1.0, "turns": 3}
+    assert first == {"mix": "tiny", "name": "fast"} | figures
     assert (second["turns"], second["accessed"]) == (3, 4.0)
 
 
@@ -100,6 +102,40 @@ def test_every_optimizer_of_optax_steps():
     assert len(jax.problems(full=False)) == len(jax.MIXES)
 
 
+WHOLE = """
+import sys
+from adafactor.cli.bench import whole
+from adafactor.cli.bench.timing import measure
+suite = sys.argv[1]
+whole.VOCABULARY, whole.WIDTH, whole.LAYERS, whole.HEADS = 32, 8, 1, 2
+for name, make in whole.STEPS[suite]().items():
+    step = make(4)
+    losses = [float(step()) for _ in range(30)]
+    assert losses[-1] < losses[0], (name, losses)
+print([row["name"] for row in measure(whole.problem(suite, 4), 1).rows])
+"""
+
+
+@pytest.mark.parametrize("suite", worker.WHOLE)
+def test_every_optimizer_trains_by_whole_steps(suite):
+    _, modules, backend = worker.WHOLE[suite]
+    for module in modules:
+        pytest.importorskip(module)
+    environment = os.environ | {"KERAS_BACKEND": backend or "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", WHOLE, suite]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = {"torch": "adafactor.torch.Adafactor", "jax": "adafactor.optax, update"}
+    assert ours.get(suite, "adafactor.keras.Adafactor") in done.stdout.splitlines()[-1]
+
+
+def test_whole_steps_are_of_a_model_of_the_size_that_is_said():
+    pytest.importorskip("keras")
+    code = "from adafactor.cli.bench import whole as w; print(w.keras_model(4).count_params() == w.PARAMETERS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "True"
+
+
 def test_a_framework_in_a_process_of_its_own(tmp_path):
     pytest.importorskip("keras")
     file = tmp_path / "bench.json"
@@ -112,7 +148,7 @@ def test_a_framework_in_a_process_of_its_own(tmp_path):
     assert [row["ratio"] for row in case["rows"] if row["name"] == "adafactor.keras.Adafactor"] == [1.0]
 
 
-def fake(suite, repeats, deadline, full):
+def fake(suite, repeats, deadline, extent):
     if suite == "jax":
         raise RuntimeError("ImportError: jaxlib is too old")
     yield CASE
@@ -128,7 +164,9 @@ def test_table_json_and_picture_and_a_framework_that_fails(monkeypatch, capsys, 
     out = capsys.readouterr().out
     assert code == 1
     assert "jax failed: ImportError: jaxlib is too old" in out
-    assert [line.split()[-2:] for line in out.splitlines() if line.startswith("torch.optim")] == [["1.00", "2.00"]]
+    assert [line.split()[-3:] for line in out.splitlines() if line.startswith("torch.optim")] == [
+        ["0.50", "2.00", "1.50"]
+    ]
     assert json.loads(data.read_text())["cases"] == [{"suite": "torch", "title": CASE.title, "rows": CASE.rows}]
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
@@ -137,7 +175,7 @@ def test_a_worker_that_crashes_is_told_in_one_line(monkeypatch):
     monkeypatch.setitem(bench.SUITES, "torch", ("pytorch", ("torch",), "no-such-backend"))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="exit code 1"):
-        list(bench._measure("torch", 1, 0.0, False))
+        list(bench._measure("torch", 1, 0.0, "quick"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 #: Does a candidate's work once, and returns when it is done.
 Step = Callable[[], object]
-Times = dict[str, list[float]]
+Times = dict[str, list[Any]]
 
 
 def seconds(step: Step) -> float:
@@ -21,8 +21,14 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
+def wall_and_cpu(step: Step) -> tuple[float, float]:
+    """Seconds that passed, and those that all threads of this process computed in."""
+    start = time.process_time()
+    return seconds(step), time.process_time() - start
+
+
 def take_turns(
-    steps: Mapping[str, Step], repeats: int, clock: Callable[[Step], float] = seconds, end: float = math.inf
+    steps: Mapping[str, Step], repeats: int, clock: Callable[[Step], Any] = seconds, end: float = math.inf
 ) -> Times:
     """Run every step in turn, ``repeats`` times after a warm-up of two, and return what ``clock`` says of each run.
 
@@ -47,7 +53,7 @@ def take_turns(
 
 def ratio(times: Times, name: str, baseline: str) -> float:
     """The median of the ratios turn by turn."""
-    return statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
+    return float(statistics.median(a / max(b, 1e-9) for a, b in zip(times[name], times[baseline], strict=True)))
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ class Problem:
 class Case:
     """What was timed side by side: a line that says what, and a row per candidate as plain data for JSON.
 
-    A row has the candidate's ``name``, the median of its ``ns_per_parameter``, the median ``ratio`` to the baseline, of
-    how many ``turns``, the problem's labels and the candidate's own figures.
+    A row has the candidate's ``name``, the medians of its ``ms`` and ``ns_per_parameter``, the median ``ratio`` to the
+    baseline and that of their CPU times, of how many ``turns``, the problem's labels and the candidate's own figures.
     """
 
     title: str
@@ -100,12 +106,15 @@ def measure(problem: Problem, repeats: int, end: float = math.inf) -> Case:
         candidates = group.make()
         until = time.time() + (end - time.time()) / left
         steps = {name: candidate.step for name, candidate in candidates.items()}
-        times = take_turns(steps, max(1, round(repeats * group.turns)), end=until)
+        times = take_turns(steps, max(1, round(repeats * group.turns)), wall_and_cpu, until)
+        wall, cpu = ({name: [each[k] for each in taken] for name, taken in times.items()} for k in range(2))
         baseline = rows[0]["name"] if rows else next(iter(candidates))
         for name, candidate in candidates.items():
             if not rows or name != baseline:
-                row = {"name": name, "ns_per_parameter": statistics.median(times[name]) * 1e9 / problem.parameters}
-                row |= {"ratio": ratio(times, name, baseline), "turns": len(times[name])}
+                took = statistics.median(wall[name])
+                row = {"name": name, "ms": took * 1e3, "ns_per_parameter": took * 1e9 / problem.parameters}
+                row |= {"ratio": ratio(wall, name, baseline), "cpu_ratio": ratio(cpu, name, baseline)}
+                row["turns"] = len(wall[name])
                 rows.append(problem.labels | row | candidate.figures)
         del candidates, steps
         gc.collect()

@@ -18,15 +18,22 @@ SUITES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "keras-torch": ("keras", ("keras", "torch"), "torch"),
 }
 
+#: The same of whole training steps, ``--whole-step``.
+WHOLE = {suite: ("whole", modules, backend) for suite, (_, modules, backend) in SUITES.items()} | {
+    "jax": ("whole", ("keras", "jax", "optax"), "jax"),  # optax over Keras's model
+    "keras-tensorflow-jit": ("whole", ("keras", "tensorflow"), "tensorflow"),
+}
+
 
 def main() -> None:
     """Measure the suite of the first argument.
 
-    The second is the turns, the third the time at which to be done, the fourth "full" or "quick".
+    The second is the turns, the third the time at which to be done, the fourth "full", "quick" or "whole".
     """
     suite, repeats, deadline, extent = sys.argv[1:]
-    module = importlib.import_module(f"adafactor.cli.bench.{SUITES[suite][0]}")
-    problems = module.problems(extent == "full")
+    whole = extent == "whole"
+    module = importlib.import_module(f"adafactor.cli.bench.{(WHOLE if whole else SUITES)[suite][0]}")
+    problems = module.problems(suite if whole else extent == "full")
     budget = Budget(float(deadline), len(problems))
     for done, problem in enumerate(problems):
         end = budget.next()
