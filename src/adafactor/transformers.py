@@ -176,4 +176,34 @@ def _moved() -> RuntimeError:
     return RuntimeError(message("transformers", rule, transformers.__version__, remedy))
 
 
-__all__ = ["Adafactor", "install", "installed"]
+class ReleaseGradients(transformers.TrainerCallback):
+    """Let Trainer's backward passes step :class:`adafactor.torch.Adafactor`; its loop stays what it is.
+
+    Args:
+        options: of :func:`adafactor.torch.step_in_backward`, ``max_norm`` with ``clip="tensor"`` say.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._released: adafactor.torch.StepInBackward | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises ValueError: Trainer would clip gradients, and find none."""
+        if args.max_grad_norm:
+            remedy = 'Pass max_norm=... and clip="tensor" to ReleaseGradients, or leave it to the optimizer (d).'
+            raise ValueError(message("max_grad_norm", "0 with ReleaseGradients", args.max_grad_norm, remedy))
+        self._remove()
+        self._released = adafactor.torch.step_in_backward(
+            kwargs["model"], kwargs["optimizer"], loop="framework", **self._options
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._released is not None:
+            self._released.remove()
+        self._released = None
+
+
+__all__ = ["Adafactor", "ReleaseGradients", "install", "installed"]

@@ -17,7 +17,7 @@ FRONT_ENDS = {
     "keras": {*ENGINES, "keras", "torch", "jax", "tensorflow"},
 }
 #: Front ends of PyTorch that speak the words of a host, over the front end of PyTorch.
-HOSTS = {host: {"engine.torch", "adafactor.torch", "torch", host} for host in ("transformers", "timm")}
+HOSTS = {host: {"engine.torch", "adafactor.torch", "torch", host} for host in ("transformers", "timm", "lightning")}
 FRAMEWORKS = set().union(*ENGINES.values(), ["keras", "optax"])
 FILES = {"h5py", "msgpack", "safetensors", "ml_dtypes", "orbax"}  # each for its own files, imported when one is met
 

@@ -239,9 +239,12 @@ class Adafactor(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = closure() if self._in_backward is None else self._in_backward._in(closure)
         if torch.compiler.is_compiling():
             self._traced_step()
+            return loss
+        if self._in_backward is not None:
+            self._in_backward._close()
             return loss
         self._update([(number, None) for number in range(len(self.param_groups))])
         return loss

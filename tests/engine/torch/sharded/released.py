@@ -132,7 +132,7 @@ def unused(rank: int, world: int) -> dict[str, Any]:
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
-    """DDP given, DDP around the model, DDP around a part of it, FSDP1."""
+    """DDP that comes later or averages in a way of its own, and FSDP1."""
     found = {}
 
     def attempt(case: str, model: nn.Module, trained: nn.Module, wrap_later: bool = False) -> None:
@@ -155,8 +155,9 @@ def refusals(rank: int, world: int) -> dict[str, str]:
 
     attempt("plain", *[plain()] * 2)
     inner = plain()
-    attempt("given", nn.parallel.DistributedDataParallel(inner), inner)
-    attempt("inside", nn.Sequential(nn.parallel.DistributedDataParallel(inner)), inner)
+    attempt("static", nn.parallel.DistributedDataParallel(inner, static_graph=True), inner)
+    part = nn.Sequential(nn.parallel.DistributedDataParallel(plain()), nn.Linear(4, 4))
+    attempt("part", part, part)
     later = plain()
     attempt("later", later, later, wrap_later=True)
     for original in (False, True):

@@ -27,7 +27,10 @@ def test_parameters_without_gradients_are_not_waited_for(found):
 def test_what_needs_its_gradients_later_is_refused_before_the_first_write(found):
     for refused in (rank["refusals"] for rank in found):
         assert refused["plain"] == "no error"
-        for case in ("given", "inside", "later"):
-            assert refused[case].startswith("model must be without DistributedDataParallel for step_in_backward, got")
+        assert refused["static"].startswith(
+            "DistributedDataParallel must be without ways of its own, got 'static_graph'"
+        )
+        assert refused["part"].startswith("a parameter of the optimizer must be in DistributedDataParallel, got")
+        assert refused["later"].startswith("model must be wrapped in DistributedDataParallel before step_in_backward")
         for original in (False, True):
             assert refused[f"FSDP1 {original}"].startswith("model must be without FSDP1 for Adafactor")

@@ -15,11 +15,14 @@ import torch.distributed as dist
 from adafactor.core.errors import message
 
 
-def check(descriptions: Sequence[str], group: dist.ProcessGroup, device: torch.device) -> None:
+def check(
+    descriptions: Sequence[str], group: dist.ProcessGroup, device: torch.device, what: str = "sharded parameter"
+) -> None:
     """Compare a digest of fixed size, and where it differs find out in which parameter.
 
     Args:
         descriptions: one line per parameter; what follows a tab is told only where the rest is the same.
+        what: what errors call them.
 
     Raises:
         RuntimeError: on every rank of the group, with the first parameter that is not the same everywhere.
@@ -40,7 +43,7 @@ def check(descriptions: Sequence[str], group: dist.ProcessGroup, device: torch.d
             other = next(k for k, line in enumerate(lines) if line != lines[0])
             got = f"{lines[0]} on rank {ranks[0]} and {lines[other]} on rank {ranks[other]}"
             remedy = "Build the model and the optimizer alike on all ranks."
-            raise RuntimeError(message(f"sharded parameter {number}", "the same on all ranks", _Plain(got), remedy))
+            raise RuntimeError(message(f"{what} {number}", "the same on all ranks", _Plain(got), remedy))
 
 
 class _Plain(str):
