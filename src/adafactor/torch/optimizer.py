@@ -6,7 +6,7 @@ Equation numbers refer to ``docs/algorithm.md``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, overload
@@ -23,10 +23,12 @@ from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.work import is_sharded
 from adafactor.torch import checkpoint
 from adafactor.torch.arguments import translate
-from adafactor.torch.prepare import LISTS, Positions, Preparation, Prepared, diagnostics_of
+from adafactor.torch.prepare import Positions, Preparation, Prepared, diagnostics_of
 
 if TYPE_CHECKING:
     from adafactor.torch.backward import StepInBackward
+
+Place = tuple[int, int]  # group, and position in the group
 
 # The columns of ``Work.diagnostics``.
 DIAGNOSTICS = ("update_rms", "clip_factor", "parameter_scale", "skipped")
@@ -141,9 +143,8 @@ class Adafactor(Optimizer):
 
     def _invalidate(self) -> None:
         """Drop what is derived from groups and state, so that the next step derives it anew."""
-        if self._in_backward is not None:  # every parameter is a list of its own
-            self._preparation = Preparation(max(LISTS, self._in_backward.lists), self._preparation)
         self._preparation.clear()
+        self._places: dict[int, Place] = {}
 
     @property
     def skipped(self) -> int:
@@ -248,6 +249,45 @@ class Adafactor(Optimizer):
             return loss
         self._update([(number, None) for number in range(len(self.param_groups))])
         return loss
+
+    def step_param(self, p: Tensor, group: object = None) -> None:
+        """Update one parameter, if it has a gradient: what sd-scripts and musubi-tuner call from gradient hooks.
+
+        Args:
+            p: the parameter; its gradient stays.
+            group: without effect. The group that the parameter is in now counts, also after ``load_state_dict``.
+
+        Raises:
+            ValueError: it is no parameter of this optimizer.
+            RuntimeError, TypeError: as for :meth:`step`. No tensor has been modified.
+        """
+        number, position = self._places.get(id(p), (0, -1))
+        params = self.param_groups[number]["params"] if number < len(self.param_groups) else ()
+        if not 0 <= position < len(params) or params[position] is not p:
+            places = enumerate(self.param_groups)
+            self._places = {id(q): (n, k) for n, its in places for k, q in enumerate(its["params"])}
+            if id(p) not in self._places:
+                got = f"one of shape {tuple(p.shape)}"
+                raise ValueError(message("p", "a parameter of this optimizer", got, "Add it with add_param_group."))
+        self._update_places([self._places[id(p)]])
+
+    def step_parameter(self, parameter: Tensor, group: object = None, i: int = 0) -> None:
+        """:meth:`step_param`, as OneTrainer calls it."""
+        self.step_param(parameter)
+
+    @property
+    def supports_fused_back_pass(self) -> bool:
+        """What OneTrainer looks for before it calls :meth:`step_parameter` from gradient hooks."""
+        return True
+
+    @torch.no_grad()
+    def _update_places(self, places: Iterable[Place]) -> None:
+        """Update what has a gradient among these places."""
+        by_group: dict[int, list[int]] = {}
+        for number, position in places:
+            by_group.setdefault(number, []).append(position)
+        self._update(list(by_group.items()))
+        self._opt_called = True  # what a scheduler looks for before it steps
 
     def _update(self, positions: Positions) -> None:
         """Update what has a gradient at these positions of groups."""

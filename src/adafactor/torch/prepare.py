@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from adafactor.engine.torch.sharded.reducer import Reducer
     from adafactor.engine.torch.sharded.shard import Shard
 
-# Which parameters have a gradient varies little from step to step: what is derived from a list is kept for so many.
+# Which parameters have a gradient varies little from step to step: what is derived from a list is kept, for lists that
+# together are so many times as long as all parameters. One parameter at a time is a list each.
 LISTS = 8
 
 Positions = Sequence[tuple[int, Sequence[int] | None]]  # in groups, by number; None is all of a group
 
+T = TypeVar("T")
 _grad_of: Any = Tensor.grad.__get__  # type: ignore[union-attr]
 
 
@@ -128,12 +130,24 @@ class Prepared:
             self.plan.step(self.grads(grads), skipped)
 
 
+class _Kept(dict[tuple[object, ...], T]):
+    """By list of parameters: a model whose list changes every step must not fill the memory."""
+
+    length = 0
+
+    def keep(self, key: tuple[object, ...], value: T, length: int, all_together: int) -> None:
+        self.length += length
+        if self.length > LISTS * all_together:
+            self.clear()
+            self.length = length
+        self[key] = value
+
+
 class Preparation:
     """What steps of one optimizer have prepared."""
 
-    def __init__(self, lists: int = LISTS, before: Preparation | None = None) -> None:
-        self._lists = lists
-        self._given: list[weakref.ref[Tensor]] = [] if before is None else before._given
+    def __init__(self) -> None:
+        self._given: list[weakref.ref[Tensor]] = []
         self.clear()
 
     def clear(self) -> None:
@@ -141,8 +155,8 @@ class Preparation:
         self._members: dict[int, Members] = {}
         self._offsets: list[int] = []
         self._every: tuple[list[Members], list[Tensor], list[tuple[Members, int]]] = ([], [], [])
-        self._prepared: dict[tuple[object, ...], Prepared] = {}
-        self._reducers: dict[tuple[object, ...], list[Reducer]] = {}
+        self._prepared: _Kept[Prepared] = _Kept()
+        self._reducers: _Kept[list[Reducer]] = _Kept()
 
     def given(self, params: Iterable[Tensor]) -> None:
         """Note parameters that the user has given."""
@@ -209,9 +223,7 @@ class Preparation:
             if prepared is not None and prepared.current(grads, state, dense=False):
                 return prepared
         made = self._prepare(groups, state, chosen, recorded)
-        if len(self._prepared) >= self._lists:  # a model whose list changes every step must not fill the memory
-            self._prepared.clear()
-        self._prepared[key if all(pattern) else (key, pattern)] = made
+        self._prepared.keep(key if all(pattern) else (key, pattern), made, len(grads), self._offsets[-1])
         return made
 
     def _members_of(self, groups: list[dict[str, Any]], number: int) -> Members:
@@ -310,9 +322,7 @@ class Preparation:
         if key not in self._reducers:
             from adafactor.engine.torch.sharded.reducer import reducers
 
-            if len(self._reducers) >= self._lists:
-                self._reducers.clear()
-            self._reducers[key] = reducers(shards)
+            self._reducers.keep(key, reducers(shards), len(shards), self._offsets[-1])
         return self._reducers[key]
 
     def _check_origin(self, param: Tensor) -> None:

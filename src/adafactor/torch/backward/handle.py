@@ -20,10 +20,10 @@ from adafactor.core.errors import message
 from adafactor.engine.torch.work import is_sharded
 from adafactor.torch.backward import refusals
 from adafactor.torch.backward.company import Company, Modules
-from adafactor.torch.backward.hooks import Place, register, unregister
+from adafactor.torch.backward.hooks import register, unregister
 from adafactor.torch.backward.norms import Clipping
 from adafactor.torch.backward.passes import Passes
-from adafactor.torch.optimizer import Adafactor
+from adafactor.torch.optimizer import Adafactor, Place
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,7 +69,6 @@ class StepInBackward:
             for position, param in enumerate(group["params"]):
                 if param.is_floating_point() or param.is_complex():
                     self._places.setdefault(param, (number, position))
-        self.lists = len(self._places)
         self._refusal = self._optimizer.register_step_pre_hook(
             lambda optimizer, *_: refusals.refuse_step(optimizer, framework)
         )
@@ -301,17 +300,12 @@ class StepInBackward:
         return param
 
     def _step(self, places: list[Place]) -> None:
-        optimizer = self._optimizer
-        by_group: dict[int, list[int]] = {}
         for place in places:
-            by_group.setdefault(place[0], []).append(place[1])
             self._clip.apply(self._param(place))
-        with torch.no_grad():
-            optimizer._update(list(by_group.items()))
+        self._optimizer._update_places(places)
         for place in places:
             self._param(place).grad = None
         self._used = True
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for before it steps
 
 
 def _several_ranks() -> bool:

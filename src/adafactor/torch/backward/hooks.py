@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Place = tuple[int, int]  # group, and position in the group
+from adafactor.torch.optimizer import Place
 
 
 class _Hook:

@@ -18,7 +18,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from adafactor.engine.torch.sharded.rank_check import check
-from adafactor.torch.backward.hooks import Place
+from adafactor.torch.optimizer import Place
 
 LARGE = 1 << 20  # bytes of what is sent together, at most, or one tensor
 _END = -1  # in place of a parameter's number: the first rank's pass has ended
