@@ -79,9 +79,9 @@ def _jitted(optimizer, variables):
 def precise(dtype):
     """Where JAX would make float32 of float64."""
     if BACKEND == "jax" and dtype == "float64":
-        import jax
+        from adafactor.engine.xla.primitives import enable_x64
 
-        return jax.enable_x64(True)
+        return enable_x64()
     return contextlib.nullcontext()
 
 

@@ -9,6 +9,7 @@ from optax_support import assert_close, run
 from trajectories import Trajectory
 
 from adafactor import Factored
+from adafactor.engine.xla.primitives import enable_x64
 from adafactor.optax import adafactor
 
 
@@ -111,7 +112,7 @@ def test_updates_have_the_parameters_dtype(dtype, path, rng):
 
 
 def test_float64():
-    with jax.enable_x64(True):
+    with enable_x64():
         follow([(20, 30), (7,), (2, 3, 4)], "float64", "last_two")
 
 

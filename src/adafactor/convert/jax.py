@@ -366,6 +366,7 @@ def _make(state: State, format: str, own: Mapping[str, Any]) -> Any:
     import jax
     import optax
 
+    from adafactor.engine.xla.primitives import enable_x64
     from adafactor.optax import adafactor
 
     params: dict[str, Any] = {}
@@ -390,7 +391,7 @@ def _make(state: State, format: str, own: Mapping[str, Any]) -> Any:
 
         arguments.setdefault("momentum", 0.9 if momentum else None)
         tx = adafactor(**{**arguments, "factoring": as_they_are})
-    with jax.enable_x64(True):  # or float64 statistics would be made float32
+    with enable_x64():  # or float64 statistics would be made float32
         shapes = jax.eval_shape(tx.init, params)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, _narrow(leaf.dtype)), shapes)
 

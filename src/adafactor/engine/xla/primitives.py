@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial, wraps
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,11 @@ def barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 ops = arrays.functions(jnp, rsqrt=jax.lax.rsqrt, cast=jax.lax.convert_element_type, barrier=barrier)
+
+
+def enable_x64() -> Any:
+    """A context in which float64 stays float64. Before JAX 0.8 it has another place."""
+    return (jax if hasattr(jax, "enable_x64") else import_module("jax.experimental")).enable_x64(True)
 
 
 jax.tree_util.register_pytree_node(Layout, lambda layout: ((), layout), lambda layout, _: layout)
