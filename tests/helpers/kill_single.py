@@ -144,16 +144,20 @@ def train_keras(checkpoint: Path) -> Any:
         yield step + 1, float(loss), model.save
 
 
-FRAMEWORKS = {"torch": train_torch, "jax": train_jax, "keras": train_keras}
+FRAMEWORKS = {"torch": train_torch, "jax": train_jax, "keras": train_keras, "tensorflow": train_keras}
+#: Keras on one of its backends: on ``KERAS_BACKEND``, PyTorch if it says nothing, and on TensorFlow in graphs.
+KERAS = ("keras", "tensorflow")
 
 
 def load(framework: str) -> None:
     """Import what the framework's processes need, and compute nothing."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("KERAS_BACKEND", "torch")
+    if framework == "tensorflow":
+        os.environ["KERAS_BACKEND"] = framework
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    modules = {"torch": ["adafactor.torch"], "jax": ["adafactor.optax", "flax"], "keras": ["adafactor.keras"]}
-    for name in modules[framework]:
+    modules = {"torch": ["adafactor.torch"], "jax": ["adafactor.optax", "flax"]}
+    for name in modules.get(framework, ["adafactor.keras"]):
         importlib.import_module(name)
 
 
@@ -176,7 +180,7 @@ class Progress:
 
 def train(framework: str, place: Path, progress: Progress) -> None:
     """Train from the last checkpoint to the end, one line of the log per step and a checkpoint every few."""
-    checkpoint = place / ("last.keras" if framework == "keras" else "last")
+    checkpoint = place / ("last.keras" if framework in KERAS else "last")
     partial = checkpoint.with_stem("partial")
     step = 0
     with (place / "log").open("a") as log:
@@ -257,7 +261,7 @@ def arrays(framework: str, place: Path) -> dict[str, bytes]:
 
 
 def _arrays(framework: str, place: Path) -> dict[str, bytes]:
-    if framework == "keras":
+    if framework in KERAS:
         import keras
 
         model = keras.saving.load_model(place / "last.keras")

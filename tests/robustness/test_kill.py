@@ -11,7 +11,7 @@ HARNESS = Path(__file__).parents[1] / "helpers" / "kill_single.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
-@pytest.mark.parametrize("framework", ["torch", "jax", "keras"])
+@pytest.mark.parametrize("framework", ["torch", "jax", "keras", "tensorflow"])
 def test_killed_and_resumed(framework, times):
     command = [sys.executable, str(HARNESS), "--framework", framework, "--times", str(3 * times)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300 * times)
