@@ -8,6 +8,7 @@
 #   make gpu     registers, spills and instructions of the Triton kernels, compiled for devices that need not be there
 #   make paper   the paper's stability findings on a small Transformer, as a table and a picture
 #   make doctor  versions, the kernels in use, and what does not work
+#   make wheel   the wheel, built without any framework, then installed beside the oldest and newest of each and tested
 #   make sanitize  the native kernels under the address, undefined-behaviour and thread sanitizers
 #
 # ARGS goes to the program: make demo ARGS="--backend torch --steps 100"
@@ -26,7 +27,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo doctor paper test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
-        test-docs test-robustness lint format docs bench gpu sanitize clean
+        test-docs test-robustness lint format docs bench gpu wheel sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -90,6 +91,10 @@ gpu: $(VENV)/test.$(MODULES)
 paper: $(VENV)/test.$(MODULES)
 	@mkdir -p build
 	$(BIN)/python experiments/paper.py --plot docs/images/paper.png --json build/paper.json $(ARGS)
+
+# ARGS="tensorflow-cpu==2.19.1 jax==0.7.2": with these.
+wheel: | $(BIN)/python
+	$(BIN)/python scripts/wheel.py $(ARGS)
 
 sanitize: $(VENV)/lint.$(MODULES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/sanitize.sh
