@@ -5,6 +5,8 @@ import re
 import pages
 import pytest
 
+import adafactor
+
 each = pytest.mark.parametrize("page", pages.CHECKED, ids=pages.name)
 
 
@@ -29,6 +31,10 @@ def test_the_index_lists_every_page_once():
     index = pages.ROOT / "docs" / "index.md"
     listed = re.findall(r"^- \[[^\]]+\]\(([\w-]+\.md)\): ", index.read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in pages.DOCS if page != index)
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {adafactor.__version__}\n" in (pages.ROOT / "CITATION.cff").read_text()
 
 
 PAGE = """# A heading, `code()` and a [link](#a-heading-code-and-a-link)
