@@ -27,7 +27,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo doctor paper test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
-        test-docs test-robustness lint format docs bench gpu wheel sanitize clean
+        test-docs test-robustness test-zero lint format docs bench gpu wheel sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +65,12 @@ test-keras-jax test-keras-tensorflow test-keras-torch: test-keras-%: $(VENV)/tes
 test-robustness: $(VENV)/test.$(MODULES)
 	KERAS_BACKEND=torch $(PYTEST) tests/robustness $(ARGS)
 	KERAS_BACKEND=jax $(PYTEST) tests/robustness/test_keras_properties.py $(ARGS)
+
+# DeepSpeed is fastidious about what else is installed, so it has an environment of its own.
+test-zero:
+	test -d build/zero || $(PYTHON) -m venv build/zero
+	build/zero/bin/python -m pip install --quiet --editable ".[torch]" --group zero
+	build/zero/bin/python -m pytest --quiet tests/engine/torch/sharded/test_zero.py $(ARGS)
 
 lint: $(VENV)/lint.$(MODULES)
 	$(BIN)/ruff check

@@ -6,9 +6,10 @@ the learning rate is divided by the last step size, which is exact while that wa
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,14 @@ from adafactor.core.dialects import FORMATS, OUR_TORCH, in_our_words, step_size
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Layout, Shape, layout
 from adafactor.core.untrusted import reading
-from adafactor.engine.torch import int8
-from adafactor.engine.torch.work import is_sharded, math_dtype
+from adafactor.engine.torch import int8, work
+from adafactor.engine.torch.sharded import spans_of
+from adafactor.engine.torch.work import Work, is_sharded, math_dtype
 from adafactor.torch.arguments import translate
 from adafactor.torch.writers import recognise
+
+if TYPE_CHECKING:
+    from adafactor.engine.torch.sharded.flat import FlatParam, Spans
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -50,10 +55,30 @@ class _Target:
 
     @property
     def layout(self) -> Layout:
-        return layout(self.param.shape, self.group["factoring"], self.group["min_dim_size_to_factor"], name=self.name)
+        return self.layout_of(tuple(self.param.shape), self.name)
+
+    def layout_of(self, shape: Shape, name: str) -> Layout:
+        return layout(shape, self.group["factoring"], self.group["min_dim_size_to_factor"], name=name)
 
     def refused(self, slot: str, rule: str, got: object, remedy: str = "Save the checkpoint again.") -> Refused:
         return Refused(message(f"{slot} of {self.name}", rule, got, remedy))
+
+
+@torch.no_grad()
+def gather(state: dict[Any, State], flat: Mapping[int, FlatParam]) -> None:
+    """Put ``statistics``, the same bytes on all ranks, in the place of what this rank has of flat parameters.
+
+    What FSDP and ZeRO carry from one number of ranks to another are tensors of the parameter's shape, and what is no
+    tensor. A collective.
+    """
+    from adafactor.engine.torch.sharded import flat_state
+
+    for (key, param), wholes in zip(flat.items(), flat_state.gather(list(flat.values())), strict=True):
+        if wholes and key in state:
+            encoded = io.BytesIO()
+            torch.save(wholes, encoded)
+            kept = {slot: value for slot, value in state[key].items() if slot not in param.gathered}
+            state[key] = {**kept, "statistics": encoded.getvalue()}
 
 
 @torch.no_grad()
@@ -204,8 +229,13 @@ def _momentum(writer: str, saved: State, found: Mapping[str, Any], target: _Targ
 
 def _state(values: State, target: _Target) -> State:
     """One parameter's state as the kernels need it. Other keys stay, for torch to treat as it does."""
-    param, group, roles, dtype = target.param, target.group, target.layout, math_dtype(target.param.dtype)
-    shape = tuple(param.shape)
+    param, group, dtype = target.param, target.group, math_dtype(target.param.dtype)
+    if (spans := spans_of(param)) is not None:
+        return _flat(values, target, spans)
+    roles, shape = target.layout, tuple(param.shape)
+    if "statistics" in values:
+        values = {**values, **_statistics(values, target, 1)[0]}
+        del values["statistics"]
     if not set(values) & {"step", *roles.slots, "row", "column", "second_moment"}:
         return values  # of a wrapper alone
     if {"row", "column", "second_moment"} & set(values) != set(roles.slots):
@@ -241,6 +271,43 @@ def _state(values: State, target: _Target) -> State:
             read[slot] = Held(torch.empty_like(param, dtype=stored, memory_format=torch.preserve_format).copy_(value))
         else:
             read[slot] = Held(torch.empty(of, dtype=stored, device=param.device).copy_(value))
+    return read
+
+
+def _statistics(values: State, target: _Target, tensors: int) -> list[State]:
+    """What `gather` has written of so many tensors."""
+    with reading("statistics of the checkpoint", target.name):
+        found: list[State] = torch.load(io.BytesIO(values["statistics"]), map_location="cpu", weights_only=True)
+    if len(found) != tensors:
+        remedy = "Wrap the model as it was when it was saved."
+        raise target.refused("statistics", f"of {tensors} tensors", len(found), remedy)
+    return found
+
+
+def _flat(values: State, target: _Target, spans: Spans) -> State:
+    """The same of a flat parameter, of whose tensors this rank takes its intervals."""
+    from adafactor.engine.torch.sharded import flat_state
+    from adafactor.engine.torch.sharded.flat import flat_param
+
+    param, group = target.param, work.Group(translate(target.group), target.group["lr"])
+    draft = Work(param, {}, Layout((), (), ()), group, 0, None, target.name)
+    fresh = flat_param(draft, spans, target.layout_of, {})
+    read: State = {slot: value for slot, value in values.items() if slot not in (*fresh.state, "statistics")}
+    if "statistics" not in values:
+        remedy = "Save with the optimizer's own state_dict(), on all ranks."
+        raise target.refused("state", "with the statistics of whole tensors", sorted(values), remedy)
+    wholes = _statistics(values, target, len(spans.spans))
+    for whole in wholes:
+        whole["step"] = _step(values.get("step", whole.get("step")), target)
+    try:
+        read |= {slot: Held(value) for slot, value in flat_state.cut(fresh, wholes).items()}
+    except ValueError as error:
+        remedy = "Construct the optimizer with the checkpoint's factoring."
+        raise target.refused("statistics", str(error), "others", remedy) from None
+    for slot in ("momentum", "residual"):
+        if slot in values and slot in fresh.state:
+            like = fresh.state[slot]
+            read[slot] = Held(torch.empty_like(like).copy_(_checked(values[slot], tuple(like.shape), slot, target)))
     return read
 
 

@@ -378,9 +378,13 @@ class Adafactor(Optimizer):
         """The state and the groups, as every optimizer gives them.
 
         A callable ``factoring`` is left out, because code does not belong in a checkpoint: the optimizer that
-        loads one uses its own.
+        loads one uses its own. The statistics of flat parameters (FSDP1, ZeRO) are gathered, so that any number of
+        ranks can load them: all ranks must call this.
         """
         packed = super().state_dict()
+        flat = self._preparation.flat_params(self.param_groups, self.state)
+        if flat:
+            checkpoint.gather(packed["state"], flat)
         for group in packed["param_groups"]:
             if callable(group["factoring"]):
                 del group["factoring"]

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,13 +19,16 @@ import torch
 from torch import Tensor
 
 from adafactor.core.errors import message
-from adafactor.core.factoring import Layout, layout
+from adafactor.core.factoring import Layout, Shape, layout
 from adafactor.engine.torch import checks, choose, cuda
 from adafactor.engine.torch.choose import Plan
+from adafactor.engine.torch.sharded import spans_of
 from adafactor.engine.torch.work import Group, Work, is_sharded, new_diagnostics
 from adafactor.torch.arguments import STRUCTURE, check_lr, translate, values_of
 
 if TYPE_CHECKING:
+    from adafactor.engine.torch.sharded.flat import FlatParam, Spans
+    from adafactor.engine.torch.sharded.flat_step import FlatStep
     from adafactor.engine.torch.sharded.reducer import Reducer
     from adafactor.engine.torch.sharded.shard import Shard
 
@@ -77,6 +81,7 @@ class Prepared:
     Attributes:
         plan: of the whole tensors, ``at`` these places of the list; None for all of them.
         shards: of DTensors, ``shards_at`` these places, with a plan of their own and the sums they need.
+        flat: of flat parameters.
         fresh: whether no tensor had state before.
     """
 
@@ -86,6 +91,7 @@ class Prepared:
     shards_at: list[int]
     shard_plan: Plan | None
     reducers: list[Reducer]
+    flat: FlatStep | None
     fresh: bool
 
     def current(self, grads: Sequence[Any], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
@@ -94,6 +100,8 @@ class Prepared:
             here = self.grads(grads)
             if self.plan.witness.moved() or not self.plan.owns(state) or (dense and not self.plan.witness.fits(here)):
                 return False
+        if self.flat is not None and not self.flat.current(grads, state, dense):
+            return False
         if self.shard_plan is not None:
             if self.shard_plan.witness.moved() or not all(s.current(state.get(s.param, {})) for s in self.shards):
                 return False
@@ -126,6 +134,8 @@ class Prepared:
             for k, its in enumerate(self.shards):
                 if k not in absent:
                     state[its.param].update(its.state)
+        if self.flat is not None:
+            self.flat.step(grads, state, skipped)
         if self.plan is not None:
             self.plan.step(self.grads(grads), skipped)
 
@@ -157,6 +167,7 @@ class Preparation:
         self._every: tuple[list[Members], list[Tensor], list[tuple[Members, int]]] = ([], [], [])
         self._prepared: _Kept[Prepared] = _Kept()
         self._reducers: _Kept[list[Reducer]] = _Kept()
+        self._agreed: set[tuple[object, ...]] = set()
 
     def given(self, params: Iterable[Tensor]) -> None:
         """Note parameters that the user has given."""
@@ -262,11 +273,21 @@ class Preparation:
         at: list[int] = []
         shards: list[Shard] = []
         shards_at: list[int] = []
+        flat: list[FlatParam] = []
+        flat_at: list[int] = []
         seen: set[int] = set()
         for place, (param, (members, k)) in enumerate(zip(chosen.params, chosen.places, strict=True)):
-            if id(param) in seen or not param.numel():  # a parameter that is listed twice is updated once
+            spans = spans_of(param)
+            if id(param) in seen or not (param.numel() or spans):  # a parameter that is listed twice is updated once
                 continue
             seen.add(id(param))
+            if spans is not None:
+                checks.check_param(param, called(groups, members, k))
+                choose.check(members.group.settings.fused, param.device)
+                diagnostics = recorded(param, Layout((), (), ())) if len(spans.spans) == 1 else None
+                flat.append(flat_of(groups, (members, k), spans, state.get(param, {}), diagnostics))
+                flat_at.append(place)
+                continue
             draft = draft_of(groups, members, k)
             if is_sharded(param):
                 from adafactor.engine.torch.sharded.shard import shard_of
@@ -295,9 +316,11 @@ class Preparation:
                     for w, held in zip(drafts, written, strict=True)
                 ),
                 *((its.work.param, its.work.state, its.work.name) for its in shards),
+                *((its.param, its.state, its.draft.name) for its in flat),
             ]
         )
         reducers = self._reducers_of(shards)
+        flat_step = self._flat_step(flat, flat_at, grads) if flat else None
         for w, changed in zip(drafts, changes, strict=True):
             checks.write(state[w.param], changed)
         work = [replace(w, state=state[w.param]) for w in drafts]
@@ -310,8 +333,9 @@ class Preparation:
                 absent(s.work.param) if grads[k] is None else grads[k] for s, k in zip(shards, shards_at, strict=True)
             ]
             shard_plan = Plan([its.work for its in shards], local)
-        fresh = bool(drafts) and not shards and all("step" in changed for changed in changes)
-        return Prepared(plan, at if len(at) < len(grads) else None, shards, shards_at, shard_plan, reducers, fresh)
+        fresh = bool(drafts) and not shards and not flat and all("step" in changed for changed in changes)
+        some = at if len(at) < len(grads) else None
+        return Prepared(plan, some, shards, shards_at, shard_plan, reducers, flat_step, fresh)
 
     def _reducers_of(self, shards: list[Shard]) -> list[Reducer]:
         """Who adds up what: asked of all ranks at the same time, hence not again because something moved here."""
@@ -325,31 +349,59 @@ class Preparation:
             self._reducers.keep(key, reducers(shards), len(shards), self._offsets[-1])
         return self._reducers[key]
 
+    def _flat_step(self, params: list[FlatParam], at: list[int], grads: list[Any]) -> FlatStep:
+        """What updates flat parameters. Ranks compare it at the same time, hence not again because something moved."""
+        from adafactor.engine.torch.sharded.flat_step import FlatStep
+
+        made = FlatStep(params, at, grads)
+        key = tuple((id(its.param), its.draft.settings.hyperparameters.scale_parameter) for its in params)
+        if key not in self._agreed:
+            made.agree()
+            self._agreed.add(key)
+        return made
+
+    def flat_params(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[int, FlatParam]:
+        """The flat parameters among all, by their numbers."""
+        found: dict[int, FlatParam] = {}
+        for number, group in enumerate(groups):
+            for k, param in enumerate(group["params"]):
+                if (spans := spans_of(param)) is not None:
+                    members = self._members_of(groups, number)
+                    found[members.first + k] = flat_of(groups, (members, k), spans, state.get(param, {}))
+        return found
+
     def _check_origin(self, param: Tensor) -> None:
-        """Refuse the flat partitions that DeepSpeed's ZeRO writes into the groups in place of the parameters.
+        """Refuse flat pieces of which nobody records what they hold.
 
         The parameters themselves tell: ZeRO ties what it partitions to its partition.
         """
+        rule = "a tensor with the rows and columns of its layer"
+        if checks.is_flat(param) and param.dim() == 1:  # NO_SHARD leaves the others whole
+            remedy = "Use the parameters of a FullyShardedDataParallel that exists, or fully_shard (FSDP2)."
+            got = f"a flat shard of FSDP1 with shape {tuple(param.shape)}"
+            raise RuntimeError(message("a parameter", rule, got, remedy))
         if param.dim() != 1 or "deepspeed" not in sys.modules:
             return
         given = [known for ref in self._given if (known := ref()) is not None]
         if any(known is param for known in given):
             return
         if any(hasattr(known, name) for known in given for name in ("_hp_mapping", "ds_id")):
-            remedy = "Use fully_shard (FSDP2), whose parameters keep their shapes; docs/sharding.md shows how."
+            remedy = "Use ZeRO stage 1, 2 or 3, or fully_shard (FSDP2); docs/sharding.md shows how."
             got = f"a flat partition of DeepSpeed ZeRO with shape {tuple(param.shape)}"
-            raise RuntimeError(message("a parameter", "a tensor with the rows and columns of its layer", got, remedy))
+            raise RuntimeError(message("a parameter", rule, got, remedy))
 
 
 def _may_be_elsewhere(param: Tensor) -> bool:
     """Whether a parameter without a gradient may have one on another rank."""
-    return is_sharded(param) and param.requires_grad and bool(param.numel())
+    return param.requires_grad and ((is_sharded(param) and bool(param.numel())) or spans_of(param) is not None)
 
 
 def called(groups: list[dict[str, Any]], members: Members, position: int) -> str:
     """What errors call a parameter."""
     names = groups[members.number].get("param_names")
-    return str(names[position]) if names else f"parameter {members.first + position}"
+    return (
+        str(names[position]) if names and len(names) == len(members.params) else f"parameter {members.first + position}"
+    )
 
 
 def draft_of(groups: list[dict[str, Any]], members: Members, k: int) -> Work:
@@ -358,11 +410,30 @@ def draft_of(groups: list[dict[str, Any]], members: Members, k: int) -> Work:
     if group["capturable"] and param.device.type == "cpu":
         remedy = "A graph captures what runs on an accelerator; leave it out."
         raise RuntimeError(message("capturable", "False for cpu tensors", True, remedy))
-    names = group.get("param_names")
-    its_layout = layout(
-        param.shape, group["factoring"], group["min_dim_size_to_factor"], name=str(names[k]) if names else ""
-    )
+    names = group.get("param_names") if len(group.get("param_names", ())) == len(members.params) else None
+    its_layout = layout_of(group, tuple(param.shape), str(names[k]) if names else "")
     return Work(param, {}, its_layout, members.group, members.first + k, None, called(groups, members, k))
+
+
+def flat_of(
+    groups: list[dict[str, Any]],
+    place: tuple[Members, int],
+    spans: Spans,
+    state: Mapping[str, Any],
+    diagnostics: Tensor | None = None,
+) -> FlatParam:
+    """A flat parameter's work."""
+    from adafactor.engine.torch.sharded.flat import flat_param
+
+    members, k = place
+    name = called(groups, members, k)
+    draft = Work(members.params[k], {}, Layout((), (), ()), members.group, members.first + k, diagnostics, name)
+    return flat_param(draft, spans, partial(layout_of, groups[members.number]), state)
+
+
+def layout_of(group: Mapping[str, Any], shape: Shape, name: str) -> Layout:
+    """The layout of a tensor of a group."""
+    return layout(shape, group["factoring"], group["min_dim_size_to_factor"], name=name)
 
 
 def diagnostics_of(recorded: dict[Tensor, Tensor] | None, param: Tensor, its_layout: Layout) -> Tensor | None:

@@ -60,7 +60,7 @@ def recognise(state: Sequence[Mapping[str, Any]], group: Mapping[str, Any]) -> s
 
 
 def _one(keys: AbstractSet[str], words: AbstractSet[str]) -> str:
-    if keys & _STATISTICS[OUR_TORCH] or ("step" not in keys and READ[OUR_TORCH].marks <= words):
+    if keys & {*_STATISTICS[OUR_TORCH], "statistics"} or ("step" not in keys and READ[OUR_TORCH].marks <= words):
         return OUR_TORCH  # whatever else a wrapper keeps beside it
     for writer, needs, told in _BY_GROUP:
         if needs <= keys and told <= words:

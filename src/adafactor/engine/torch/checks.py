@@ -153,10 +153,6 @@ def _reach(tensor: Tensor) -> int:
 
 def check_param(param: Tensor, name: str) -> None:
     """Refuse a parameter that no backend can update."""
-    if is_flat(param):
-        remedy = "Use fully_shard (FSDP2), whose parameters keep their shapes; docs/sharding.md shows how."
-        got = f"a flat shard of FSDP1 with shape {tuple(param.shape)}"
-        raise RuntimeError(message(name, "a tensor with the rows and columns of its layer", got, remedy))
     _check_dtype(name, param)
     if not param.is_contiguous() and any(s == 0 and n > 1 for s, n in zip(param.stride(), param.shape, strict=True)):
         remedy = "Several elements share one place in memory; pass the tensor before expand()."

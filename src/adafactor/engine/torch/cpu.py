@@ -122,7 +122,8 @@ class Native:
         self.table.finish(torch.get_num_threads())
 
     def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
-        self.table.apply(torch.get_num_threads())
+        here = np.array([k for k in range(len(self.work)) if k not in absent], np.int64) if absent else None
+        self.table.run("apply", torch.get_num_threads(), chosen=here)
         self._count(skipped)
 
     def release(self) -> None:

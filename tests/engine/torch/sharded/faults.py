@@ -44,11 +44,12 @@ def sentences(rank: int, world: int) -> dict[str, str]:
     found["partial"] = refusal(Adafactor([parameter(2, 3, placement=Partial())]))
     odd = DTensor.from_local(torch.ones(1 + 3 * rank, 2), mesh, [Shard(0)], shape=torch.Size((5, 2)), stride=(2, 1))
     found["cut"] = refusal(Adafactor([nn.Parameter(odd)]))
-    for original in (False, True):
-        torch.manual_seed(0)
-        flat = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=original)
-        flat(torch.ones(1, 4)).sum().backward()
-        found[f"FSDP1 {original}"] = refusal(Adafactor(flat.parameters()))
+    piece = nn.Parameter(torch.ones(4))
+    piece._fsdp_flattened, piece.grad = True, torch.ones(4)  # of a model that is not there
+    found["FSDP1"] = refusal(Adafactor([piece]))
+    net = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    net(torch.ones(1, 4)).sum().backward()
+    found["int8"] = refusal(Adafactor(net.parameters(), beta1=0.9, momentum_dtype=torch.int8))
     compiled = Adafactor([parameter(2, 3)])
     found["compiled"] = refusal(compiled, torch.compile(compiled.step, backend="eager"))
     elsewhere, *_ = [DeviceMesh("cpu", [k]) for k in range(world)]  # every rank makes every mesh

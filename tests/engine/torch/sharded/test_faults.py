@@ -17,9 +17,10 @@ def test_refusals_come_on_every_rank_and_before_the_first_write():
         assert "no such parameter on rank 1" in found["missing"]
         assert found["partial"].startswith("a parameter's placements must be Shard or Replicate, got ")
         assert "torch.chunk" in found["cut"]
-        for original in (False, True):
-            assert found[f"FSDP1 {original}"].startswith("parameter 0 must be a tensor with the rows and columns of")
-            assert "fully_shard" in found[f"FSDP1 {original}"]
+        assert found["FSDP1"].startswith(
+            "a parameter must be a tensor with the rows and columns of its layer, got 'a flat"
+        )
+        assert found["int8"].startswith("momentum_dtype of a flat parameter must be a float dtype, got torch.int8.")
         assert "a parameter in a compiled step must be an unsharded tensor, got 'a DTensor'. " in found["compiled"]
         assert "Compile the model, and call step outside of what is compiled." in found["compiled"]
         where = found["elsewhere"]
