@@ -1,4 +1,4 @@
-"""Gradient release in Lightning's loops."""
+"""Callbacks for Lightning: gradient release, and the effective learning rate in its loggers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adafactor.core.errors import message
 from adafactor.torch import Adafactor, StepInBackward, step_in_backward
+from adafactor.torch.rates import logged
 
 
 class ReleaseGradients(Callback):
@@ -45,4 +46,32 @@ class ReleaseGradients(Callback):
         self._released = []
 
 
-__all__ = ["ReleaseGradients"]
+class EffectiveLR(Callback):
+    """Logs ``effective_lr/min``, ``median`` and ``max`` of every Adafactor, as often as Lightning logs.
+
+    See :meth:`adafactor.torch.Adafactor.effective_lr`. With several optimizers the names end in ``-1``, ``-2``, …
+
+    Args:
+        tensors: ``effective_lr/<name>`` of every tensor instead.
+    """
+
+    def __init__(self, tensors: bool = False) -> None:
+        self.tensors = tensors
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not trainer.loggers or trainer.global_step % every:
+            return
+        ours = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Adafactor)]
+        values = {
+            name + (f"-{number}" if number else ""): value
+            for number, optimizer in enumerate(ours)
+            for name, value in logged(optimizer.effective_lr(), self.tensors).items()
+        }
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+__all__ = ["EffectiveLR", "ReleaseGradients"]

@@ -22,7 +22,9 @@ import adafactor.torch
 from adafactor.core.dialects import FORMATS, OUR_TORCH, TRANSFORMERS
 from adafactor.core.errors import message
 from adafactor.engine.torch.work import is_sharded
+from adafactor.torch.backward.refusals import unwrapped
 from adafactor.torch.prepare import Positions
+from adafactor.torch.rates import logged
 
 _OURS = {plain: ours for ours, plain in FORMATS[OUR_TORCH].words.items()}
 #: transformers' words for a group, to ours, and ours for a parameter's state, to its.
@@ -206,4 +208,25 @@ class ReleaseGradients(transformers.TrainerCallback):
         self._released = None
 
 
-__all__ = ["Adafactor", "ReleaseGradients", "install", "installed"]
+def log_effective_lr(trainer: transformers.Trainer, tensors: bool = False) -> None:
+    """Add ``effective_lr/min``, ``median`` and ``max`` to what Trainer logs beside its learning rate.
+
+    They go where it goes: history, console, TensorBoard, Weights & Biases. See
+    :meth:`adafactor.torch.Adafactor.effective_lr`.
+
+    Args:
+        trainer: before ``train()``.
+        tensors: ``effective_lr/<name>`` of every tensor instead.
+    """
+    log = trainer.log
+
+    def log_with_rates(logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        optimizer = unwrapped(trainer.optimizer)
+        if "learning_rate" in logs and isinstance(optimizer, adafactor.torch.Adafactor):
+            logs.update(logged(optimizer.effective_lr(), tensors))
+        log(logs, *arguments, **keywords)
+
+    trainer.log = log_with_rates  # type: ignore[method-assign]  # meant to be overridden; callbacks come too late
+
+
+__all__ = ["Adafactor", "ReleaseGradients", "install", "installed", "log_effective_lr"]

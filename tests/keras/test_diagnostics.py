@@ -83,7 +83,7 @@ def test_the_callback_fills_the_logs():
     names = [
         f"{name}/{v.path}"
         for v in model.trainable_variables
-        for name in ("update_rms", "clip_factor", "parameter_scale")
+        for name in ("update_rms", "clip_factor", "parameter_scale", "effective_lr")
     ]
     assert set(names) <= set(history)
     assert all(len(history[name]) == 2 for name in names)
@@ -129,3 +129,18 @@ def test_what_does_not_fit_is_refused():
     model.compile(optimizer="sgd", loss="mse")
     with pytest.raises(TypeError, match=r"the model's optimizer must be adafactor\.keras\.Adafactor"):
         model.fit(x, y, verbose=0, callbacks=[Diagnostics()])
+
+
+@pytest.mark.parametrize("relative_step", [True, False, "always"])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_effective_learning_rate_is_that_of_the_last_update(relative_step, scheduled):
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.9, 0.8]) if scheduled else 0.9
+    optimizer = Adafactor(rate, relative_step=relative_step, diagnostics=True)
+    variable = keras.Variable(np.full((3, 4), 2.0, "float32"))
+    for t in range(1, 4):
+        scale = np.sqrt(np.mean(np.square(keras.ops.convert_to_numpy(variable))))
+        optimizer.apply([keras.ops.ones((3, 4))], [variable])
+        lr = (0.9 if t <= 2 else 0.8) if scheduled else 0.9
+        rho = min(lr, t**-0.5) if relative_step == "always" or (relative_step and not scheduled) else lr
+        (found,) = optimizer.diagnostics().values()
+        np.testing.assert_allclose(found["effective_lr"], rho * scale, rtol=1e-5)

@@ -84,3 +84,19 @@ def test_sharded(kind, rng):
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), state.diagnostics, expected.diagnostics
             )
     assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("rate", [0.02, lambda count: 0.02 / (count + 1)], ids=["number", "schedule"])
+def test_the_effective_learning_rate_is_that_of_the_next_update(scale, rate):
+    options = {"multiply_by_parameter_scale": scale, "relative_step": True, "batch_axes": {"w": (0,), "b": ()}}
+    tx = adafactor(rate, min_dim_size_to_factor=1, diagnostics=True, **options)
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 4, 5)), "b": jnp.full(6, 1e-5)}
+    state = tx.init(params)
+    for t in range(1, 4):
+        expected = jax.jit(tx.effective_lr)(params, state)
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        rho = 0.02 / t if callable(rate) else min(0.02, t**-0.5)
+        wanted = jax.tree.map(lambda s, rho=rho: rho * s, state.diagnostics.parameter_scale)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(*np.broadcast_arrays(a, b), rtol=1e-6), expected, wanted)
+        params = jax.tree.map(jnp.add, params, updates)

@@ -240,20 +240,30 @@ class Adafactor(keras.optimizers.Optimizer):
             By the variable's path (a second variable of one path has ``_2`` behind it), arrays of shape (), or of one
             number per slice of the batch axes: ``update_rms``, the root mean square of the normalised update before
             clipping (eq. 7); ``clip_factor``, what clipping divided it by, at least 1 (eq. 10); ``parameter_scale``,
-            what the learning rate was multiplied by (eq. 9). Zeros before the first update. Reading them waits for the
-            device.
+            what the learning rate was multiplied by (eq. 9); ``effective_lr``, their product (eqs. 8 and 9). Zeros
+            before the first update. Reading them waits for the device.
 
         Raises:
             RuntimeError: they are not recorded.
         """
         if not self._records_diagnostics:
             raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
+        rho = self._last_rho()
         found: dict[str, dict[str, np.ndarray]] = {}
         for variable, report in zip(self._trainable_variables, self._reports, strict=True):
             if report is not None:
                 values = np.moveaxis(np.asarray(ops.convert_to_numpy(report)), -1, 0)
-                found[distinct(path_of(variable), found)] = dict(zip(DIAGNOSTICS, values, strict=True))
+                of = dict(zip(DIAGNOSTICS, values, strict=True))
+                found[distinct(path_of(variable), found)] = {**of, "effective_lr": rho * of["parameter_scale"]}
         return found
+
+    def _last_rho(self) -> float:
+        """The relative step size of the last update (eq. 8)."""
+        t = max(1, int(ops.convert_to_numpy(self.iterations)))
+        lr = self._learning_rate
+        scheduled = isinstance(lr, keras.optimizers.schedules.LearningRateSchedule)
+        lr = float(ops.convert_to_numpy(lr(t - 1) if scheduled else self._get_current_learning_rate()))
+        return min(lr, t**-0.5) if self._hyperparameters.caps(callable(self._learning_rate)) else lr
 
     @property
     def saved_variables(self) -> list[Any]:

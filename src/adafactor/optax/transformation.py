@@ -35,22 +35,32 @@ _VOCABULARY = {
 
 
 class Adafactor(optax.GradientTransformationExtraArgs):
-    """An ``optax.GradientTransformationExtraArgs`` with one function more, for full speed.
+    """An ``optax.GradientTransformationExtraArgs`` with two functions more.
 
     ``step(params, grads, state) -> (params, state)`` is ``update`` followed by ``optax.apply_updates``. Jitted with
     parameters and state donated, ``jax.jit(optimizer.step, donate_argnums=(0, 2))`` or inside a training step that
     donates them, it updates both in place: it never holds an update. A low-precision parameter is rounded once, not
     twice.
+
+    ``effective_lr(params, state)`` is the step size that the next update of every parameter will have (eqs. 8 and 9), a
+    tree like the parameters' of scalars, or of one number per slice of the batch axes.
     """
 
     __slots__ = ()  # two functions and nothing else, so that it goes through a pytree, a copy and a pickle as they do
 
     @property
     def step(self) -> Callable[[Tree, Tree, AdafactorState], tuple[Tree, AdafactorState]]:
+        return self._own("step").step
+
+    @property
+    def effective_lr(self) -> Callable[[Tree, AdafactorState], Tree]:
+        return self._own("effective_lr").effective_lr
+
+    def _own(self, name: str) -> Transformation:
         transformation = getattr(self.update, "__self__", None)
         if not isinstance(transformation, Transformation):
-            raise AttributeError("An Adafactor with another update than its own has no step: call update.")
-        return transformation.step
+            raise AttributeError(f"An Adafactor with another update than its own has no {name}: call update.")
+        return transformation
 
 
 def adafactor(

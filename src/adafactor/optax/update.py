@@ -173,6 +173,21 @@ class Transformation:
         ema_weight, rho = arrays.schedule(primitives.ops, t, rho, self.hp, scheduled)
         return arrays.Settings(arrays.Constants.of(self.hp), ema_weight, rho, diagnostics=self.diagnostics)
 
+    def effective_lr(self, params: Tree, state: AdafactorState) -> Tree:
+        leaves, treedef = flatten(params)
+        settings, layouts = self._settings(state), self.roles.of(params)
+
+        def step_size(x: Any, its_layout: Layout) -> jax.Array:
+            rho = jnp.asarray(settings.rho, _statistics_dtype(x))
+            if not self.hp.scale_parameter:
+                return rho
+            axes = tuple(axis for axis in range(x.ndim) if axis not in its_layout.batch)
+            rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(rho.dtype)), axes))
+            return (rho * jnp.maximum(rms, self.hp.epsilon_2)).reshape(-1 if its_layout.batch else ())
+
+        pairs = zip(leaves, layouts, strict=True)
+        return treedef.unflatten([None if layout is None else step_size(x, layout) for x, layout in pairs])
+
     def _decays(self, params: Tree, state: AdafactorState) -> list[Any]:
         """What every parameter loses of itself: ``None`` where it does not decay."""
         rate, mask = self.weight_decay_rate, self.weight_decay_mask

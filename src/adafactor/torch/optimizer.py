@@ -6,7 +6,7 @@ Equation numbers refer to ``docs/algorithm.md``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, overload
@@ -24,6 +24,7 @@ from adafactor.engine.torch.work import is_sharded
 from adafactor.torch import checkpoint
 from adafactor.torch.arguments import translate
 from adafactor.torch.prepare import Positions, Preparation, Prepared, diagnostics_of
+from adafactor.torch.rates import rho, step_size
 
 if TYPE_CHECKING:
     from adafactor.torch.backward import StepInBackward
@@ -135,6 +136,7 @@ class Adafactor(Optimizer):
         if not isinstance(diagnostics, bool):
             raise TypeError(message("diagnostics", "True or False", diagnostics, "Leave it out for the default."))
         self._diagnostics: dict[Tensor, Tensor] | None = {} if diagnostics else None
+        self._lrs: dict[int, float | Tensor] = {}  # of the groups' last updates, for diagnostics
         self._in_backward: StepInBackward | None = None
         self._preparation = Preparation()
         self._skipped: dict[torch.device, Tensor] = {}
@@ -161,8 +163,9 @@ class Adafactor(Optimizer):
             By the parameter's name (its number among all parameters if the optimizer was given none), tensors of
             shape (), or of one number per slice of the batch axes, on the parameter's device: ``update_rms``, the root
             mean square of the normalised update before clipping (eq. 7); ``clip_factor``, what clipping divided it by,
-            at least 1 (eq. 10); ``parameter_scale``, what the learning rate was multiplied by (eq. 9); ``skipped``, how
-            often the parameter was left alone. Zeros for one that was never updated.
+            at least 1 (eq. 10); ``parameter_scale``, what the learning rate was multiplied by (eq. 9);
+            ``effective_lr``, their product (eqs. 8 and 9); ``skipped``, how often the parameter was left alone. Zeros
+            for one that was never updated.
             Copies: nothing waits for the device until they are read.
 
         Raises:
@@ -171,16 +174,41 @@ class Adafactor(Optimizer):
         if self._diagnostics is None:
             raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
         recorded = {}
-        number = 0
-        for group in self.param_groups:
-            names = group.get("param_names") or range(number, number + len(group["params"]))
-            number += len(group["params"])
-            for name, param in zip(names, group["params"], strict=True):
-                if param in self._diagnostics:
-                    of = self._diagnostics[param].clone()
-                    values = (of[0] if of.shape[0] == 1 else of).unbind(-1)
-                    recorded[str(name)] = dict(zip(DIAGNOSTICS, values, strict=True))
+        for name, number, param in self._named():
+            if param in self._diagnostics:
+                of = self._diagnostics[param].clone()
+                values = (of[0] if of.shape[0] == 1 else of).unbind(-1)
+                recorded[name] = dict(zip(DIAGNOSTICS, values, strict=True))
+                step, group = self.state.get(param, {}).get("step", 1), self.param_groups[number]
+                rate = rho(param, group["relative_step"], self._lrs.get(number, group["lr"]), step)
+                recorded[name]["effective_lr"] = rate * recorded[name]["parameter_scale"]
         return recorded
+
+    def effective_lr(self) -> dict[str, Tensor]:
+        """The step size that the next update of every parameter will have (eqs. 8 and 9).
+
+        The learning rate as it stands, capped at 1/sqrt(t) with ``relative_step`` and multiplied by the parameter's
+        root mean square with ``scale_parameter``.
+
+        Returns:
+            By the parameter's name (its number among all parameters if the optimizer was given none), tensors of
+            shape (), or of one number per slice of the batch axes, on the parameter's device: nothing waits for it
+            until they are read.
+        """
+        return {
+            name: step_size(param, name, self.param_groups[number], self.state.get(param, {}).get("step", 0) + 1)
+            for name, number, param in self._named()
+            if param.numel()
+        }
+
+    def _named(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Every parameter by its name, with its group's number."""
+        first = 0
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or range(first, first + len(group["params"]))
+            first += len(group["params"])
+            for name, param in zip(names, group["params"], strict=True):
+                yield str(name), number, param
 
     def _called(self, number: int, position: int) -> str:
         """What errors call a parameter."""
@@ -297,6 +325,10 @@ class Adafactor(Optimizer):
             prepared = self._preparation.prepared(self.param_groups, self.state, chosen, self._recorded)
             if not (prepared.fresh and self._makes_state_only(chosen.grads)):
                 prepared.step(chosen.grads, self.state, self._count_of)
+                if self._diagnostics is not None:
+                    for number, _ in positions:
+                        lr = self.param_groups[number]["lr"]
+                        self._lrs[number] = lr.detach().clone() if isinstance(lr, Tensor) else lr
             prepared.fresh = False
 
     def _makes_state_only(self, grads: Sequence[Tensor]) -> bool:
@@ -426,6 +458,7 @@ class Adafactor(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_in_backward", None)
         self.__dict__.setdefault("_diagnostics", None)
+        self.__dict__.setdefault("_lrs", {})
         if "_preparation" not in self.__dict__:
             self._preparation = Preparation()
             for group in self.param_groups:
