@@ -18,10 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from adafactor import Factored
+from adafactor import Factored, layout
+from adafactor.core.factoring import Part
 from adafactor.engine.torch import choose, cuda
 from adafactor.engine.torch.cuda import Triton
+from adafactor.engine.torch.work import Group, Work
 from adafactor.torch import Adafactor
+from adafactor.torch.arguments import translate
 
 SHARED = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; others have more
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -40,13 +43,53 @@ def launched(dtype, steps=1, **options):
     optimizer = Adafactor(
         [{"params": params}, {"params": [sliced], "factoring": lambda name, shape: Factored(batch=(0,))}], **options
     )
+
+    def every():
+        for _ in range(steps):
+            optimizer.step()
+
+    return recorded(every)
+
+
+def launched_for_parts(dtype, **options):
+    """The kernels of a step on parts of a matrix: cut along its rows, its columns, both, and of a stack."""
+    work, matrix, stack = [], layout((4096, 4096)), layout((4, 2048, 1024))
+    for whole, shape, split in (
+        *(
+            (matrix, shape, split)
+            for shape, split in (((2048, 4096), {0}), ((4096, 2048), {1}), ((2048, 2048), {0, 1}))
+        ),
+        (stack, (2, 2048, 1024), {0}),
+    ):
+        part = Part(shape, whole.rows, whole.columns, (), whole.shape, (0,) * len(shape), frozenset(split))
+        part = part.transposed if split == {1} else part
+        param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        optimizer = Adafactor([param], **options)
+        group = optimizer.param_groups[0]
+        state = {"step": torch.zeros((), dtype=torch.int64)}
+        state |= {name: torch.zeros(shape) for name, shape in part.slots.items()}
+        work.append(Work(param, state, part, Group(translate(group), group["lr"]), 0))
+
+    def every():
+        backend = Triton(work)
+        backend.measure([torch.zeros_like(w.param) for w in work])
+        backend.measure_again()
+        for cut in ("stack", "both"):
+            backend.finish_columns([k for k, w in enumerate(work) if w.layout.cut == cut])
+        backend.finish()
+        backend.apply(torch.zeros((), dtype=torch.int64))
+
+    return recorded(every)
+
+
+def recorded(function):
+    """The launches of a call in which nothing runs."""
     calls = []
     run, kernels_on = JITFunction.run, choose.kernels_on
     choose.kernels_on = lambda device: Triton
     JITFunction.run = lambda kernel, *args, **kwargs: calls.append((kernel, args, kwargs))
     try:
-        for _ in range(steps):
-            optimizer.step()
+        function()
     finally:
         JITFunction.run, choose.kernels_on = run, kernels_on
     return calls
@@ -88,7 +131,8 @@ def nvidia(wrong):
         (90, torch.bfloat16, {"compensated": True, "diagnostics": True}),
         (90, torch.float32, {"beta1": 0.9, "momentum_dtype": torch.int8}),
     ):
-        for kernel, args, kwargs in launched(dtype, **options):
+        parts = launched_for_parts(dtype, **options) if options.get("stochastic_rounding") else []
+        for kernel, args, kwargs in [*launched(dtype, **options), *parts]:
             name = kernel.fn.__name__
             constants = {key: value for key, value in kwargs.items() if key in kernel.arg_names}
             words = " ".join(f"{key}={value}" for key, value in constants.items())
@@ -110,8 +154,9 @@ def amd(wrong):
     for arch, lanes in (("gfx942", 64), ("gfx1100", 32)):
         cuda._lanes = lambda device, lanes=lanes: lanes
         seen = set()
-        for kernel, args, kwargs in launched(torch.float32, beta1=0.9):
-            name = f"{kernel.fn.__name__} {[kwargs.get(key) for key in ('NP', 'M', 'ALIGNED', 'SCALE')]}"
+        for kernel, args, kwargs in [*launched(torch.float32, beta1=0.9), *launched_for_parts(torch.float32)]:
+            told = [kwargs.get(key) for key in ("NP", "M", "ALIGNED", "SCALE", "ROWS", "TRANSPOSED")]
+            name = f"{kernel.fn.__name__} {told}"
             if name in seen:
                 continue
             seen.add(name)

@@ -3,11 +3,6 @@
 The sums are added by hand, so no process group is needed; ``tests/engine/torch/sharded`` has the processes.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from triton_support import DEVICE, use
@@ -34,15 +29,15 @@ def work_of(x, its_layout, **options):
     return Work(param, state, its_layout, Group(translate(group), group["lr"]), 0)
 
 
-def cut(whole, lengths):
-    """A layout cut along axis 0."""
+def cut(whole, lengths, axis=0):
+    """A layout cut along an axis; its rows are what is cut, if either side is."""
     first = 0
     for length in lengths:
-        shape, offset = (length, *whole.shape[1:]), (first, *(0 for _ in whole.shape[1:]))
-        yield (
-            slice(first, first + length),
-            Part(shape, whole.rows, whole.columns, whole.batch, whole.shape, offset, frozenset({0})),
-        )
+        shape, offset = list(whole.shape), [0] * len(whole.shape)
+        shape[axis], offset[axis] = length, first
+        sides = (whole.columns, whole.rows) if axis in whole.columns else (whole.rows, whole.columns)
+        part = Part(tuple(shape), *sides, whole.batch, whole.shape, tuple(offset), frozenset({axis}))
+        yield (*[slice(None)] * axis, slice(first, first + length)), part
         first += length
 
 
@@ -64,10 +59,14 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("shape", [(13, 40), (10, 3, 8), (9, 300)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((13, 40), 0), ((10, 3, 8), 0), ((9, 300), 0), ((40, 13), 1), ((300, 9), 1), ((90,), 0)],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore")
-def test_parts_cut_along_their_rows(monkeypatch, shape, options):
-    """FSDP2's Shard(0), uneven: a matrix, rows of several axes, rows wider than a tile."""
+def test_parts_cut_along_one_axis(monkeypatch, shape, axis, options):
+    """FSDP2's Shard(0), uneven: a matrix, rows of several axes, rows wider than a tile, a vector; and Shard(1)."""
     use(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if options.get("stochastic_rounding") else torch.float32
@@ -75,8 +74,8 @@ def test_parts_cut_along_their_rows(monkeypatch, shape, options):
     rows = len(shape) - 1
     whole = layout(shape, lambda name, shape: Factored(tuple(range(rows)), (rows,)) if rows else None)
     one = work_of(x.clone(), whole, **options)
-    lengths = (shape[0] // 2, shape[0] // 3, shape[0] - shape[0] // 2 - shape[0] // 3)
-    places, parts = zip(*cut(whole, lengths), strict=True)
+    length = shape[axis]
+    places, parts = zip(*cut(whole, (length // 2, length // 3, length - length // 2 - length // 3), axis), strict=True)
     work = [work_of(x[place].clone(), part, **options) for place, part in zip(places, parts, strict=True)]
     assert all(cuda.form_of(w) is not None for w in work)
     alone, backends = cuda.Triton([one]), [cuda.Triton([w]) for w in work]
@@ -85,18 +84,19 @@ def test_parts_cut_along_their_rows(monkeypatch, shape, options):
         for _ in range(STEPS):
             g = (torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
             alone.step([g], skipped)
-            add_up([b.measure([g[place].contiguous()])[0] for b, place in zip(backends, places, strict=True)])
+            local = [g[place].contiguous() for place in places]  # apply reads them again
+            add_up([b.measure([its])[0] for b, its in zip(backends, local, strict=True)])
             for backend in backends:
                 backend.finish()
                 backend.apply(skipped)
-    stored = torch.cat([w.param.detach() for w in work])
+    stored = torch.cat([w.param.detach() for w in work], axis)
     if dtype == torch.bfloat16:  # the same draws: an element is numbered in the whole parameter
         assert (stored != one.param).float().mean() < 0.02
     else:
         torch.testing.assert_close(stored, one.param.detach(), rtol=2e-6, atol=1e-6)
-    for name in one.layout.slots:
-        kept = [w.state[name] for w in work]
-        value = kept[0] if name == "column" else torch.cat(kept)
+    for name, local in zip(one.layout.slots, list(parts[0].slots)[:: -1 if axis else 1], strict=True):
+        kept = [w.state[local] for w in work]
+        value = kept[0] if local == "column" else torch.cat(kept)
         torch.testing.assert_close(value, one.state[name], rtol=4e-6, atol=0)
     assert [int(w.state["step"]) for w in work] == [STEPS] * len(work)
     assert skipped == 0
@@ -117,7 +117,7 @@ def test_a_part_that_is_not_finite_elsewhere_is_left_alone(monkeypatch):
     assert torch.equal(w.param.detach().cpu(), x)
     assert int(skipped) == 1
     assert int(w.state["step"]) == 0
-    assert place == slice(0, 3)
+    assert place == (slice(0, 3),)
 
 
 def test_a_tensor_without_a_gradient_is_left_alone(monkeypatch):
@@ -133,13 +133,3 @@ def test_a_tensor_without_a_gradient_is_left_alone(monkeypatch):
                 assert torch.equal(w.param, x) == (k in absent)
                 assert int(w.state["step"]) == t + (k not in absent)
     assert skipped == 0
-
-
-def test_dtensors_step_as_the_native_kernels_do():
-    """Two processes: FSDP2's Shard(0), uneven, reaches Triton; the rest goes another way beside it."""
-    helper = Path(__file__).parents[2] / "helpers" / "triton_ranks.py"
-    outcome = subprocess.run([sys.executable, helper], capture_output=True, text=True, timeout=300, check=False)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
-    found = json.loads(outcome.stdout.splitlines()[-1])
-    assert [4, 20] in found["reached"]
-    assert max(found["differences"]) < 1e-6

@@ -24,7 +24,7 @@ def described(shape, factoring="last_two", flat=False):
         return None
     tile = triton_table.tile_of(form) if form.factored else None
     launch = triton_table.Launch(
-        tile, "float32", "float32", "", True, False, False, False, False, flat or not tile, False, False
+        tile, "float32", "float32", "", True, False, False, False, False, flat or not tile, False, None, False
     )
     return triton_table.Tensor(form, launch)
 

@@ -144,6 +144,7 @@ class Triton:
         self._dtypes = [w.param.dtype for w in work]
         self._states = self._by_slots()
         self._sums: list[Sums] | None = None
+        self._places: list[tuple[Tensor, Tensor, Tensor]] = []
         self._reserve: Tensor | None = None
         self._recorded: list[Tensor] = []  # what a capture in progress has made
         self._streams: set[object] = set()
@@ -175,7 +176,7 @@ class Triton:
         self._of_graph = is_capturing()  # its uploads wait for a replay: no eager step may read these tables
         forms = [form_of(w) for w in work]
         self._described = [
-            triton_table.Tensor(form, launch_of(w, form, dtype, aligned))
+            triton_table.Tensor(_in_kernel(form), launch_of(w, form, dtype, aligned))
             for w, form, dtype, aligned in zip(work, forms, self._dtypes, self._aligned, strict=True)
             if form is not None
         ]
@@ -206,7 +207,6 @@ class Triton:
         self.scalars, self.updated = buffer(4 * count), buffer(count, torch.int64)
         self.partials, self.squares = buffer(3 * plan.partials), buffer(plan.squares)
         self.roots, self.found = buffer(plan.roots), buffer(3 * len(plan.slices))
-        self.matrix_sums: Tensor | None = None
         self.moves = buffer(2 * len(plan.slices))
         self.varying = buffer(count + len(places), torch.int64)  # addresses of gradients, then learning rates
         self.sent: NDArray[np.int64] | None = None  # what it holds
@@ -235,7 +235,10 @@ class Triton:
                 "rng_stream": w.rng_stream,
             }
             if isinstance(w.layout, Part):
-                _globalise(cast(Any, said), _in_memory(w.layout, form))
+                swapped = tensor.launch.transposed
+                _globalise(cast(Any, said), w.layout.transposed if form.transposed or swapped else w.layout)
+                if swapped:
+                    said["global_rows"], said["global_columns"] = said["global_columns"], said["global_rows"]
             flags = (
                 hp.caps(settings.scheduled),
                 hp.scale_parameter,
@@ -266,7 +269,7 @@ class Triton:
             launch = Launches(self, self._begin(grads))
             self.sums = self._own() if is_capturing() else self._shared()
             launch.measure(known=self._known(skipped))
-            launch.columns(totals=False)
+            launch.columns("", totals=False)
             launch.slices(measured=True, finished=True)
             launch.finish(skipped, count=True)
             launch.apply()
@@ -275,31 +278,57 @@ class Triton:
     def measure(self, grads: Sequence[Tensor | None]) -> list[Sums]:
         """Equations 2, 4, 5, 6 and 11. What is written to the sums is what `finish` reads."""
         with device_of(self.device):
-            self._launches = Launches(self, self._begin(grads))
+            self._launches = launches = Launches(self, self._begin(grads))
             if self._sums is None or is_capturing():
                 self.sums, self._sums = self._own(), None
-            self._launches.measure(known=set())
-            self._launches.totals()
-            self._launches.slices(measured=True, finished=False)
+            launches.measure(known=set())
+            launches.totals()
+            launches.slices(measured=True, finished=False)
         if self._sums is None:
             self._sums = self._views()
-        for sums in self._sums:
+        for sums, (_, S, _) in zip(self._sums, self._places, strict=True):
             sums.mu = sums.u2 = None
+            if sums.rows is not None and sums.S is not None:
+                sums.S.copy_(S)
         return self._sums
 
     def measure_again(self) -> None:
-        """`form_of` takes no part that is cut along both sides."""
+        if not any(key[3] == "both" for key in self.columns):
+            return
+        assert self._sums is not None
+        with device_of(self.device):
+            self._launches.measure(known=set(), again=True)
+            self._launches.totals("both")
+        for sums, (_, S, _) in zip(self._sums, self._places, strict=True):
+            if sums.rows is not None and sums.S is not None:
+                S.copy_(sums.S)
 
     def finish_columns(self, places: Sequence[int]) -> None:
-        """`form_of` takes no part whose matrices or slices lie on several processes."""
-        assert not places
+        chosen = [k for k in places if self.work[k].layout.factored]
+        if not chosen:
+            return
+        assert self._sums is not None
+        with device_of(self.device):
+            self._launches.columns(self.work[chosen[0]].layout.cut, totals=True)
+        for k in chosen:
+            sums, layout, (partials, _, _) = self._sums[k], self.work[k].layout, self._places[k]
+            over = kept(layout, (*layout.rows, *layout.columns))
+            sums.columns, sums.weighted = (partials[..., which].sum(1).view(over) for which in (0, 1))
 
     def finish(self) -> None:
         """Equations 3, 7, 9 and 10."""
+        assert self._sums is not None
         with device_of(self.device):
             launches = self._launches
-            launches.columns(totals=True)
+            launches.columns("", totals=True)
             launches.slices(measured=False, finished=True)
+            for k, (sums, (_, _, root_mu)) in enumerate(zip(self._sums, self._places, strict=True)):
+                if sums.u2 is not None:
+                    first, count = self.plan.records[k, _PLACE["slice"]], self._described[k].form.slices
+                    self.found.view(-1, 3)[first : first + count, 0] = sums.u2.view(-1)
+                if sums.mu is not None:
+                    root_mu.copy_(sums.mu.reshape(-1).sqrt())
+                sums.columns = sums.weighted = None
             launches.finish(self.updated, count=False)
 
     def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
@@ -427,8 +456,12 @@ class Triton:
         self._streams.add(stream)
 
     def _views(self) -> list[Sums]:
-        """The buffers as tensors, in the shapes of `Sums`: what is written there is what finish reads."""
-        views = []
+        """The buffers as tensors, in the shapes of `Sums`: what is written there is what finish reads.
+
+        Beside them, in ``_places``, of every factored tensor what `columns` leaves of each matrix and tile, its S, and
+        its roots. Of a part that is cut along both sides S is a copy: the second measurement writes its own.
+        """
+        views, self._places = [], []
         for k, (w, tensor) in enumerate(zip(self.work, self._described, strict=True)):
             form, layout = tensor.form, w.layout
             record = dict(zip(FIELDS, self.plan.records[k].tolist(), strict=True))
@@ -436,15 +469,23 @@ class Triton:
             Q = slices[:, 1].view(kept(layout, layout.whole))
             if not form.factored:
                 views.append(Sums(None, None, slices[:, 0].view(kept(layout, layout.whole)), Q))
+                self._places.append((Q, Q, Q))
                 continue
-            matrices, parts, m = record["matrices"], record["parts"], record["m"]
+            matrices, parts, m, tiles = record["matrices"], record["parts"], record["m"], record["tiles"]
             S, W = (
                 self.sums.as_strided((matrices, m), (parts * m, 1), record["sums"] + half * matrices * parts * m).view(
                     kept(layout, layout.rows)
                 )
                 for half in (0, 1)
             )
-            views.append(Sums(None, S, W, Q))
+            partials = self.partials.view(-1, 3)[record["partial"] :][: matrices * tiles].view(-1, tiles, 3)
+            root_mu = self.roots[record["root_mu"] :][:matrices]
+            rows = None
+            if tensor.launch.cut == "both":
+                runs = matrices * record["n"]
+                rows = self.sums[record["row_totals"] :][:runs].view(kept(layout, layout.columns))
+            views.append(Sums(rows, S if rows is None else torch.empty_like(S), W, Q))
+            self._places.append((partials, S, root_mu))
         return views
 
 
@@ -458,9 +499,17 @@ def form_of(w: Work) -> Canonical | None:
     if form is None or not isinstance(w.layout, Part):
         return form
     draws = w.settings.stochastic_rounding or any(tensor.dtype == torch.int8 for tensor in beside)
-    if form.transposed or not w.layout.size or w.layout.cut in ("stack", "both") or (draws and not _numbered(w.layout)):
+    if not w.layout.size or (draws and not _numbered(_in_memory(w.layout, form))):
         return None
-    return form
+    if not form.transposed or w.layout.cut == "nothing":
+        return form
+    # A part's rows are whole and its columns may not be: they are finished first, wherever they stand.
+    return form._replace(columns_first=True) if w.layout.cut == "rows" and form.inner == 1 else None
+
+
+def _in_kernel(form: Canonical) -> Canonical:
+    """The form with the rows that measure finishes as its rows."""
+    return form._replace(rows=form.columns, columns=form.rows, transposed=False) if form.columns_first else form
 
 
 def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool) -> Launch:
@@ -470,20 +519,25 @@ def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool) -> Lau
     tensors = [w.param, *(w.state[name] for name in w.slots if name != "step")]
     aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     int8 = momentum is not None and momentum.dtype == torch.int8
-    part = isinstance(w.layout, Part)
+    cut = w.layout.cut if isinstance(w.layout, Part) else None
+    if cut is not None and (not form.factored or cut not in ("stack", "both")):
+        cut = "rows"
+    kernels = _in_kernel(form)
+    tile = triton_table.tile_of(kernels, whole_rows=cut != "both", transposed=form.columns_first)
     return Launch(
-        tile=triton_table.tile_of(form) if form.factored else None,
+        tile=tile if form.factored else None,
         param=_NAMES[w.param.dtype],
         grad=_NAMES[grad],
         momentum="" if momentum is None else _NAMES[momentum.dtype],
         scale=hp.scale_parameter,
         stochastic=settings.stochastic_rounding and w.param.dtype in (torch.bfloat16, torch.float16),
         compensated=w.compensated,
-        huge=(w.layout.slice_size * form.slices if part else form.size) > 1 << 31,
-        aligned=aligned and form.columns % 16 == 0,
+        huge=(form.size if cut is None else w.layout.slice_size * form.slices) > 1 << 31,
+        aligned=aligned and form.columns % 16 == 0 and (not form.columns_first or form.rows % 16 == 0),
         flat=not form.factored or (int8 and form.columns % BLOCK != 0),
         sliced=form.slices > 1,
-        part=part,
+        cut=cut,
+        transposed=form.columns_first,
     )
 
 
@@ -506,54 +560,63 @@ class Launches:
         self._capped = {"maxnreg": triton_table.REGISTERS} if self._lanes == 32 and torch.version.hip is None else {}
 
     def _warps(self, warps: int) -> dict[str, Any]:
-        return {"num_warps": warps * 32 // self._lanes, **self._common}
+        return {"num_warps": max(1, warps * 32 // self._lanes), **self._common}
 
-    def measure(self, known: set[Launch]) -> None:
-        """``known``: of which launches Σx² needs no reading."""
+    def measure(self, known: set[Launch], again: bool = False) -> None:
+        """``known``: of which launches Σx² needs no reading. ``again``: only what lacked its row sums."""
         t, k, varying, count = self._t, self._k, self._varying, len(self._t.work)
-        rates = varying[count:].view(torch.float64)
-        k.begin[(-(-count // 128),)](
-            t.records, t.numbers, rates, t.scalars, count, BLOCK=128, **self._warps(4)
-        )  # fmt: skip
+        if not again:
+            rates = varying[count:].view(torch.float64)
+            k.begin[(-(-count // 128),)](
+                t.records, t.numbers, rates, t.scalars, count, BLOCK=128, **self._warps(4)
+            )  # fmt: skip
         for launch, blocks in t.measured.items():
-            tile, grid = launch.tile, (len(blocks),)
-            param, grad = k.dtype(launch.param), k.dtype(launch.grad)
-            scale = launch.scale and launch not in known
+            tile, scale, apart = launch.tile, launch.scale and launch not in known, launch.cut == "both"
+            if again and not apart:
+                continue
             if tile is None:
-                k.measure_flat[grid](
+                k.measure_flat[(len(blocks),)](
                     t.records, t.numbers, varying, t.scalars, blocks, t.partials, t.squares,
-                    BLOCK=triton_table.FLAT_TILE, PARAM=param, GRAD=grad, SCALE=scale, ALIGNED=launch.aligned,
-                    **self._warps(4),
+                    BLOCK=triton_table.FLAT_TILE, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad), SCALE=scale,
+                    ALIGNED=launch.aligned, **self._warps(4),
                 )  # fmt: skip
                 continue
-            if tile.wide:
-                k.row_parts[grid](
-                    t.records, varying, blocks, t.sums, NP=tile.NP, M=tile.M, GRAD=grad, ALIGNED=launch.aligned,
-                    STAGES=tile.stages(self._shared, _SIZES[launch.grad]), **self._warps(tile.warps),
+            if tile.wide and not again:
+                self._measure(launch, k.TO_COME, scale and apart)
+                k.row_sums[(len(blocks),)](
+                    t.records, varying, blocks, t.sums, NP=min(tile.NP, 32), C=32, **self._warps(4)
                 )  # fmt: skip
-            k.measure[grid](
-                t.records, t.numbers, varying, t.scalars, blocks, t.sums, t.squares,
-                K=tile.K, NP=tile.NP, M=tile.M, PARAM=param, GRAD=grad,
-                SCALE=scale, WIDE=tile.wide, ALIGNED=launch.aligned,
-                STAGES=tile.stages(self._shared, _SIZES[launch.grad], _SIZES[launch.param] * scale),
-                **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
-            )  # fmt: skip
+            if again or not apart:
+                self._measure(launch, k.GIVEN if tile.wide else k.IN_TILE, scale and not again)
 
-    def totals(self) -> None:
-        t = self._t
-        for (K, P, C), blocks in t.columns.items():
-            self._k.totals[(len(blocks),)](
-                t.records, self._varying, blocks, t.sums, K=K, P=P, C=C, **self._warps(4)
-            )  # fmt: skip
+    def _measure(self, launch: Launch, rows: Any, scale: bool) -> None:
+        t, k, tile, blocks = self._t, self._k, launch.tile, self._t.measured[launch]
+        assert tile is not None
+        k.measure[(len(blocks),)](
+            t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.squares,
+            K=tile.K, NP=tile.NP, M=tile.M, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad),
+            SCALE=scale, ROWS=rows.value, TRANSPOSED=launch.transposed, ALIGNED=launch.aligned,
+            STAGES=tile.stages(self._shared, _SIZES[launch.grad], _SIZES[launch.param] * scale),
+            **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
+        )  # fmt: skip
 
-    def columns(self, totals: bool, matrix_sums: bool = False) -> None:
+    def totals(self, apart: str | None = None) -> None:
+        """Of everything, or of those that are finished ``apart``."""
         t = self._t
-        for (K, P, C), blocks in t.columns.items():
-            self._k.columns[(len(blocks),)](
-                t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.partials, t.roots,
-                t.matrix_sums if matrix_sums else t.roots,
-                K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=matrix_sums, **self._warps(4),
-            )  # fmt: skip
+        for (K, P, C, which), blocks in t.columns.items():
+            if apart in (None, which):
+                self._k.totals[(len(blocks),)](
+                    t.records, self._varying, blocks, t.sums, K=K, P=P, C=C, **self._warps(4)
+                )  # fmt: skip
+
+    def columns(self, apart: str, totals: bool) -> None:
+        t = self._t
+        for (K, P, C, which), blocks in t.columns.items():
+            if apart == which:
+                self._k.columns[(len(blocks),)](
+                    t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.partials, t.roots,
+                    K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=bool(apart), **self._warps(4),
+                )  # fmt: skip
 
     def slices(self, measured: bool, finished: bool) -> None:
         t = self._t
@@ -586,6 +649,7 @@ class Launches:
                 "COMPENSATED": launch.compensated,
                 "HUGE": launch.huge,
                 "PART": launch.part,
+                **({} if launch.flat else {"TRANSPOSED": launch.transposed}),
                 "SQUARES": launch.keeps_squares,
                 "ALIGNED": launch.aligned,
             }

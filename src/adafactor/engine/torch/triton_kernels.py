@@ -2,10 +2,12 @@
 
 A program finds its work in tables (``triton_table.py``): a block names a tensor, and the tensor's record holds its
 addresses and its numbers. A tile is K matrices × NP rows × M columns; a matrix has rows of ``m`` neighbours,
-``inner * m`` apart. Equation numbers are those of ``docs/algorithm.md``.
+``inner * m`` apart, or where it is TRANSPOSED columns of ``n`` neighbours. Equation numbers are those of
+``docs/algorithm.md``.
 
     begin     per tensor: t, eq. 1 and eq. 8
     measure   rows, and per part of a matrix S and W, and Q (eqs. 2, 4, 5, 6); flat tensors eq. 11
+    row_sums  Σg² of rows that a tile, or this process, does not hold as a whole, from what measure has left of it
     totals    S and W over the parts: where other processes add theirs before the columns are finished
     columns   the columns (eq. 3), and what eq. 7 needs of them
     slices    Σu² and Q of a clip factor
@@ -33,7 +35,7 @@ _B, _L = tl.constexpr(len(BLOCK_FIELDS)), tl.constexpr(len(SLICE_FIELDS))
     _PARAM, _FIRST, _SECOND, _MOMENTUM, _SCALES, _RESIDUAL, _DIAGNOSTICS, _STEP, _LR, _FLAGS, _SEED, _RNG_STREAM,
     _N, _INNER, _m, _MATRICES, _PER_SLICE, _SLICES, _SLICE_SIZE, _SIZE, _PARTS, _PART_ROWS, _CHUNKS,
     _GLOBAL_ROWS, _GLOBAL_COLUMNS, _GLOBAL_SIZE, _ROW_OFFSET, _COLUMN_OFFSET,
-    _SUMS, _FINISHED, _ROOT_MU, _SLICE, _TILES, _PARTIAL, _SQUARES, _MOVED, _ROW_PARTS,
+    _SUMS, _FINISHED, _ROOT_MU, _SLICE, _TILES, _PARTIAL, _SQUARES, _MOVED, _ROW_PARTS, _ROW_TOTALS,
 ) = (tl.constexpr(k) for k in range(len(FIELDS)))  # fmt: skip
 _EXPONENT, _LEAST, _EPS1, _EPS2, _CLIP, _DECAYS, _BETA1 = (tl.constexpr(k) for k in range(len(NUMBERS)))
 _CAPS, _SCALE, _AFTER_DECAY, _MAXIMIZE, _SKIP = (tl.constexpr(1 << k) for k in range(len(FLAGS)))
@@ -103,40 +105,25 @@ def begin(tensors, numbers, lrs, scalars, count, BLOCK: tl.constexpr):
     tl.store(out + 3, decay_factor.to(tl.float32), mask=mask)
 
 
+# Where the row sums that `measure` needs come from: its own tile, nowhere yet (it leaves its chunk's), or `row_sums`.
+IN_TILE, TO_COME, GIVEN = (tl.constexpr(k) for k in range(3))
+
+
 @triton.jit
-def row_parts(
-    tensors, grads, blocks, sums,
-    NP: tl.constexpr, M: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Row sums over one chunk of columns, for matrices wider than a tile; `measure` adds up the chunks."""
-    block = blocks + tl.program_id(0) * _B
-    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
-    address = tl.load(grads + tensor)
-    if address == 0:
-        return
-    record = tensors + tensor * _F
-    m, n, inner = tl.load(record + _m), tl.load(record + _N), tl.load(record + _INNER)
-    if ALIGNED:
-        m = tl.multiple_of(m, 16)
-    chunks, part_rows = tl.load(record + _CHUNKS), tl.load(record + _PART_ROWS)
-    grad = _pointer(address, GRAD, ALIGNED)
-    out = sums + tl.load(record + _ROW_PARTS)
-    j = chunk * M + tl.arange(0, M)
-    first = matrix // inner * n * inner + matrix % inner
-    for i0 in tl.range(part * part_rows, tl.minimum((part + 1) * part_rows, n), NP, num_stages=STAGES):
-        i = i0 + tl.arange(0, NP)
-        run = first + i * inner
-        inside = i < n
-        mask = inside[:, None] & (j < m)[None, :]
-        g = tl.load(grad + run[:, None] * m + j[None, :], mask=mask, other=0).to(tl.float32)
-        tl.store(out + run * chunks + chunk, tl.sum(g * g, axis=1), mask=inside)
+def _place(k, i, run, j, n, m, TRANSPOSED: tl.constexpr):
+    """Where elements stand: rows are numbered by ``run``, and by ``i`` in their matrix ``k``."""
+    if TRANSPOSED:
+        place = (k[:, None, None] * m + j[None, None, :]) * n + i[None, :, None]
+    else:
+        place = run[:, :, None] * m + j[None, None, :]
+    return place
 
 
 @triton.jit
 def measure(
     tensors, numbers, grads, scalars, blocks, sums, squares,
     K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    SCALE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of K matrices: finishes its rows, and leaves its share of S, W and Q in buffers. g is read once."""
     block = blocks + tl.program_id(0) * _B
@@ -153,13 +140,15 @@ def measure(
     parts, part_rows, chunks = (
         tl.load(record + _PARTS), tl.load(record + _PART_ROWS), tl.load(record + _CHUNKS),
     )  # fmt: skip
+    if TRANSPOSED and ALIGNED:
+        n, part_rows = tl.multiple_of(n, 16), tl.multiple_of(part_rows, 16)
     ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
     grad = _pointer(address, GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
     finished = sums + tl.load(record + _FINISHED)
-    row_sums = sums + tl.load(record + _ROW_PARTS)
+    row_parts, row_totals = sums + tl.load(record + _ROW_PARTS), sums + tl.load(record + _ROW_TOTALS)
     width = tl.load(record + _GLOBAL_COLUMNS).to(tl.float32)
     k = matrix + tl.arange(0, K)
     first = k // inner * n * inner + k % inner  # the run of a matrix's row 0
@@ -173,24 +162,22 @@ def measure(
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * inner
         inside = here & (i < n)[None, :]
-        place = run[:, :, None] * m + j[None, None, :]
+        place = _place(k, i, run, j, n, m, TRANSPOSED)
         mask = inside[:, :, None] & (j < m)[None, None, :]
         g = tl.load(grad + place, mask=mask, other=0).to(tl.float32)
         g2 = g * g
-        if WIDE:
-            total = tl.zeros((K, NP), tl.float32)
-            for c0 in range(0, chunks, 32):
-                c = c0 + tl.arange(0, 32)
-                part_sums = row_sums + run[:, :, None] * chunks + c[None, None, :]
-                there = inside[:, :, None] & (c < chunks)[None, None, :]
-                total += tl.sum(tl.load(part_sums, mask=there, other=0), axis=2)
-        else:
-            total = tl.sum(g2, axis=2)
-        r = past * tl.load(row + run, mask=inside, other=0) + ema_weight * (total / width + eps1)  # eq. 2
-        tl.store(finished + run, r, mask=here & (i < finishes)[None, :])
-        u = g * _inverse_root(r)[:, :, None]
         S += tl.sum(g2, axis=1)  # eq. 4
-        W += tl.sum(u * u, axis=1)  # eq. 5
+        if ROWS == TO_COME:
+            tl.store(row_parts + run * chunks + chunk, tl.sum(g2, axis=2), mask=inside)
+        else:
+            if ROWS == GIVEN:
+                total = tl.load(row_totals + run, mask=inside, other=0)
+            else:
+                total = tl.sum(g2, axis=2)
+            r = past * tl.load(row + run, mask=inside, other=0) + ema_weight * (total / width + eps1)  # eq. 2
+            tl.store(finished + run, r, mask=here & (i < finishes)[None, :])
+            u = g * _inverse_root(r)[:, :, None]
+            W += tl.sum(u * u, axis=1)  # eq. 5
         if SCALE:
             x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
             Q += tl.sum(tl.sum(x * x, axis=2), axis=1)  # eq. 6
@@ -212,6 +199,30 @@ def measure(
             tl.where((c == 0)[None, :], Q[:, None], 0.0),
             mask=here & (c < per_chunk)[None, :] & (chunk * per_chunk + c < moved)[None, :],
         )
+
+
+@triton.jit
+def row_sums(tensors, grads, blocks, sums, NP: tl.constexpr, C: tl.constexpr):
+    """Σg² of the rows of one part of a matrix, over what the chunks of its columns have left."""
+    block = blocks + tl.program_id(0) * _B
+    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    if (tl.load(grads + tensor) == 0) | (chunk > 0):
+        return
+    record = tensors + tensor * _F
+    n, inner, chunks = tl.load(record + _N), tl.load(record + _INNER), tl.load(record + _CHUNKS)
+    part_rows = tl.load(record + _PART_ROWS)
+    source, target = sums + tl.load(record + _ROW_PARTS), sums + tl.load(record + _ROW_TOTALS)
+    first = matrix // inner * n * inner + matrix % inner
+    end = tl.minimum((part + 1) * part_rows, n)
+    for i0 in range(part * part_rows, end, NP):
+        i = i0 + tl.arange(0, NP)
+        run = first + i * inner
+        total = tl.zeros((NP,), tl.float32)
+        for c0 in range(0, chunks, C):
+            c = c0 + tl.arange(0, C)
+            there = (i < end)[:, None] & (c < chunks)[None, :]
+            total += tl.sum(tl.load(source + run[:, None] * chunks + c[None, :], mask=there, other=0), axis=1)
+        tl.store(target + run, total, mask=i < end)
 
 
 @triton.jit
@@ -290,14 +301,14 @@ def totals(tensors, grads, blocks, sums, K: tl.constexpr, P: tl.constexpr, C: tl
 
 @triton.jit
 def columns(
-    tensors, numbers, grads, scalars, blocks, sums, partials, roots, matrix_sums,
+    tensors, numbers, grads, scalars, blocks, sums, partials, roots,
     K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, TOTALS: tl.constexpr, MATRIX_SUMS: tl.constexpr,
 ):  # fmt: skip
     """C columns of K matrices: finished (eq. 3) in the place of the first part's S, and what eq. 7 needs of them.
 
     Where the tile holds all columns of its matrices their Σu² is known here; otherwise `slices` adds up the tiles.
     TOTALS: S and W stand in the first part's place alone.
-    MATRIX_SUMS: leave the sum of each matrix's columns, and of W / column, too.
+    MATRIX_SUMS: leave the sum of each matrix's columns, and of W / column: eq. 7 takes other processes' too.
     """
     block = blocks + tl.program_id(0) * _B
     tensor, matrix, tile, end = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
@@ -327,13 +338,10 @@ def columns(
     weighted = tl.sum(tl.where(mask, W / tl.maximum(c, _TINY), 0.0), axis=1)
     out = partials + (tl.load(record + _PARTIAL) + tl.load(block + 4)) * 3
     tl.store(out + 2, tl.sum(S) + tl.sum(W))
-    if MATRIX_SUMS:
-        own = matrix_sums + ((tl.load(record + _ROOT_MU) + k) * tiles + tile) * 2
-        tl.store(own, total, mask=k < end)
-        tl.store(own + 1, weighted, mask=k < end)
+    mu = total / m.to(tl.float32)
     if tiles == 1:
-        mu = total / m.to(tl.float32)
         tl.store(roots + tl.load(record + _ROOT_MU) + k, tl.sqrt(mu), mask=k < end)
+    if tl.where(tiles == 1, 0 if MATRIX_SUMS else 1, 0) != 0:
         tl.store(out, tl.sum(mu * weighted))  # eq. 7
     else:
         tl.store(out, tl.sum(total))
@@ -464,7 +472,7 @@ def apply(
     tensors, numbers, grads, scalars, blocks, sums, roots, moves, updated, squares,
     K: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, HUGE: tl.constexpr,
-    PART: tl.constexpr, SQUARES: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+    PART: tl.constexpr, TRANSPOSED: tl.constexpr, SQUARES: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of K matrices, as in `measure`: writes their statistics, momentum and parameters (eqs. 12, 13).
 
@@ -482,6 +490,8 @@ def apply(
     if ALIGNED:
         m = tl.multiple_of(m, 16)
     parts, part_rows = tl.load(record + _PARTS), tl.load(record + _PART_ROWS)
+    if TRANSPOSED and ALIGNED:
+        n, part_rows = tl.multiple_of(n, 16), tl.multiple_of(part_rows, 16)
     decay_factor = tl.load(scalars + tensor * 4 + 3)
     beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
     seed, rng_stream = tl.load(record + _SEED), tl.load(record + _RNG_STREAM)
@@ -519,7 +529,7 @@ def apply(
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * inner
         inside = here[:, None] & (i < n)[None, :]
-        place = run[:, :, None] * m + j[None, None, :]
+        place = _place(k, i, run, j, n, m, TRANSPOSED)
         mask = inside[:, :, None] & (j < m)[None, None, :]
         r = tl.load(sums + tl.load(record + _FINISHED) + run, mask=inside, other=0)
         tl.store(row + run, r, mask=here[:, None] & (i < stores)[None, :])
@@ -527,7 +537,12 @@ def apply(
         u = tl.load(grad + place, mask=mask, other=0).to(tl.float32) * a[:, :, None] * c[:, None, :]
         numbered = place
         if PART:
-            numbered = _number(record, run, first[:, None] // (n * inner), n, inner)[:, :, None] + j[None, None, :]
+            if TRANSPOSED:
+                before = k[:, None, None] * tl.load(record + _GLOBAL_COLUMNS) + tl.load(record + _ROW_OFFSET)
+                numbered = (before + j[None, None, :]) * tl.load(record + _GLOBAL_ROWS) + i[None, :, None]
+                numbered += tl.load(record + _COLUMN_OFFSET)
+            else:
+                numbered = _number(record, run, first[:, None] // (n * inner), n, inner)[:, :, None] + j[None, None, :]
         coded, coded_here = place, mask
         if MOMENTUM == tl.int8:
             b = chunk * (M // _BLOCK) + tl.arange(0, M // _BLOCK)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adafactor.core.canonical import Canonical
+from adafactor.core.factoring import Cut
 from adafactor.engine.torch.int8 import BLOCK as INT8_BLOCK
 
 #: int64 fields of a tensor's record: addresses; what a user has said; the form; where its share of a buffer begins.
@@ -27,7 +28,7 @@ FIELDS = (
         "row_offset",
         "column_offset",
     ),  # of what other processes hold parts of
-    *("sums", "finished", "root_mu", "slice", "tiles", "partial", "squares", "moved", "row_parts"),
+    *("sums", "finished", "root_mu", "slice", "tiles", "partial", "squares", "moved", "row_parts", "row_totals"),
 )
 #: float64 numbers of a tensor.
 NUMBERS = ("exponent", "least", "eps1", "eps2", "clip", "decays", "beta1")
@@ -40,6 +41,7 @@ TILE = 4096  # elements that 8 warps work on at a time
 WIDEST = 16384  # columns up to which a row's sum and the column sums of its part stay in registers
 FLAT = 16384  # elements of one program over an unfactored tensor, FLAT_TILE at a time
 FLAT_TILE = 1024
+TRANSPOSED = 32  # columns of a tile whose rows are neighbours in memory: the rest of its elements are neighbours
 COLUMNS = 128  # of one tile where the sums over parts are added up
 # S and W of a part of R rows take 8 bytes per column, and are written and read once: 16 / R bytes per element. Rows are
 # as many as leave every launch two programs for each place of 132 multiprocessors with 16 warps each, within bounds.
@@ -50,7 +52,10 @@ REGISTERS = 128  # of a thread of the measuring programs: two of 8 warps, or one
 
 
 class Tile(NamedTuple):
-    """The tile of a factored tensor: K matrices × NP rows × M columns, and the warps that share it."""
+    """The tile of a factored tensor: K matrices × NP rows × M columns, and the warps that share it.
+
+    ``wide``: it does not hold whole rows, so their sums are taken first.
+    """
 
     K: int
     NP: int
@@ -58,12 +63,12 @@ class Tile(NamedTuple):
     warps: int
     wide: bool
 
-    def of_apply(self, coded: bool) -> Tile:
-        """The tile of the second pass, which needs no whole rows; half as large for the work on 8-bit momentum."""
+    def of_apply(self, half: bool) -> Tile:
+        """The tile of the second pass, which needs no whole rows; half as large where registers are short."""
         size = min(TILE, self.K * self.NP * self.M)
-        size = max(size // 2, INT8_BLOCK) if coded else size
+        size = max(size // 2, INT8_BLOCK) if half else size
         if size == self.K * self.NP * self.M:
-            return self
+            return self._replace(wide=False)
         M = min(self.M, size)
         return Tile(1, size // M, M, 8, False)
 
@@ -96,15 +101,32 @@ class Launch(NamedTuple):
     aligned: bool
     flat: bool  # apply walks elements, not rows
     sliced: bool
-    part: bool  # other processes hold the rest of the parameter
+    cut: Cut | None  # of a part: what it lacks that decides about launches, "stack" or "both"; None if it is whole
+    transposed: bool  # rows are neighbours in memory, not columns
+
+    @property
+    def part(self) -> bool:
+        """Whether other processes hold the rest of the parameter."""
+        return self.cut is not None
+
+    @property
+    def finished_apart(self) -> Cut | Literal[""]:
+        """Which of the tensors are finished before others, because what eq. 7 adds up lies on several processes."""
+        return self.cut if self.cut in ("stack", "both") else ""
+
+    @property
+    def halves(self) -> bool:
+        """Whether apply takes half a tile: for the work on 8-bit momentum, and for addresses of rows and columns."""
+        return self.momentum == "int8" or self.transposed
 
     @property
     def of_apply(self) -> Launch:
         """What the programs of apply have in common: those of several widths share tiles."""
+        cut: Cut | None = "rows" if self.part else None
         if self.tile is None:
-            return self._replace(scale=False)
-        tile = Tile(1, 1, FLAT_TILE, 4, True) if self.flat else self.tile.of_apply(self.momentum == "int8")
-        return self._replace(tile=tile, scale=False)
+            return self._replace(scale=False, cut=cut)
+        tile = Tile(1, 1, FLAT_TILE, 4, True) if self.flat else self.tile.of_apply(self.halves)
+        return self._replace(tile=tile, scale=False, cut=cut)
 
     @property
     def keeps_squares(self) -> bool:
@@ -114,7 +136,7 @@ class Launch(NamedTuple):
 
 @dataclass
 class Tensor:
-    """What the tables must know of one tensor."""
+    """What the tables must know of one tensor; its rows are those that measure finishes."""
 
     form: Canonical
     launch: Launch
@@ -130,7 +152,7 @@ class Tables:
         measure, apply: per launch its blocks, int64 (programs, BLOCK_FIELDS). Apply walks them backwards: what measure
             read last is still in the cache.
         members: per launch of measure its tensors.
-        columns: per (K, P, C) of the tile its blocks.
+        columns: per (K, P, C) of the tile and ``finished_apart`` its blocks.
         sums, partials, squares, roots: numbers in each buffer, float32.
     """
 
@@ -139,7 +161,7 @@ class Tables:
     measure: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     apply: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     members: dict[Launch, list[int]] = field(default_factory=dict)
-    columns: dict[tuple[int, int, int], NDArray[np.int64]] = field(default_factory=dict)
+    columns: dict[tuple[int, int, int, str], NDArray[np.int64]] = field(default_factory=dict)
     sums: int = 0
     partials: int = 0
     squares: int = 0
@@ -159,14 +181,20 @@ def _width(m: int, coarse: int) -> int:
     return max(4, power(m, 4) if m <= coarse else power(m))
 
 
-def tile_of(form: Canonical) -> Tile:
-    """The tile of a factored tensor. Few different ones, for each is a launch and a compilation."""
+def tile_of(form: Canonical, whole_rows: bool = True, transposed: bool = False) -> Tile:
+    """The tile of a factored tensor. Few different ones, for each is a launch and a compilation.
+
+    ``whole_rows``: whether they are on this process. ``transposed``: as `Launch` has it.
+    """
     matrices = form.outer * form.inner
-    wide = form.columns > WIDEST
-    M = TILE if wide else _width(form.columns, TILE // 4)
+    if transposed:
+        M = min(_width(form.columns, TILE // 4), TRANSPOSED)
+        return Tile(1, TILE // M, M, 8, True)
+    wide = form.columns > WIDEST or not whole_rows
+    M = TILE if form.columns > WIDEST else _width(form.columns, TILE // 4)
     rows = max(TILE // M, 1)
     warps = max(4, min(16, max(TILE, M) // 512))
-    if matrices == 1 or form.rows >= rows:
+    if matrices == 1 or form.rows >= rows or not whole_rows:
         return Tile(1, rows, M, warps, wide)
     NP = min(power(form.rows, 4), rows)
     return Tile(rows // NP, NP, M, warps, wide)
@@ -196,7 +224,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
     result = Tables(np.zeros((len(tensors), len(FIELDS)), np.int64), np.zeros((0, len(SLICE_FIELDS)), np.int64))
     measured: dict[Launch, list[NDArray[np.int64]]] = {}
     applied: dict[Launch, list[NDArray[np.int64]]] = {}
-    summed: dict[tuple[int, int, int], list[NDArray[np.int64]]] = {}
+    summed: dict[tuple[int, int, int, str], list[NDArray[np.int64]]] = {}
     slices: list[NDArray[np.int64]] = []
     first_slice = 0
     for (form, launch), members in kinds.items():
@@ -210,7 +238,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
             return copies
 
         begins = (
-            (("sums", "finished", "row_parts"), result.sums, kind.sums),
+            (("sums", "finished", "row_parts", "row_totals"), result.sums, kind.sums),
             (("partial",), result.partials, kind.partials),
             (("squares",), result.squares, kind.squares),
             (("root_mu",), result.roots, kind.roots),
@@ -228,7 +256,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
             measured.setdefault(launch, []).append(every(kind.measure))
         applied.setdefault(launch.of_apply, []).append(every(kind.apply))
         if kind.columns is not None:
-            summed.setdefault(kind.columns[0], []).append(every(kind.columns[1]))
+            summed.setdefault((*kind.columns[0], launch.finished_apart), []).append(every(kind.columns[1]))
         slices.append(every(kind.slices))
         result.members.setdefault(launch, []).extend(members)
     result.slices = np.concatenate(slices)
@@ -247,10 +275,10 @@ def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
     if launch.tile is None:
         blocks, entries = _flat(form)
         return _Kind(record, blocks, runs, entries, partials=len(blocks), squares=len(blocks))
-    moves = launch.tile.of_apply(launch.momentum == "int8" and not launch.flat)
+    moves = launch.tile.of_apply(launch.halves and not launch.flat)
     sums = _place(record, form, launch.tile, part_rows)
     record["moved"] = -(-form.columns // moves.M)
-    key, columns, ends = _columns(form, record)
+    key, columns, ends = _columns(form, record, one_matrix=bool(launch.finished_apart))
     moved = runs if launch.flat else _parts(record, moves)
     return _Kind(
         record,
@@ -295,7 +323,8 @@ def _place(record: dict[str, int], form: Canonical, tile: Tile, part_rows: int) 
     runs = form.outer * form.rows * form.inner
     record["finished"] = 2 * matrices * parts * form.columns
     record["row_parts"] = record["finished"] + runs
-    return record["row_parts"] + (runs * chunks if tile.wide else 0)
+    record["row_totals"] = record["row_parts"] + (runs * chunks if tile.wide else 0)
+    return record["row_totals"] + (runs if tile.wide else 0)
 
 
 def _grid(*axes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -318,14 +347,14 @@ def _parts(record: dict[str, int], tile: Tile) -> NDArray[np.int64]:
 
 
 def _columns(
-    form: Canonical, record: dict[str, int]
+    form: Canonical, record: dict[str, int], one_matrix: bool
 ) -> tuple[tuple[int, int, int], NDArray[np.int64], NDArray[np.int64]]:
     """tensor, first matrix, tile, end of the matrices, place of the partial sums; and where each slice's end.
 
-    With one tile per matrix a program takes several matrices, all of one slice.
+    With one tile per matrix a program takes several matrices, all of one slice, unless it shall be ``one_matrix``.
     """
     tiles, per_slice = record["tiles"], record["per_slice"]
-    if tiles > 1:
+    if tiles > 1 or one_matrix:
         matrix, tile = _grid(np.arange(record["matrices"]), np.arange(tiles))
         blocks = _blocks(matrix, tile, matrix + 1, np.arange(len(matrix)))
         return (1, 8, COLUMNS), blocks, np.arange(form.slices + 1) * per_slice * tiles
