@@ -260,6 +260,8 @@ def _state(values: State, target: _Target) -> State:
             wanted["momentum_scale"] = (scale, torch.float32)
     if "residual" in values:
         wanted["residual"] = (shape, torch.bfloat16)
+    if "master" in values:  # of HostStep
+        wanted["master"] = (shape, _checked(values["master"], shape, "master", target).dtype)
     read: State = {**values, "step": Held(_step(values.get("step"), target))}
     for slot, (of, stored) in wanted.items():
         value = _checked(values[slot], of, slot, target)

@@ -23,11 +23,12 @@ from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.work import is_sharded
 from adafactor.torch import checkpoint
 from adafactor.torch.arguments import translate
-from adafactor.torch.prepare import Positions, Preparation, Prepared, diagnostics_of
+from adafactor.torch.prepare import Chosen, Positions, Preparation, Prepared, diagnostics_of
 from adafactor.torch.rates import rho, step_size
 
 if TYPE_CHECKING:
     from adafactor.torch.backward import StepInBackward
+    from adafactor.torch.host import HostStep
 
 Place = tuple[int, int]  # group, and position in the group
 
@@ -138,6 +139,7 @@ class Adafactor(Optimizer):
         self._diagnostics: dict[Tensor, Tensor] | None = {} if diagnostics else None
         self._lrs: dict[int, float | Tensor] = {}  # of the groups' last updates, for diagnostics
         self._in_backward: StepInBackward | None = None
+        self._host: HostStep | None = None
         self._preparation = Preparation()
         self._skipped: dict[torch.device, Tensor] = {}
         self._handle = compiled.register(self)
@@ -194,7 +196,13 @@ class Adafactor(Optimizer):
             By the parameter's name (its number among all parameters if the optimizer was given none), tensors of
             shape (), or of one number per slice of the batch axes, on the parameter's device: nothing waits for it
             until they are read.
+
+        Raises:
+            RuntimeError: a parameter is flat (FSDP1, ZeRO): of its tensors this rank has intervals.
         """
+        if self._preparation.flat_params(self.param_groups, self.state):
+            remedy = "diagnostics() has that of the last update of a parameter that holds one tensor."
+            raise RuntimeError(message("effective_lr", "asked of whole tensors or DTensors", "flat shards", remedy))
         return {
             name: step_size(param, name, self.param_groups[number], self.state.get(param, {}).get("step", 0) + 1)
             for name, number, param in self._named()
@@ -276,6 +284,8 @@ class Adafactor(Optimizer):
             self._in_backward._close()
             return loss
         self._update([(number, None) for number in range(len(self.param_groups))])
+        if self._host is not None:
+            self._host.wait()
         return loss
 
     def step_param(self, p: Tensor, group: object = None) -> None:
@@ -319,14 +329,19 @@ class Adafactor(Optimizer):
 
     def _update(self, positions: Positions) -> None:
         """Update what has a gradient at these positions of groups."""
+        if self._host is not None:
+            self._host.take(positions)
+            return
+        self._step_chosen(self._preparation.collect(self.param_groups, positions))
+
+    def _step_chosen(self, chosen: Chosen) -> None:
         # Every check comes before the first write: a step happens wholly or not at all.
-        chosen = self._preparation.collect(self.param_groups, positions)
         if chosen.params:
             prepared = self._preparation.prepared(self.param_groups, self.state, chosen, self._recorded)
             if not (prepared.fresh and self._makes_state_only(chosen.grads)):
                 prepared.step(chosen.grads, self.state, self._count_of)
                 if self._diagnostics is not None:
-                    for number, _ in positions:
+                    for number in {members.number for members, _ in chosen.places}:
                         lr = self.param_groups[number]["lr"]
                         self._lrs[number] = lr.detach().clone() if isinstance(lr, Tensor) else lr
             prepared.fresh = False
@@ -413,6 +428,8 @@ class Adafactor(Optimizer):
         loads one uses its own. The statistics of flat parameters (FSDP1, ZeRO) are gathered, so that any number of
         ranks can load them: all ranks must call this.
         """
+        if self._host is not None:
+            self._host.wait()
         packed = super().state_dict()
         flat = self._preparation.flat_params(self.param_groups, self.state)
         if flat:
@@ -457,6 +474,7 @@ class Adafactor(Optimizer):
         # Both unpickling and the base class's load_state_dict come through here.
         super().__setstate__(state)
         self.__dict__.setdefault("_in_backward", None)
+        self.__dict__.setdefault("_host", None)
         self.__dict__.setdefault("_diagnostics", None)
         self.__dict__.setdefault("_lrs", {})
         if "_preparation" not in self.__dict__:

@@ -201,6 +201,11 @@ class Preparation:
                     grads[k] = gradient(param, called(groups, each, position))  # type: ignore[arg-type]
         return Chosen(params, places, grads)
 
+    def alone(self, groups: list[dict[str, Any]], place: tuple[int, int], grad: Tensor) -> Chosen:
+        """One parameter and a gradient for it, which may be of another dtype than ``.grad`` can."""
+        members = self._members_of(groups, place[0])
+        return Chosen([members.params[place[1]]], [members.places[place[1]]], [grad])
+
     def prepared(
         self,
         groups: list[dict[str, Any]],

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Part
+from adafactor.core.intervals import Box
 from adafactor.engine.torch import triton_table
 from adafactor.engine.torch.blocks import kept
 from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered
@@ -496,6 +497,8 @@ def form_of(w: Work) -> Canonical | None:
     if not dense or w.param.dtype == torch.float64:
         return None
     form = canonical(w.layout)
+    if isinstance(w.layout, Box):  # its sums become complete in another order
+        return None
     if form is None or not isinstance(w.layout, Part):
         return form
     draws = w.settings.stochastic_rounding or any(tensor.dtype == torch.int8 for tensor in beside)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from adafactor import layout
+from adafactor.core.intervals import Flat, cuts
 from adafactor.engine.torch.sharded.flat import Span, Spans
-from adafactor.engine.torch.sharded.intervals import Flat, cuts
 from adafactor.engine.torch.sharded.origins import record
 from adafactor.torch import Adafactor, Factored
 

@@ -1,6 +1,6 @@
 """Flat parameters, what ZeRO and FSDP1 leave of tensors that were flattened, concatenated and cut, as work.
 
-Every box of an interval (`intervals.py`) is work for a backend like any other part; `flat_step.py` completes its sums.
+Every box of an interval (`core/intervals.py`) is work like any other part, whose sums `flat_step.py` completes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
+from adafactor.core.intervals import Flat, Interval
 from adafactor.engine.torch.checks import AFRESH, check_memory, check_step
-from adafactor.engine.torch.sharded.intervals import Flat, Interval
 from adafactor.engine.torch.work import Work, math_dtype, slots_of
 
 

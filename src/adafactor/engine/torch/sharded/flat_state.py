@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from adafactor.core.intervals import Flat
 from adafactor.engine.torch.blocks import kept
 from adafactor.engine.torch.sharded.flat import FlatParam
-from adafactor.engine.torch.sharded.intervals import Flat
 from adafactor.engine.torch.work import math_dtype
 
 Whole = dict[str, Tensor]  # step, and the statistics by their names and shapes in the tensor's layout

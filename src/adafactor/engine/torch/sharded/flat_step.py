@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adafactor.core.factoring import Layout, Shape
+from adafactor.core.intervals import Flat, Index, Shared
 from adafactor.engine.torch.blocks import total
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded.flat import FlatParam
-from adafactor.engine.torch.sharded.intervals import Flat, Index, Shared
 from adafactor.engine.torch.sharded.rank_check import check
 from adafactor.engine.torch.sharded.shard import absent
 from adafactor.engine.torch.work import Sums, Work, math_dtype

@@ -21,9 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Shape
+from adafactor.core.intervals import Interval, cuts
 from adafactor.engine.torch.checks import is_flat
 from adafactor.engine.torch.sharded.flat import Span, Spans
-from adafactor.engine.torch.sharded.intervals import Interval, cuts
 
 _known: Any = WeakIdKeyDictionary()
 ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
