@@ -10,8 +10,9 @@
 from adafactor.core.factoring import Factored
 from adafactor.torch.backward import StepInBackward, step_in_backward
 from adafactor.torch.host import HostStep
+from adafactor.torch.lr_range import LRRange, lr_range_test
 from adafactor.torch.optimizer import Adafactor
 
-__all__ = ["Adafactor", "Factored", "HostStep", "StepInBackward", "step_in_backward"]
+__all__ = ["Adafactor", "Factored", "HostStep", "LRRange", "StepInBackward", "lr_range_test", "step_in_backward"]
 
 Adafactor.__module__ = __name__
