@@ -10,10 +10,16 @@ from adafactor.planning.files import SUFFIXES, folder
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 
 
-def test_the_table_is_what_its_command_prints(capsys):
-    ((command, shown),) = re.findall(r"^```\n\$ adafactor ([^\n]*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    assert main(shlex.split(command)) == 0
-    assert capsys.readouterr().out.strip() == shown.strip()
+def test_the_tables_are_what_their_commands_print(capsys):
+    blocks = re.findall(r"^```\n\$ adafactor ([^\n]*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        assert main(shlex.split(command)) == 0
+        printed = capsys.readouterr().out.strip()
+        if shown.startswith("..."):
+            assert shown.removeprefix("...").strip() in printed
+        else:
+            assert printed == shown.strip()
 
 
 def test_every_kind_of_file_is_there():

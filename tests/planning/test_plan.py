@@ -3,8 +3,9 @@
 import pytest
 
 from adafactor import Factored, plan
-from adafactor.planning import Adafactor, Parameter
+from adafactor.planning import Adafactor, Parameter, TorchAdamW, on_host
 from adafactor.planning import optimizers as rules
+from adafactor.planning.zero import partition
 
 SHAPES = {"layer.0.kernel": (512, 256), "layer.0.bias": (256,), "layer.1.kernel": (256, 512), "scale": ()}
 SIZE = 512 * 256 * 2 + 256 + 1
@@ -117,3 +118,31 @@ def test_refusals_are_one_sentence(arguments, options, words):
 def test_rules_refuse_what_no_optimizer_takes(options):
     with pytest.raises(ValueError, match="must be"):
         Adafactor(**options)
+
+
+def test_zero_partitions_hold_what_flat_shards_keep():
+    # 100 x 30 and a vector of 7, cut at 1504: rows 0 to 50 on one rank, 50 to 99 and the vector on the other.
+    found = plan({"matrix": (100, 30), "vector": (7,)}, dtype="bfloat16", shards=2).under_zero(2)
+    ours = next(usage for usage in found.usages if usage.optimizer == Adafactor())
+    assert partition(found.trained, 2, 2) == 1504
+    assert ours.weights == 2 * 3007 + 4 * 1504
+    assert ours.gradients == 2 * 1504
+    assert ours.state == 4 * (50 + 30 + 7) + 2 * 8
+    assert ours.temporaries == 4 * 1504
+    adamw = next(usage for usage in found.usages if isinstance(usage.optimizer, TorchAdamW))
+    assert adamw.state == 8 * 1504 + 4
+    third = next(u for u in plan([(100, 30)], shards=3).under_zero(3).usages if u.optimizer == Adafactor())
+    assert third.weights == 8 * 1000
+    assert third.state == 4 * (34 + 30) + 8
+    with pytest.raises(ValueError, match="stage must be 1, 2 or 3"):
+        found.under_zero(4)
+
+
+def test_the_host_holds_masters_and_the_bus_carries_each_weight_twice():
+    masters, own = on_host(plan([(100, 30), (7,)], dtype="bfloat16"), bus=1e6, memory=1e9)
+    assert masters.host == 4 * 3007 + 4 * (130 + 7) + 16 + 6000
+    assert own.host == 2 * 3007 + 4 * (130 + 7) + 16 + 6000
+    assert masters.bus == own.bus == 2 * 3007
+    assert masters.device == 2 * 3007 + 2 * 3007
+    assert own.seconds == pytest.approx(4 * 3007 / 1e6 + 12 * 3007 / 1e9)
+    assert len(on_host(plan([(8, 8)]), 1e9, 1e9)) == 1

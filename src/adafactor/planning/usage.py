@@ -10,6 +10,7 @@ from typing import Any
 from adafactor.core.errors import message
 from adafactor.planning.optimizers import HALF, Adafactor, Framework, Optimizer, defaults
 from adafactor.planning.parameters import Parameter, parameters
+from adafactor.planning.zero import STAGES, sizes, takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,14 @@ class Plan:
     Attributes:
         parameters: the model's tensors, whole.
         shards: ranks that share them.
+        zero: by which stage of DeepSpeed's ZeRO, 0 for FSDP2.
         usages: one per optimizer.
     """
 
     parameters: tuple[Parameter, ...]
     shards: int
     usages: tuple[Usage, ...]
+    zero: int = 0
 
     @property
     def trained(self) -> list[Parameter]:
@@ -70,11 +73,26 @@ class Plan:
         usages = []
         for usage in self.usages:
             one = usage.optimizer
-            if isinstance(one, Adafactor):
+            if isinstance(one, Adafactor) and not self.zero:
                 one = replace(one, triton=False)
                 usage = replace(usage, optimizer=one, temporaries=one.temporaries(self.trained, self.shards))
             usages.append(usage)
         return replace(self, usages=tuple(usages))
+
+    def under_zero(self, stage: int) -> Plan:
+        """The same where DeepSpeed's ZeRO of a stage shares the model among as many ranks.
+
+        Figures are those of the rank that keeps most (of stage 3 the first), with the float32 partition among the
+        weights; of the optimizers that step flat partitions as they step whole tensors.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        if isinstance(stage, bool) or stage not in STAGES:
+            raise ValueError(message("stage", "1, 2 or 3", stage, "It is one of DeepSpeed's ZeRO."))
+        rules = [usage.optimizer for usage in self.usages if takes(usage.optimizer)]
+        usages = tuple(Usage(one, *sizes(one, self.parameters, stage, self.shards)) for one in rules)
+        return replace(self, usages=usages, zero=stage)
 
     def top(self, count: int) -> list[Parameter]:
         """The ``count`` tensors of the most bytes, the largest first."""

@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="+", metavar="MODEL", help="a file, a folder, or shapes")
     add("--dtype", choices=TRAINED, help="of weights and gradients (default: as stored; float32 for shapes)")
     add("--shards", type=integer("--shards", 1, 1 << 20), default=1, metavar="N", help="FSDP2 ranks (default: 1)")
+    add("--zero", type=int, choices=(1, 2, 3), default=0, metavar="STAGE", help="the ranks are DeepSpeed ZeRO's")
+    add(
+        "--host", nargs=2, type=memory, metavar=("BUS", "MEMORY"),
+        help="HostStep, where a bus moves so many bytes a second each way, and the host's memory: 25GB 80GB",
+    )  # fmt: skip
     add("--gpu-memory", type=memory, metavar="SIZE", help="say what fits: 24GB, 80GiB")
     add("--frozen", action="append", default=[], metavar="PATTERN", help="names that are not trained: 'encoder.*'")
     add("--framework", choices=FRAMEWORKS, help="whose optimizers (default: keras for its files, else torch)")
@@ -53,12 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         need(("matplotlib",), "adafactor plan --plot", "pip install matplotlib")
     name, found = _plan(arguments)
     if arguments.json == "-":
-        print(report.json_text(name, found, arguments.gpu_memory, arguments.top))
+        print(report.json_text(name, found, arguments.gpu_memory, arguments.top, arguments.host))
     else:
-        print(report.text(name, found, arguments.gpu_memory, arguments.top))
+        print(report.text(name, found, arguments.gpu_memory, arguments.top, arguments.host))
     try:
         if arguments.json not in (None, "-"):
-            data = report.json_text(name, found, arguments.gpu_memory, arguments.top)
+            data = report.json_text(name, found, arguments.gpu_memory, arguments.top, arguments.host)
             Path(arguments.json).write_text(data + "\n", encoding="utf-8")
         if arguments.plot:
             from adafactor.cli.plan import picture
@@ -86,6 +91,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Plan]:
         found = plan(
             model, dtype=arguments.dtype, shards=arguments.shards, frozen=arguments.frozen, framework=framework
         )
+        found = found.under_zero(arguments.zero) if arguments.zero else found
         return name, found.without_triton() if arguments.no_triton else found
     except ValueError as error:
         raise Refused(str(error)) from None

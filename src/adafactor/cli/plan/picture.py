@@ -51,7 +51,8 @@ def draw(name: str, plan: Plan, card: int | None, file: Path) -> None:
         axes.set_xlim(0, 1.13 * widest or 1)
         axes.set_ylim(-0.6, len(usages) - 0.1)
         axes.tick_params(axis="y", length=0)
-        shared = "" if plan.shards == 1 else f", each of {plan.shards} FSDP2 ranks"
+        kind = f"ZeRO {plan.zero}" if plan.zero else "FSDP2"
+        shared = "" if plan.shards == 1 else f", each of {plan.shards} {kind} ranks"
         axes.set_title(f"{name}: {plan.size:,} parameters{shared}", loc="left", weight="bold", size=11)
         axes.set_xlabel(f"{unit}, activations not included")
         axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.11 - 0.3 / len(usages)))

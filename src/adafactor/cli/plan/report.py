@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from adafactor import __version__
 from adafactor.cli.table import table
-from adafactor.planning import Plan, Usage
+from adafactor.planning import Plan, Usage, on_host
 from adafactor.planning.optimizers import Adafactor
 
 
@@ -22,13 +24,13 @@ def size(count: float) -> str:
     return f"{count:,.{0 if abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2}f} {unit}"
 
 
-def text(name: str, plan: Plan, card: int | None, top: int) -> str:
+def text(name: str, plan: Plan, card: int | None, top: int, host: Sequence[int] | None = None) -> str:
     """What stands on the terminal."""
-    return "\n\n".join([_title(name, plan), _usages(plan, card), *_top(plan, top), _notes(plan)])
+    return "\n\n".join([_title(name, plan), _usages(plan, card), *_hosts(plan, host), *_top(plan, top), _notes(plan)])
 
 
-def json_text(name: str, plan: Plan, card: int | None, top: int) -> str:
-    """The same figures, in bytes."""
+def json_text(name: str, plan: Plan, card: int | None, top: int, host: Sequence[int] | None = None) -> str:
+    """The same figures, in bytes and seconds."""
     data = {
         "adafactor": __version__,
         "model": name,
@@ -37,8 +39,10 @@ def json_text(name: str, plan: Plan, card: int | None, top: int) -> str:
         "trained_tensors": len(plan.trained),
         "dtypes": _dtypes(plan),
         "shards": plan.shards,
+        "zero": plan.zero,
         "gpu_memory": card,
         "activations": "not included",
+        "host": [asdict(each) for each in on_host(plan, *host)] if host else [],
         "optimizers": [_usage(plan, usage, card) for usage in plan.usages],
         "largest": [
             {"name": p.name, "shape": p.shape, "dtype": p.dtype, "bytes": p.nbytes, "trained": p.trained}
@@ -61,12 +65,28 @@ def _usage(plan: Plan, usage: Usage, card: int | None) -> dict[str, Any]:
     }
 
 
+def _hosts(plan: Plan, speeds: Sequence[int] | None) -> list[str]:
+    """What a step on the host takes; the card has all of the model."""
+    if not speeds:
+        return []
+    bus, memory = speeds
+    step = f"step at {size(bus)}/s, {size(memory)}/s"
+    header = ["on the host", "device memory", "host memory", "bus, each way", step]
+    rows = [
+        [each.label, size(each.device), size(each.host), size(each.bus), f"{each.seconds:.3g} s"]
+        for each in on_host(plan, bus, memory)
+    ]
+    return [table(header, rows)]
+
+
 def _dtypes(plan: Plan) -> list[str]:
     return sorted({p.dtype for p in plan.parameters})
 
 
 def _title(name: str, plan: Plan) -> str:
     shared = "" if plan.shards == 1 else f", FSDP2 over {plan.shards} ranks: the first rank's part"
+    if plan.zero:
+        shared = f", ZeRO stage {plan.zero} over {plan.shards} ranks: the part of the one that keeps most"
     dtypes = " and ".join(_dtypes(plan))
     return f"{name}: {plan.size:,} parameters in {len(plan.trained):,} tensors, {dtypes}{shared}"
 
@@ -93,11 +113,12 @@ def _top(plan: Plan, count: int) -> list[str]:
     optimizers = [usage.optimizer for usage in plan.usages]
     ours = next(one for one in optimizers if isinstance(one, Adafactor))
     chosen = [optimizers[0], ours]
+    shards = 1 if plan.zero else plan.shards  # a partition of ZeRO's has any part of it
     rows = []
     for p in largest:
         shape = " x ".join(map(str, p.shape)) or "scalar"
-        kept = [size(sum(one.slots(p, plan.shards).values())) if p.trained else "not trained" for one in chosen]
-        rows.append([p.name, shape, p.dtype, size(p.local(plan.shards).nbytes), *kept])
+        kept = [size(sum(one.slots(p, shards).values())) if p.trained else "not trained" for one in chosen]
+        rows.append([p.name, shape, p.dtype, size(p.local(shards).nbytes), *kept])
     states = [f"state, {one.label}" for one in chosen]
     return [table(["the largest tensors", "shape", "dtype", "weights", *states], rows)]
 
@@ -108,7 +129,9 @@ def _notes(plan: Plan) -> str:
     if still:
         held = size(sum(p.local(plan.shards).nbytes for p in still))
         lines.append(f"{len(still):,} tensors of {held} are not trained: no gradient, no state.")
-    if plan.shards > 1:
+    if plan.zero:
+        lines.append("Nor are ZeRO's buckets. Weights are the model's and the float32 partition of a rank.")
+    elif plan.shards > 1:
         gathered = size(plan.gathered)
         lines.append(f"Nor is what FSDP2 gathers while a layer computes: {gathered} of weights, as much of gradients.")
     return "\n".join(lines)

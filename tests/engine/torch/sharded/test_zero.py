@@ -3,8 +3,12 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import fsdp1
 import pytest
 import ranks
+
+from adafactor import plan
+from adafactor.planning import Adafactor
 
 ZERO = str(Path(__file__).with_name("zero.py"))
 pytestmark = pytest.mark.skipif(
@@ -15,10 +19,33 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_arrives_where_one_process_does(stage, world):
+    shapes = {name: tuple(param.shape) for name, param in fsdp1.model().named_parameters()}
+    (planned,) = plan(shapes, shards=world, optimizers=[Adafactor(momentum="float32")]).under_zero(stage).usages
     for config in ({}, {"gradient_accumulation_steps": 2, "gradient_clipping": 0.5}):
-        for found in ranks.run(ZERO, "train", world, stage=stage, **config):
+        everywhere = ranks.run(ZERO, "train", world, stage=stage, **config)
+        for found in everywhere:
             assert found["distance"] <= 1e-6, config
             assert found["state"] == ["column", "momentum", "row", "second_moment", "step"]
+        most = everywhere[0]["bytes"] if stage == 3 else max(found["bytes"] for found in everywhere)
+        assert most == planned.state
+
+
+def test_sub_groups_offload_and_bf16_optimizer():
+    variants = [
+        {"stage": 3, "zero_optimization": {"stage": 3, "sub_group_size": 200}},
+        {"stage": 2, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        {"stage": 3, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+        {"stage": 1, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    ]
+    for config in variants:
+        for found in ranks.run(ZERO, "train", 2, **config):
+            assert found["distance"] <= 1e-6, config
+
+
+def test_elastic_checkpoints_are_refused():
+    config = {"stage": 2, "elastic_checkpoint": True}
+    with pytest.raises(AssertionError, match="elastic_checkpoint of DeepSpeed's ZeRO must be false for Adafactor"):
+        ranks.run(ZERO, "train", 2, stage=2, zero_optimization=config)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -82,11 +82,10 @@ def train(rank: int, world: int, stage: int, steps: int = 20, **config: Any) -> 
         optimizer.step()
         made.step()
     expected = {name: param.detach() for name, param in reference.named_parameters()}
-    state = [held for held in made.optimizer.optimizer.state.values() if held]
-    return {
-        "distance": fsdp1.distance(whole(made), expected),
-        "state": sorted({slot for held in state for slot in held}),
-    }
+    states = made.optimizer.optimizer.state.values()
+    slots = sorted({slot for held in states for slot in held})
+    held = sum(tensor.nbytes for its in states for tensor in its.values())
+    return {"distance": fsdp1.distance(whole(made), expected), "state": slots, "bytes": held}
 
 
 def save(rank: int, world: int, stage: int, folder: str, kill: bool) -> None:
