@@ -50,7 +50,18 @@ class Count:
 def train(rank: int, world: int) -> dict[str, Any]:
     """Per kind of sharding: what differs from the ordinary step, gradients left, and all-reduces of a later step."""
     found: dict[str, Any] = {}
-    for kind in ("FSDP2", "HSDP", "TP", "bfloat16", "offload", "no sync", "accumulate", "reloaded"):
+    for kind in (
+        "FSDP2",
+        "HSDP",
+        "TP",
+        "bfloat16",
+        "offload",
+        "no sync",
+        "accumulate",
+        "steps of 2",
+        "framework",
+        "reloaded",
+    ):
         runs: list[Any] = []
         for release in (False, True):
             layout = kind if kind in ("HSDP", "TP") else "FSDP2"
@@ -64,7 +75,9 @@ def train(rank: int, world: int) -> dict[str, Any]:
                 model.bfloat16()
             options: dict[str, Any] = {"compensated": True} if kind == "bfloat16" else {"beta1": 0.9}
             optimizer = Adafactor(model.parameters(), lr=1e-2, **options)
-            released = step_in_backward(model, optimizer) if release else None
+            arguments: dict[str, Any] = {"accumulation_steps": 2} if kind == "steps of 2" else {}
+            arguments |= {"loop": "framework"} if kind == "framework" else {}
+            released = step_in_backward(model, optimizer, **arguments) if release else None
             for step in range(4):
                 rows = models.share_of_batch(layout, rank, world)
                 with Count() as count:
@@ -75,10 +88,10 @@ def train(rank: int, world: int) -> dict[str, Any]:
                     elif kind == "accumulate" and released is not None:
                         with released.accumulate():
                             models.backward(model, step + 10, rows)
-                    elif kind == "accumulate":
+                    elif kind in ("accumulate", "steps of 2"):
                         models.backward(model, step + 10, rows)
                     models.backward(model, step, rows)
-                    if released is None:
+                    if released is None or kind == "framework":
                         optimizer.step()
                         optimizer.zero_grad()
                 if kind == "reloaded" and step == 1:
