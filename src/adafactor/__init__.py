@@ -7,6 +7,7 @@ The framework is in the import path, and importing this package imports none of 
     from adafactor.optax import adafactor    # JAX: Flax, Equinox, anything that takes an optax transformation
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 from adafactor.core.factoring import Factored, Layout, layout
@@ -33,6 +34,9 @@ def __getattr__(name: str) -> object:
     if name == "Adafactor":
         width = max(map(len, _IMPORTS))
         lines = "\n".join(f"    {framework:<{width}}  {line}" for framework, line in _IMPORTS.items())
-        # ImportError: `from adafactor import Adafactor` shows its text as it stands.
-        raise ImportError(f"Adafactor is imported from its framework's module:\n{lines}")
+        # `from adafactor import Adafactor` shows the text of an ImportError as it stands; who looks whether there is such
+        # an attribute, as command lines that import classes by their path do, expects an AttributeError.
+        imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        kind = ImportError if imported else AttributeError
+        raise kind(f"Adafactor is imported from its framework's module:\n{lines}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

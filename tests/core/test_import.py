@@ -64,6 +64,7 @@ def test_a_front_end_imports_neither_another_framework_nor_what_converts(front_e
 def test_adafactor_without_its_framework_is_an_error_that_shows_the_line():
     with pytest.raises(ImportError, match=r"from adafactor\.keras import Adafactor"):
         from adafactor import Adafactor  # noqa: F401
+    assert not hasattr(adafactor, "Adafactor")  # who imports a class by its path asks on the way
 
 
 def test_any_other_name_is_an_ordinary_attribute_error():
