@@ -34,8 +34,8 @@ def __getattr__(name: str) -> object:
     if name == "Adafactor":
         width = max(map(len, _IMPORTS))
         lines = "\n".join(f"    {framework:<{width}}  {line}" for framework, line in _IMPORTS.items())
-        # `from adafactor import Adafactor` shows the text of an ImportError as it stands; who looks whether there is such
-        # an attribute, as command lines that import classes by their path do, expects an AttributeError.
+        # `from adafactor import Adafactor` shows the text of an ImportError as it stands. Who looks whether there is
+        # such an attribute, as command lines that import classes by their path do, expects an AttributeError.
         imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
         kind = ImportError if imported else AttributeError
         raise kind(f"Adafactor is imported from its framework's module:\n{lines}")
