@@ -1,15 +1,15 @@
 """Data parallelism: a gradient is final when all ranks have added it up, in an order that is the same on all of them.
 
-DistributedDataParallel averages gradients in buckets, which stay. Here it is told not to, as in ``no_sync()``, and
-every rank averages them one after the other: one tensor at a time where it is large, neighbours together where they are
-small. A rank that has no gradient for a parameter, when another has one, adds zeros.
+DistributedDataParallel averages gradients in buckets, which stay. Here it has none and is told not to, as in
+``no_sync()``: every rank averages them one after the other, one tensor at a time where it is large, neighbours together
+where they are small. A rank that has no gradient for a parameter, when another has one, adds zeros.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from adafactor.core.errors import message
 from adafactor.engine.torch.sharded.rank_check import check
 from adafactor.torch.optimizer import Place
 
@@ -130,8 +131,29 @@ def _together(order: Iterable[Tensor]) -> list[list[Tensor]]:
     return found
 
 
+class _NoReducer:
+    """In the place of DistributedDataParallel's reducer and logger: its buckets are as large as all gradients."""
+
+    strs_map: ClassVar[dict[str, str]] = {}
+    ints_map: ClassVar[dict[str, int]] = {}
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+    def _get_ddp_logging_data(self) -> _NoReducer:  # of Lightning's teardown
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        remedy = "Call remove() on what step_in_backward returned, which brings it back."
+        raise RuntimeError(message("DistributedDataParallel", "left to step_in_backward", f"a call of {name}", remedy))
+
+
 class Quiet:
     """Keeps a DistributedDataParallel from averaging, and knows what it was told to do.
+
+    Its reducer is let go, with the buckets, and made anew when this is removed.
 
     Attributes:
         synchronizes: whether gradients of the latest forward pass were to be averaged; not under ``no_sync()``.
@@ -152,6 +174,9 @@ class Quiet:
                 wrapper.require_backward_grad_sync = quiet.synchronizes
                 wrapper.require_forward_param_sync = quiet.synchronizes  # of buffers
 
+        its: Any = wrapper
+        its.reducer = its.logger = _NoReducer()
+        self._wrapper = weakref.ref(wrapper)
         self._handles = [
             wrapper.register_forward_pre_hook(before),
             wrapper.register_forward_hook(after, always_call=True),
@@ -160,6 +185,11 @@ class Quiet:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        wrapper: Any = self._wrapper()
+        if wrapper is not None and dist.is_initialized() and isinstance(wrapper.reducer, _NoReducer):
+            params, sparse = wrapper._build_params_for_reducer()
+            names = wrapper._build_debug_param_to_name_mapping(params)
+            wrapper._ddp_init_helper(params, sparse, names, wrapper.static_graph)
 
 
 def same_weights(model: Module, group: dist.ProcessGroup) -> None:

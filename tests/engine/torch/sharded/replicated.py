@@ -151,5 +151,34 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     return found
 
 
+def removed(rank: int, world: int) -> dict[str, Any]:
+    """DDP before and after a time of release, beside one that was never without its buckets."""
+    runs = []
+    for release in (False, True):
+        inner = Model("no")
+        model = DistributedDataParallel(inner)
+        optimizer = Adafactor(inner.parameters(), lr=1e-2)
+        reducers = []
+        for step in range(6):
+            if step == 2 and release:
+                released = step_in_backward(model, optimizer)
+            if step == 4 and release:
+                released.remove()
+            reducers.append(type(model.reducer).__name__)
+            model(batch(step, rank)).backward()
+            if not release or step not in (2, 3):
+                optimizer.step()
+                optimizer.zero_grad()
+        runs.append(list(inner.state_dict().values()))
+    with step_in_backward(model, optimizer):
+        try:
+            with model.join():
+                model(batch(0, rank)).backward()
+            refused = "no error"
+        except RuntimeError as error:
+            refused = f"{error}"
+    return {"same": all(map(torch.equal, *runs)), "reducers": reducers, "join": refused}
+
+
 def everything(rank: int, world: int) -> dict[str, Any]:
-    return {"train": train(rank, world), "refusals": refusals(rank, world)}
+    return {"train": train(rank, world), "removed": removed(rank, world), "refusals": refusals(rank, world)}

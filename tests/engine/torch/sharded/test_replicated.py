@@ -36,3 +36,11 @@ def test_what_cannot_be_is_refused(found):
         assert refused["shapes"].startswith("parameter 2 must be the same on all ranks, got of shape (4, 4)")
         assert refused["both"].startswith("process_group must be None beside DistributedDataParallel")
         assert "use_reentrant" in refused["checkpoint"]
+
+
+def test_ddp_has_no_buckets_meanwhile_and_has_them_again(found):
+    for rank in found:
+        its = rank["removed"]
+        assert its["same"]
+        assert [name == "_NoReducer" for name in its["reducers"]] == [False, False, True, True, False, False]
+        assert its["join"].startswith("DistributedDataParallel must be left to step_in_backward, got 'a call of ")
