@@ -48,6 +48,8 @@ class Witness:
         self._tensors = self._now()
         self._plain = [tensor for tensor in self._tensors if _is_plain(type(tensor))]
         self._shaped = [tensor for tensor in self._tensors if tensor.dim() > 1]
+        self._flat = [tensor for tensor in self._tensors if tensor.dim() <= 1]
+        self._ordered = [tensor for tensor in self._plain if tensor.numel() > 1]
         self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
         self._reach: tuple[list[Any], ...] = ()
         self._seen = self._look()
@@ -70,10 +72,10 @@ class Witness:
         return (
             list(map(Tensor.data_ptr, plain)),
             list(map(_dtype_of, plain)),
-            list(map(Tensor.numel, plain)),
-            list(map(Tensor.dim, self._tensors)),
+            list(map(Tensor.numel, self._flat)),
+            list(map(Tensor.dim, self._flat)),
             list(map(Tensor.size, self._shaped)),
-            list(map(Tensor.is_contiguous, plain)),
+            list(map(Tensor.is_contiguous, self._ordered)),
             list(map(Tensor.stride, self._strided)),
             list(map(Tensor.is_neg, self._params)),
             list(map(_bytes_of, map(Tensor.untyped_storage, plain))),
@@ -82,22 +84,23 @@ class Witness:
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Whether the gradients are plain, dense and of their parameters' shapes and devices: nothing else to ask."""
         try:
+            dtypes = list(map(_dtype_of, grads))
             return (
                 all(map(_is_plain, set(map(type, grads))))
                 and all(map(Tensor.is_contiguous, grads))
                 and list(map(Tensor.size, grads)) == self.shapes
                 and list(map(_device_of, grads)) == self.devices
-                and set(map(_dtype_of, grads)) <= _KNOWN
+                and _KNOWN.issuperset(dtypes)
                 and not any(map(Tensor.is_neg, grads))
-                and self._are_backed(grads)
+                and self._are_backed(grads, dtypes)
             )
         except RuntimeError:  # a sparse tensor has no such thing
             return False
 
-    def _are_backed(self, grads: Sequence[Tensor]) -> bool:
+    def _are_backed(self, grads: Sequence[Tensor], dtypes: list[torch.dtype]) -> bool:
         """Whether their storages hold all of the gradients: computed once for each list of places in storages."""
         stored = list(map(_bytes_of, map(Tensor.untyped_storage, grads)))
-        reach = stored, list(map(_dtype_of, grads)), list(map(Tensor.storage_offset, grads))
+        reach = stored, dtypes, list(map(Tensor.storage_offset, grads))
         if reach != self._reach:
             if not all(map(le, map(_end_of, grads), stored)):
                 return False

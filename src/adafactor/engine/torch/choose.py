@@ -7,6 +7,7 @@ asks here, for whole parameters and for parts of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class Plan:
     def __init__(self, work: Sequence[Work], grads: Sequence[Tensor]) -> None:
         self.work = work
         self.witness = Witness(work)
+        self._params, self._states = [w.param for w in work], [w.state for w in work]
         self.backends: list[tuple[Backend, list[int]]] = []
         for places in _apart(work):
             lists: dict[tuple[torch.device, type[Backend]], list[int]] = {}
@@ -80,6 +82,9 @@ class Plan:
 
     def owns(self, state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Whether the optimizer's state of every parameter is still the dictionary that is written here."""
+        pairs = (state.keys(), self._params), (state.values(), self._states)  # mostly in the same order
+        if len(state) == len(self.work) and all(all(map(is_, now, then)) for now, then in pairs):
+            return True
         return all(state.get(w.param) is w.state for w in self.work)
 
     def step(self, grads: Sequence[Tensor], skipped: Callable[[torch.device], Tensor]) -> None:
