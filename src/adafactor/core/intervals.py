@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +39,7 @@ class Box(Part):
 
     def place(self, reduced: Shape) -> tuple[slice, ...]:
         """Where a value with ``reduced`` axes of length 1 lies in that of the whole tensor."""
-        lengths = (1 if axis in reduced else n for axis, n in enumerate(self.shape))
-        offsets = (0 if axis in reduced else first for axis, first in enumerate(self.offset))
-        return tuple(slice(first, first + n) for first, n in zip(offsets, lengths, strict=True))
+        return _place(self.offset, self.shape, reduced)
 
 
 @dataclass(frozen=True)
@@ -111,17 +108,9 @@ class Flat:
         return Layout(tuple(shape) or (1,), at["r"], at["c"], at["b"])
 
     @cached_property
-    def every(self) -> list[list[Box]]:
-        """What every process holds, in the order of memory."""
-        return [
-            [self._box(offset, shape) for offset, shape in boxes(self.layout.shape, begin, end)]
-            for begin, end in self.intervals
-        ]
-
-    @property
     def boxes(self) -> list[Box]:
-        """What this process holds."""
-        return self.every[self.rank]
+        """What this process holds, in the order of memory."""
+        return [self._box(offset, shape) for offset, shape in boxes(self.layout.shape, *self.intervals[self.rank])]
 
     @cached_property
     def hull(self) -> Box:
@@ -173,14 +162,10 @@ class Flat:
 
     def shared(self, reduced: Shape) -> Shared:
         """The numbers of a value with ``reduced`` axes of length 1 that more than one box adds to."""
-        shape = tuple(1 if axis in reduced else n for axis, n in enumerate(self.layout.shape))
-        count = np.zeros(shape, np.int32)
-        for box in chain.from_iterable(self.every):
-            count[box.place(reduced)] += 1
+        count = self._counts[reduced]
         numbers = np.flatnonzero(count > 1)
-        order = np.full(count.size, -1)
-        order[numbers] = np.arange(len(numbers))
-        order = order.reshape(shape)
+        order: NDArray[np.int64] = np.full(count.shape, -1)
+        order.reshape(-1)[numbers] = np.arange(len(numbers))
         spots = []
         for k, box in enumerate(self.boxes):
             there = order[box.place(reduced)].reshape(-1)
@@ -188,6 +173,26 @@ class Flat:
             if len(mine):
                 spots.append(Spot(k, _index(mine), _index(there[mine])))
         return Shared(len(numbers), _index(numbers) if len(numbers) else slice(0), tuple(spots))
+
+    @cached_property
+    def _counts(self) -> dict[Shape, NDArray[np.uint8]]:
+        """How many boxes of all processes have a part in each number, by the axes that it lacks: 2 for more as well."""
+        layout = self.layout
+        kinds = {layout.whole}
+        if layout.factored:
+            kinds |= {layout.columns, layout.rows, (*layout.rows, *layout.columns)}
+        shapes = {axes: [1 if k in axes else n for k, n in enumerate(layout.shape)] for axes in kinds}
+        counts = {axes: np.zeros(shape, np.uint8) for axes, shape in shapes.items()}
+        for interval in self.intervals:
+            for offset, shape in boxes(layout.shape, *interval):
+                for axes, count in counts.items():
+                    room = count[_place(offset, shape, axes)]
+                    np.minimum(room + 1, 2, out=room)
+        return counts
+
+    def forget(self) -> None:
+        """Let go of what only `shared` needs."""
+        self.__dict__.pop("_counts", None)
 
     @cached_property
     def matrices(self) -> Shared:
@@ -215,6 +220,13 @@ class Flat:
             return first + slices, 0
         first += self.shared(layout.columns).size + self.shared(layout.rows).size
         return first, 2 * self.matrices.size + slices * self.stacked
+
+
+def _place(offset: Shape, shape: Shape, reduced: Shape) -> tuple[slice, ...]:
+    return tuple(
+        slice(0, 1) if axis in reduced else slice(first, first + n)
+        for axis, (first, n) in enumerate(zip(offset, shape, strict=True))
+    )
 
 
 def boxes(shape: Shape, begin: int, end: int) -> Iterator[tuple[Shape, Shape]]:

@@ -114,6 +114,9 @@ class Reducer:
             [torch.arange(*ends) for m, ends in zip(factored, pairwise(at_slice), strict=True) if m.flat.stacked]
         )
 
+        for member in members:
+            member.flat.forget()
+
     def _add_up(self, buffer: Tensor) -> None:
         if self.group is not None and self.group.size() > 1 and len(buffer):
             dist.all_reduce(buffer, group=self.group)
