@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, StateDictType
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -121,6 +123,23 @@ def resume(rank: int, world: int, orig: bool, path: str, steps: tuple[int, int],
     optimizer.load_state_dict(loaded)
     run(net, optimizer, rank, world, *steps)
     return distance(whole(net), alone(steps[1], **arguments))
+
+
+def save_distributed(rank: int, world: int, orig: bool, path: str, arguments: dict[str, Any]) -> None:
+    net = wrapped(world, orig, "FULL_SHARD", False)
+    optimizer = Adafactor(net.parameters(), **arguments)
+    run(net, optimizer, rank, world, 0, 10)
+    checkpoint.save(dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True)), checkpoint_id=path)
+
+
+def resume_distributed(rank: int, world: int, orig: bool, path: str, arguments: dict[str, Any]) -> float:
+    net = wrapped(world, orig, "FULL_SHARD", False)
+    optimizer = Adafactor(net.parameters(), **arguments)
+    held = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True))
+    checkpoint.load(held, checkpoint_id=path)
+    set_state_dict(net, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    run(net, optimizer, rank, world, 10, 20)
+    return distance(whole(net), alone(20, **arguments))
 
 
 def run(net: nn.Module, optimizer: Adafactor, rank: int, world: int, first: int, last: int) -> None:

@@ -53,6 +53,10 @@ def test_fsdp1_in_mixed_precision_and_hybrid():
 def test_fsdp1_resumes_on_another_number_of_ranks(orig, tmp_path):
     path, arguments = str(tmp_path / "saved.pt"), {"lr": 0.1, "beta1": 0.9}
     ranks.run(FSDP1, "save", 2, orig=orig, path=path, steps=10, arguments=arguments)
+    folder = str(tmp_path / "distributed")
+    ranks.run(FSDP1, "save_distributed", 2, orig=orig, path=folder, arguments=arguments)
     for world in (2, 3):
         for found in ranks.run(FSDP1, "resume", world, orig=orig, path=path, steps=(10, 20), arguments=arguments):
+            assert found <= 1e-6
+        for found in ranks.run(FSDP1, "resume_distributed", world, orig=orig, path=folder, arguments=arguments):
             assert found <= 1e-6

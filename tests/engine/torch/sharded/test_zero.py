@@ -56,6 +56,13 @@ def test_master_weights_of_half_precision(stage):
             assert found["distance"] <= 1e-6, name
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_statistics_of_two_ranks_go_on_in_three(stage, tmp_path):
+    ranks.run(ZERO, "save_ten", 2, stage=stage, folder=str(tmp_path))
+    for found in ranks.run(ZERO, "resume_elsewhere", 3, stage=stage, folder=str(tmp_path)):
+        assert found <= 1e-6
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resumes_from_the_last_whole_checkpoint_when_killed_in_the_next(stage, tmp_path):
     # Rank 0 names a checkpoint the latest without waiting for the others, whatever the optimizer.

@@ -16,7 +16,9 @@ warnings.filterwarnings("ignore")
 ARGUMENTS: dict[str, Any] = {"lr": 0.1, "beta1": 0.9}
 
 
-def engine(rank: int, world: int, stage: int, net: torch.nn.Module, **config: Any) -> Any:
+def engine(
+    rank: int, world: int, stage: int, net: torch.nn.Module, arguments: dict[str, Any] | None = None, **config: Any
+) -> Any:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
     import deepspeed
@@ -30,7 +32,7 @@ def engine(rank: int, world: int, stage: int, net: torch.nn.Module, **config: An
         "gradient_clipping": 0.0,  # 1 if nobody says so
         **config,
     }
-    optimizer = Adafactor(net.parameters(), **ARGUMENTS)
+    optimizer = Adafactor(net.parameters(), **(arguments or ARGUMENTS))
     return deepspeed.initialize(model=net, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
 
@@ -106,6 +108,27 @@ def save(rank: int, world: int, stage: int, folder: str, kill: bool) -> None:
 
         torch.save = dying
         made.save_checkpoint(folder, tag="eleven")
+
+
+def save_ten(rank: int, world: int, stage: int, folder: str) -> None:
+    made = engine(rank, world, stage, fsdp1.model(), {"lr": 0.1})
+    for batch in fsdp1.batches(10):
+        backward(made, rank, world, batch)
+        made.step()
+    made.save_checkpoint(folder, tag="ten")
+
+
+def resume_elsewhere(rank: int, world: int, stage: int, folder: str) -> float:
+    """Weights by the engine, statistics from any rank's file: ZeRO itself loads on as many ranks only."""
+    made = engine(rank, world, stage, fsdp1.model(), {"lr": 0.1})
+    made.load_checkpoint(folder, tag="ten", load_module_only=True)
+    file = f"{folder}/ten/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    saved = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+    made.optimizer.optimizer.load_state_dict(saved)
+    for batch in fsdp1.batches(20)[10:]:
+        backward(made, rank, world, batch)
+        made.step()
+    return fsdp1.distance(whole(made), fsdp1.alone(20, lr=0.1))
 
 
 def resume(rank: int, world: int, stage: int, folder: str) -> float:
