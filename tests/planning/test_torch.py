@@ -299,7 +299,7 @@ def test_temporaries_of_the_triton_kernels(model):
     launches = [
         triton_table.Launch(
             triton_table.tile_of(form) if form.factored else None, "float32", "float32", "", True, False, False, False,
-            True, not form.factored, False, False,
+            True, not form.factored, False, None, False,
         )
         for form in forms
     ]  # fmt: skip
