@@ -70,6 +70,24 @@ def test_trainer(accumulation, tmp_path):
     assert_same(runs, 20, accumulation)
 
 
+def test_trainer_by_its_own_name_and_resumed(tmp_path):
+    """`optim="adafactor"` is ours, released, and goes on from a checkpoint of the middle: the bits of a plain run."""
+    runs = []
+    with adafactor.transformers.installed(stochastic_rounding=True, seed=0):
+        for release, start in ((False, None), (True, None), (True, "checkpoint-5")):
+            saving = {"save_strategy": "steps", "save_steps": 5, "optim": "adafactor", "lr_scheduler_type": "constant"}
+            trainer = transformers.Trainer(
+                model=small_gpt2().bfloat16(), train_dataset=Repeating(),
+                args=training_arguments(tmp_path / str(release), max_grad_norm=0, weight_decay=0.1, **saving),
+                callbacks=[adafactor.transformers.ReleaseGradients()] if release else [],
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=start and str(tmp_path / "True" / start))
+            runs.append(list(trainer.model.parameters()))
+            assert type(trainer.optimizer.optimizer).__mro__[1] is adafactor.transformers.Adafactor
+    for other in runs[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(runs[0], other, strict=True))
+
+
 def test_trainer_that_clips_is_refused(tmp_path):
     model = small_gpt2()
     trainer = transformers.Trainer(
