@@ -54,6 +54,9 @@ class Group:
         for room, value in zip(found, self.meeting.exchange(self._rank, buffer.clone()), strict=True):
             room.copy_(value)
 
+    def all_gather_object(self, found: list[Any], value: Any) -> None:
+        found[:] = self.meeting.exchange(self._rank, value)
+
 
 def run(world: int, function: Callable[[Group], Any]) -> list[Any]:
     meeting, results, errors = Meeting(world), [None] * world, list[BaseException]()
@@ -71,6 +74,7 @@ def run(world: int, function: Callable[[Group], Any]) -> list[Any]:
         "get_process_group_ranks": lambda group: list(range(group.size())),
         "all_reduce": lambda buffer, group: group.all_reduce(buffer),
         "all_gather": lambda found, buffer, group: group.all_gather(found, buffer),
+        "all_gather_object": lambda found, value, group: group.all_gather_object(found, value),
     }
     with mock.patch.multiple(dist, **patches):
         threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]

@@ -110,7 +110,7 @@ class HostStep:
         """
         self._queue.join()
         for device, stream in self._streams.items():
-            torch.get_device_module(device).current_stream(device).wait_stream(stream)
+            _streams_of(device).current_stream(device).wait_stream(stream)
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -143,9 +143,8 @@ class HostStep:
                 if param.grad is None:
                     continue
                 self._refresh(param, self._twins[number][position])
-                ready = None
-                if param.device.type != "cpu":
-                    ready = torch.get_device_module(param.device).current_stream(param.device).record_event()
+                streams = _streams_of(param.device)
+                ready = None if streams is None else streams.current_stream(param.device).record_event()
                 self._queue.put(partial(self._guarded, (number, position), param.grad, ready, words))
 
     def _refresh(self, param: Tensor, twin: Tensor) -> None:
@@ -219,7 +218,7 @@ class HostStep:
         if ready is None:
             yield lambda: None
             return
-        module = torch.get_device_module(device)
+        module = _streams_of(device)
         stream = self._streams.setdefault(device, module.Stream(device))
         stream.wait_event(ready)
         with module.stream(stream):
@@ -231,6 +230,11 @@ def _twin(param: Tensor, master: torch.dtype | None) -> Parameter:
     dtype = param.dtype if master is None or param.dtype == torch.float64 else master
     memory = torch.empty(param.shape, dtype=dtype, pin_memory=param.device.type not in ("cpu", "meta"))
     return Parameter(memory.copy_(param.detach()), requires_grad=False)
+
+
+def _streams_of(device: torch.device) -> Any:
+    """The module with a device's streams; ``None`` where there are none, and a copy is made when it is asked for."""
+    return None if device.type == "cpu" else torch.get_device_module(device)
 
 
 def _words(group: Words) -> Words:

@@ -161,6 +161,16 @@ def ragged(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def left_alone(rank: int, world: int) -> bool:
+    """Shards of one element, whose absent gradient is as dense as any, stay what they are."""
+    mesh = init_device_mesh("cpu", (world,))
+    others, lone = (torch.nn.Parameter(distribute_tensor(torch.ones(n), mesh, [S0])) for n in (4 * world, world))
+    optimizer = Adafactor([others, lone], weight_decay=0.5, lr=0.1)
+    others.grad = share(torch.ones(4 * world), others)
+    optimizer.step()
+    return bool((lone.to_local() == 1).all()) and lone not in optimizer.state
+
+
 def groups_and_kernels(rank: int, world: int) -> dict[str, Any]:
     return {"groups": groups(rank, world), "kernels": kernels()}
 

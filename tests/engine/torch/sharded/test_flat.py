@@ -18,6 +18,22 @@ def test_random_cuts_agree_with_the_whole_and_send_what_the_formula_says():
         assert found["reduced"] == [flat_cases.formula(case) * found["steps"]] * len(case.pieces), (seed, case)
 
 
+@pytest.mark.parametrize(("other", "told"), [({"d": 2.0}, "clip_threshold=2.0"), ({"factoring": "smallest"}, "rows")])
+def test_ranks_that_differ_are_all_told(other, told):
+    case = flat_cases.Case([(6, 4, 2)], [(0, 20), (20, 48)], {}, torch.float32, True)
+    different = flat_cases.Case(case.shapes, case.pieces, other, torch.float32, True)
+    values = [torch.ones(6, 4, 2)]
+
+    def sentence(group):
+        with pytest.raises(RuntimeError, match="sharded parameter 0 must be the same on all ranks") as caught:
+            flat_cases.flat(different if group.rank() else case, group, values, [values])
+        return str(caught.value)
+
+    first, second = simulated.run(2, sentence)
+    assert first == second
+    assert told in first
+
+
 @pytest.mark.parametrize("kind", ["stochastic_rounding", "compensated"])
 @pytest.mark.parametrize("fused", [None, False])
 def test_bfloat16_rounds_as_the_whole_does(kind, fused):

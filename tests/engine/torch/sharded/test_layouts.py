@@ -32,6 +32,10 @@ def test_gradients_that_are_missing_or_not_finite_on_some_ranks():
             assert got["distance"] <= 1e-6, case
 
 
+def test_a_shard_of_one_element_without_a_gradient_is_left_alone():
+    assert ranks.run(CASES, "left_alone", 2) == [True, True]
+
+
 def test_several_groups_and_dtypes_in_one_model_and_the_kernel_of_every_layout():
     limits = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-3, "float16": 1e-4}  # of halves a rounding or two
     for found in ranks.run(CASES, "groups_and_kernels", 4):
