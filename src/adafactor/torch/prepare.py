@@ -82,6 +82,7 @@ class Prepared:
         plan: of the whole tensors, ``at`` these places of the list; None for all of them.
         shards: of DTensors, ``shards_at`` these places, with a plan of their own and the sums they need.
         flat: of flat parameters.
+        summed: what their settings said of sums when these were prepared.
         fresh: whether no tensor had state before.
     """
 
@@ -92,6 +93,7 @@ class Prepared:
     shard_plan: Plan | None
     reducers: list[Reducer]
     flat: FlatStep | None
+    summed: list[tuple[bool, bool]]
     fresh: bool
 
     def current(self, grads: Sequence[Any], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
@@ -100,6 +102,8 @@ class Prepared:
             here = self.grads(grads)
             if self.plan.witness.moved() or not self.plan.owns(state) or (dense and not self.plan.witness.fits(here)):
                 return False
+        if self.summed and self.summed != _summed(self.shards, self.flat):
+            return False
         if self.flat is not None and not self.flat.current(grads, state, dense):
             return False
         if self.shard_plan is not None:
@@ -339,8 +343,8 @@ class Preparation:
             ]
             shard_plan = Plan([its.work for its in shards], local)
         fresh = bool(drafts) and not shards and not flat and all("step" in changed for changed in changes)
-        some = at if len(at) < len(grads) else None
-        return Prepared(plan, some, shards, shards_at, shard_plan, reducers, flat_step, fresh)
+        some, summed = at if len(at) < len(grads) else None, _summed(shards, flat_step)
+        return Prepared(plan, some, shards, shards_at, shard_plan, reducers, flat_step, summed, fresh)
 
     def _reducers_of(self, shards: list[Shard]) -> list[Reducer]:
         """Who adds up what: asked of all ranks at the same time, hence not again because something moved here."""
@@ -394,6 +398,12 @@ class Preparation:
             remedy = "Use ZeRO stage 1, 2 or 3, or fully_shard (FSDP2); docs/sharding.md shows how."
             got = f"a flat partition of DeepSpeed ZeRO with shape {tuple(param.shape)}"
             raise RuntimeError(message("a parameter", rule, got, remedy))
+
+
+def _summed(shards: Sequence[Shard], flat: FlatStep | None) -> list[tuple[bool, bool]]:
+    """Of sharded parameters what decides what ranks add up, and may change from step to step."""
+    settings = [its.work.settings for its in shards] + [its.draft.settings for its in (flat.params if flat else ())]
+    return [(its.hyperparameters.scale_parameter, its.skip_nonfinite) for its in settings]
 
 
 def _may_be_elsewhere(param: Tensor) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from random import Random
@@ -68,6 +68,7 @@ class Case:
     arguments: dict[str, Any]
     dtype: torch.dtype
     apart: bool  # every tensor's interval is a parameter of its own
+    later: dict[str, Any] = field(default_factory=dict)  # what the group says in the last step
 
     @property
     def layouts(self) -> list[Any]:
@@ -101,9 +102,10 @@ def whole(case: Case, values: list[Tensor], grads: list[Grads]) -> list[Tensor]:
     """The parameters after steps on one process."""
     params = [torch.nn.Parameter(value.clone()) for value in values]
     optimizer = Adafactor([(f"tensor {k}", param) for k, param in enumerate(params)], **case.arguments)
-    for step in grads:
+    for number, step in enumerate(grads):
         for param, grad in zip(params, step, strict=True):
             param.grad = None if grad is None else grad.clone()
+        optimizer.param_groups[0] |= case.later if number == len(grads) - 1 else {}
         optimizer.step()
     return [param.detach() for param in params]
 
@@ -124,7 +126,8 @@ def flat(case: Case, group: Any, values: list[Tensor], grads: list[Grads]) -> di
     for k, param in enumerate(params):
         record(param, Spans((spans[k],) if case.apart else tuple(spans), group))
     optimizer = Adafactor([(f"tensor {k}", param) for k, param in enumerate(params)], **case.arguments)
-    for step in grads:
+    for number, step in enumerate(grads):
+        optimizer.param_groups[0] |= case.later if number == len(grads) - 1 else {}
         there = [torch.zeros_like(v) if g is None else g for g, v in zip(step, values, strict=True)]
         for param, grad in zip(params, cut(there), strict=True):
             param.grad = None if case.apart and not bool(grad.any()) else grad

@@ -161,6 +161,22 @@ def ragged(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def changed(rank: int, world: int) -> float:
+    """``scale_parameter`` and ``skip_nonfinite`` go off and on between steps."""
+    mesh = init_device_mesh("cpu", (world,))
+    torch.manual_seed(0)
+    single = torch.nn.Parameter(torch.randn(6, 4))
+    many = torch.nn.Parameter(distribute_tensor(single.detach().clone(), mesh, [S0]))
+    one, other = Adafactor([single], lr=0.1), Adafactor([many], lr=0.1)
+    for step in range(4):
+        grad = torch.randn(6, 4)
+        for optimizer, param, its in ((one, single, grad), (other, many, share(grad, many))):
+            optimizer.param_groups[0] |= {"scale_parameter": step % 2 == 0, "skip_nonfinite": step < 3}
+            param.grad = its
+            optimizer.step()
+    return distance(many, single)
+
+
 def left_alone(rank: int, world: int) -> bool:
     """Shards of one element, whose absent gradient is as dense as any, stay what they are."""
     mesh = init_device_mesh("cpu", (world,))

@@ -18,6 +18,13 @@ def test_random_cuts_agree_with_the_whole_and_send_what_the_formula_says():
         assert found["reduced"] == [flat_cases.formula(case) * found["steps"]] * len(case.pieces), (seed, case)
 
 
+@pytest.mark.parametrize("at_first", [True, False])
+def test_what_is_added_up_may_change_between_steps(at_first):
+    first, later = {"lr": 0.5, "scale_parameter": at_first}, {"scale_parameter": not at_first, "skip_nonfinite": False}
+    case = flat_cases.Case([(9, 5), (7,)], [(0, 11), (11, 48), (48, 52)], first, torch.float64, True, later)
+    assert flat_cases.compared(case, 0, faults=False)["worst"] <= 1e-14
+
+
 @pytest.mark.parametrize(("other", "told"), [({"d": 2.0}, "clip_threshold=2.0"), ({"factoring": "smallest"}, "rows")])
 def test_ranks_that_differ_are_all_told(other, told):
     case = flat_cases.Case([(6, 4, 2)], [(0, 20), (20, 48)], {}, torch.float32, True)
