@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from adafactor import plan
+from adafactor.planning import on_host
 from adafactor.torch import Adafactor, HostStep, step_in_backward
 
 
@@ -266,4 +268,6 @@ def test_host_memory_is_the_weights_and_next_to_nothing():
         optimizer.step()
         found = host.host_bytes
         assert (found["weights"] + found["state"]) / 2048**2 <= limit
+        planned = on_host(plan([(2048, 2048)], dtype=str(dtype).removeprefix("torch.")), 1e9, 1e9)[-1]
+        assert (sum(found.values()), host.moved[0]) == (planned.host, planned.bus)
         host.remove()

@@ -386,7 +386,7 @@ class Preparation:
         """
         rule = "a tensor with the rows and columns of its layer"
         if checks.is_flat(param) and param.dim() == 1:  # NO_SHARD leaves the others whole
-            remedy = "Use the parameters of a FullyShardedDataParallel that exists, or fully_shard (FSDP2)."
+            remedy = "Use fully_shard (FSDP2), or a FullyShardedDataParallel of contiguous parameters that is there."
             got = f"a flat shard of FSDP1 with shape {tuple(param.shape)}"
             raise RuntimeError(message("a parameter", rule, got, remedy))
         if param.dim() != 1 or "deepspeed" not in sys.modules:

@@ -47,6 +47,10 @@ def sentences(rank: int, world: int) -> dict[str, str]:
     piece = nn.Parameter(torch.ones(4))
     piece._fsdp_flattened, piece.grad = True, torch.ones(4)  # of a model that is not there
     found["FSDP1"] = refusal(Adafactor([piece]))
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    net = FullyShardedDataParallel(conv, device_id=torch.device("cpu"))
+    net(torch.ones(1, 3, 3, 3)).sum().backward()
+    found["channels last"] = refusal(Adafactor(net.parameters()))
     net = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
     net(torch.ones(1, 4)).sum().backward()
     found["int8"] = refusal(Adafactor(net.parameters(), beta1=0.9, momentum_dtype=torch.int8))

@@ -17,6 +17,7 @@ def test_refusals_come_on_every_rank_and_before_the_first_write():
         assert "no such parameter on rank 1" in found["missing"]
         assert found["partial"].startswith("a parameter's placements must be Shard or Replicate, got ")
         assert "torch.chunk" in found["cut"]
+        assert "of contiguous parameters" in found["channels last"]
         assert found["FSDP1"].startswith(
             "a parameter must be a tensor with the rows and columns of its layer, got 'a flat"
         )

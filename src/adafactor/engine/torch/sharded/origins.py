@@ -58,6 +58,8 @@ def _objects(module: str, names: Sequence[str]) -> list[Any]:
 def _of_fsdp(handle: Any) -> Iterator[tuple[Tensor, Spans]]:
     """A ``FlatParamHandle``'s flat parameter, or the pieces of parameters that ``use_orig_params=True`` shows of it."""
     flat = handle.flat_param
+    if not all(flat._contiguities) or any(extension is not None for extension in flat._param_extensions):
+        return  # in another order than rows and columns, or shards of tensor parallelism already
     ends = accumulate(flat._numels_with_padding, initial=0)
     first = [at for at, padding in zip(ends, flat._is_padding_mask, strict=False) if not padding]
     tensors = list(zip(flat._fqns, map(tuple, flat._shapes), first, strict=True))
