@@ -231,14 +231,8 @@ def python(code, *arguments, **environment):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_a_training_step_peaks_below_keras_own_by_the_velocity_at_least():
-    """The least of few peaks each: on a busy machine TensorFlow may compute every gradient before it uses the first."""
-    peaks, velocity = {"ours": [], "keras": []}, 24 * 1024 * 1024 * 4 / 1024
-    for _ in range(5):
-        for which, its in peaks.items():
-            its.append(int(python(MEMORY, which)))
-        if min(peaks["keras"]) - min(peaks["ours"]) >= velocity:
-            return
-    pytest.fail(f"{peaks} kB")
+    ours, theirs = (min(int(python(MEMORY, which)) for _ in range(2)) for which in ("ours", "keras"))
+    assert theirs - ours >= 24 * 1024 * 1024 * 4 / 1024, (ours, theirs)
 
 
 # -- refusals and fallbacks --------------------------------------------------------------------------------------------
