@@ -63,6 +63,8 @@ class StepInBackward:
         self._seen: set[Place] = set()
         self._late: list[Place] = []
         self._shared = refusals.shared(model)
+        own = {param for group in self._optimizer.param_groups for param in group["params"]}
+        self._others = [param for param in model.parameters() if param not in own]
         self._quiet: list[Quiet] = []
         self._places: dict[Tensor, Place] = {}
         for number, group in enumerate(self._optimizer.param_groups):
@@ -90,9 +92,6 @@ class StepInBackward:
             ValueError, RuntimeError: ranks, wrappers and arguments do not fit.
         """
         sharded = any(map(is_sharded, self._places))
-        if self._clip.of_all and sharded:
-            remedy = 'Clip each tensor with clip="tensor"; Adafactor clips each update by itself (d).'
-            raise ValueError(message("max_norm", "None with sharded parameters", self._clip.max_norm, remedy))
         wrappers = refusals.wrappers(self._places) if _several_ranks() else []
         if group is None and not wrappers:
             return Modules(model, self._places)
@@ -159,8 +158,7 @@ class StepInBackward:
         """
         if self._clip.of_all and not self._holds and self._is_last(self._micro + 1):
             norms = self._clip.start()
-            trained = [param for param in self._places if param.requires_grad]
-            with self._forcing(_Action.MEASURE):
+            with self._forcing(_Action.MEASURE), self._aside() as trained:
                 torch.autograd.backward(loss, gradient, retain_graph=True, inputs=trained)
             with self._forcing(_Action.STEP), norms.scaling():
                 torch.autograd.backward(loss, gradient, retain_graph)
@@ -168,6 +166,24 @@ class StepInBackward:
         self._clip.total = None
         torch.autograd.backward(loss, gradient, retain_graph)
         return self._clip.total
+
+    @contextmanager
+    def _aside(self) -> Iterator[list[Tensor] | None]:
+        """A block that gives others no gradient, and what is to have one: ``None`` for all.
+
+        FSDP2's parameters are none that autograd knows, so that they cannot be named: others' are put aside.
+        """
+        if not any(map(is_sharded, self._places)):
+            yield [param for param in self._places if param.requires_grad]
+            return
+        kept = [(param, param.grad) for param in self._others]
+        for param in self._others:
+            param.grad = None
+        try:
+            yield None
+        finally:
+            for param, grad in kept:
+                param.grad = grad
 
     @contextmanager
     def _forcing(self, action: _Action) -> Iterator[None]:

@@ -46,8 +46,13 @@ class Clipping:
     def scaling(self) -> Iterator[None]:
         """A block in which gradients are scaled by the norm of all measured ones, the same on all ranks."""
         if self._norms:
-            norms = [self._norms[place] for place in sorted(self._norms)]
-            self.total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+            alike: dict[object, list[Tensor]] = {}
+            for place in sorted(self._norms):
+                norm = self._norms[place]
+                key = (norm.device_mesh, norm.placements) if is_sharded(norm) else norm.device  # type: ignore[attr-defined]
+                alike.setdefault(key, []).append(norm)
+            parts = [_whole(torch.linalg.vector_norm(torch.stack(norms))) for norms in alike.values()]
+            self.total = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
             self._factor = self._factor_of(self.total)
         try:
             yield
@@ -58,9 +63,10 @@ class Clipping:
         """Scale a parameter's gradient."""
         if self.max_norm is None or param.grad is None:
             return
-        factor = self._factor if self.of_all else self._factor_of(_norm(param))
+        factor = self._factor if self.of_all else self._factor_of(_whole(_norm(param)))
         if factor is not None:
-            param.grad.mul_(factor.to(param.grad.device))
+            grad: Tensor = param.grad.to_local() if is_sharded(param.grad) else param.grad  # type: ignore[attr-defined]
+            grad.mul_(factor.to(grad.device))
 
     def _factor_of(self, norm: Tensor) -> Tensor:
         assert self.max_norm is not None
@@ -71,7 +77,13 @@ def _norm(param: Tensor) -> Tensor:
     assert param.grad is not None
     dtype = torch.promote_types(param.grad.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(param.grad, dtype=dtype)
-    return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+    return norm
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """A norm of shards, added up over them."""
+    whole: Tensor = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+    return whole
 
 
 def clip_of(max_norm: float | None, clip: Clip) -> Clipping:

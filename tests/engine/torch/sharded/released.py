@@ -111,6 +111,41 @@ def train(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def clipped(rank: int, world: int) -> dict[str, Any]:
+    """Per kind: how far clipping by the norm of all gradients is from that of whole ones and step(), and the norms.
+
+    One parameter is nobody's: it gets the gradients of one pass.
+    """
+    found: dict[str, Any] = {}
+    for kind in ("FSDP2", "HSDP", "TP", "FSDP2, accumulated"):
+        layout, micro = kind.partition(",")[0], 2 if "accumulated" in kind else 1
+        runs, norms = [], []
+        for release in (False, True):
+            model = models.sharded(layout, world, 2)
+            *params, nobodys = model.parameters()
+            optimizer = Adafactor(params, lr=1e-2)
+            options = {"max_norm": 0.05, "accumulation_steps": micro}
+            released = step_in_backward(model, optimizer, **options) if release else None
+            rows = models.share_of_batch(layout, rank, world)
+            for step in range(3):
+                for k in range(micro):
+                    loss = models.loss_of(model, micro * step + k, rows)
+                    norm = loss.backward() if released is None else released.backward(loss)
+                if released is None:
+                    grads = [p.grad for p in params]  # clip_grad_norm_ does not take them of several meshes
+                    wholes = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+                    norm = torch.stack([whole.norm() for whole in wholes]).norm()
+                    for grad in grads:
+                        local(grad).mul_((0.05 / (norm + 1e-6)).clamp(max=1.0))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            norms.append(float(norm))
+            runs.append([local(p).clone() for p in (*params, nobodys.grad)])
+        pairs = zip(*runs, strict=True)
+        found[kind] = max(float((a - b).norm() / a.norm().clamp(min=1e-3)) for a, b in pairs if a.numel()), norms
+    return found
+
+
 class Half(nn.Module):
     """Uses one of its two layers."""
 
@@ -180,4 +215,9 @@ def refusals(rank: int, world: int) -> dict[str, str]:
 
 
 def everything(rank: int, world: int) -> dict[str, Any]:
-    return {"train": train(rank, world), "unused": unused(rank, world), "refusals": refusals(rank, world)}
+    return {
+        "clipped": clipped(rank, world),
+        "train": train(rank, world),
+        "unused": unused(rank, world),
+        "refusals": refusals(rank, world),
+    }

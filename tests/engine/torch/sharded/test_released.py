@@ -19,6 +19,15 @@ def test_the_same_bits_as_the_ordinary_sharded_step(found):
             assert trained[f"{kind}: all-reduces True"] == 3  # two blocks and the root
 
 
+def test_the_norm_of_all_shards(found):
+    for rank in found:
+        print(rank["clipped"])
+        for kind, (distance, norms) in rank["clipped"].items():
+            assert distance < 1e-6, kind
+            assert norms[1] == pytest.approx(norms[0], rel=1e-6), kind
+            assert norms[1] > 0.1, kind
+
+
 def test_parameters_without_gradients_are_not_waited_for(found):
     for rank in found:
         assert rank["unused"] == {"different": [], "left": [], "state": 6}
