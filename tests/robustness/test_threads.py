@@ -44,7 +44,8 @@ def at_once(runs):
 def with_torch(seed, fused):
     def run():
         params = [torch.nn.Parameter(torch.from_numpy(x).bfloat16()) for x in values(seed, 0)]
-        optimizer = adafactor.torch.Adafactor(params, lr=0.1, beta1=0.9, stochastic_rounding=True, fused=fused)
+        options = {"lr": 0.1, "beta1": 0.9, "stochastic_rounding": True, "seed": seed}  # else each draws its own
+        optimizer = adafactor.torch.Adafactor(params, **options, fused=fused)
         for step in range(STEPS):
             for param, g in zip(params, values(seed, 1 + step % 5), strict=True):
                 param.grad = torch.from_numpy(g).bfloat16()
