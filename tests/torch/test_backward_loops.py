@@ -5,7 +5,7 @@ import torch
 from tied import Tied, assert_same, groups, loss_of
 from torch import nn
 
-from adafactor.torch import Adafactor, step_in_backward
+from adafactor.torch import Adafactor, HostStep, step_in_backward
 
 
 def ordinary(steps, micro=1, max_norm=None, per_tensor=False, dtype=torch.float32):
@@ -63,6 +63,24 @@ def test_step_of_a_framework_steps_what_still_has_a_gradient():
         stepped.step()
     assert model.weight.grad is None
     assert_same(optimizer, model, its, other)
+
+
+def test_step_of_a_framework_returns_when_the_weights_are_back_from_the_host(monkeypatch):
+    model = Tied()
+    optimizer = Adafactor(groups(model), seed=0)
+    host = HostStep(model, optimizer, master=None)
+    step_in_backward(model, optimizer, loop="framework")
+    wait, waits = host.wait, []
+    monkeypatch.setattr(host, "wait", lambda: (waits.append(1), wait()))
+    for t in range(3):
+        loss_of(model, t).backward()
+        waits.clear()
+        optimizer.step()
+        assert waits
+        optimizer.zero_grad()
+    host.remove()
+    expected = ordinary(3)[1]
+    assert all(map(torch.equal, expected.parameters(), model.parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -282,8 +282,8 @@ class Adafactor(Optimizer):
             return loss
         if self._in_backward is not None:
             self._in_backward._close()
-            return loss
-        self._update([(number, None) for number in range(len(self.param_groups))])
+        else:
+            self._update([(number, None) for number in range(len(self.param_groups))])
         if self._host is not None:
             self._host.wait()
         return loss
