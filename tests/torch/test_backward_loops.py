@@ -71,7 +71,7 @@ def test_step_of_a_framework_returns_when_the_weights_are_back_from_the_host(mon
     host = HostStep(model, optimizer, master=None)
     step_in_backward(model, optimizer, loop="framework")
     wait, waits = host.wait, []
-    monkeypatch.setattr(host, "wait", lambda: (waits.append(1), wait()))
+    monkeypatch.setattr(host, "wait", lambda: waits.append(1) or wait())
     for t in range(3):
         loss_of(model, t).backward()
         waits.clear()
