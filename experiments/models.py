@@ -73,6 +73,18 @@ def qwen() -> Any:
     return _text(_decoder("Qwen3"))
 
 
+def checkpointed() -> Any:
+    """Activations computed again in the backward pass."""
+    model = _decoder("Llama")
+    model.gradient_checkpointing_enable()
+    return _text(model)
+
+
+def mixtral() -> Any:
+    """Experts that some batches leave without a gradient."""
+    return _text(_decoder("Mixtral"))
+
+
 def vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -175,7 +187,7 @@ def lora() -> Any:
 
 
 MODELS = {
-    "transformers": (t5, bart, gpt2, llama, gemma, qwen, vit, clip, whisper),
+    "transformers": (t5, bart, gpt2, llama, checkpointed, gemma, qwen, mixtral, vit, clip, whisper),
     "timm": (timm_vit, timm_resnet, timm_convnext),
     "diffusers": (unet, dit),
     "peft": (lora,),
