@@ -70,8 +70,10 @@ class Replicas:
         """Average what has not come on this rank: held from an earlier pass, or other ranks' alone."""
         if not self._order:
             yield from self._follow(True)
-            self._order = [*self._led, *(param for param in self._params if param not in self._led)]
-            self._rest = _together(self._order[len(self._led) :])
+            rest = [param for param in self._params if param not in self._led]
+            self._rest = _together(rest)
+            if self._led:  # not where all was held, which tells no order
+                self._order = [*self._led, *rest]
         late = [place for members in self._rest for place in self._average(members)]
         used = torch.ones(len(self._params), dtype=torch.int32, device=self._device)
         numbers = [self._number[param] for param in self._absent]

@@ -53,6 +53,7 @@ def train(rank: int, world: int) -> dict[str, Any]:
         "max_norm": {"max_norm": 0.01},
         "max_norm, no_sync": {"max_norm": 0.01},
         "framework": {"loop": "framework"},
+        "framework, held": {"loop": "framework", "accumulation_steps": 9},
     }
     for case, options in cases.items():
         micro = 2 if "no_sync" in case or "accumulation" in case else 1
@@ -98,7 +99,7 @@ def train(rank: int, world: int) -> dict[str, Any]:
                         nn.utils.clip_grad_norm_(inner.parameters(), 0.01)
                     optimizer.step()
                     optimizer.zero_grad()
-                elif case == "framework":
+                elif case.startswith("framework"):
                     optimizer.step()
                     optimizer.zero_grad()
             runs.append((inner, optimizer))
