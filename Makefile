@@ -2,6 +2,7 @@
 #
 #   make demo    train a small Transformer with AdamW, Keras's Adafactor and ours, side by side
 #   make test    every test, on every framework
+#   make test-zero  DeepSpeed's own engine, in an environment of its own
 #   make lint    ruff and mypy
 #   make docs    the pages of docs/ as a site, in build/docs
 #   make bench   step times against the peers, in this machine's terms
@@ -69,7 +70,8 @@ test-robustness: $(VENV)/test.$(MODULES)
 # DeepSpeed is fastidious about what else is installed, so it has an environment of its own.
 test-zero:
 	test -d build/zero || $(PYTHON) -m venv build/zero
-	build/zero/bin/python -m pip install --quiet --editable ".[torch]" --group zero
+	build/zero/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	build/zero/bin/python -m pip install --quiet -c constraints.txt --editable '.[torch]' --group zero
 	build/zero/bin/python -m pytest --quiet tests/engine/torch/sharded/test_zero.py $(ARGS)
 
 lint: $(VENV)/lint.$(MODULES)
