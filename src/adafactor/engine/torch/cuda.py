@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adafactor.core.canonical import Canonical, canonical
-from adafactor.core.factoring import Part
-from adafactor.core.intervals import Box
+from adafactor.core.factoring import Cut, Part
 from adafactor.engine.torch import triton_table
 from adafactor.engine.torch.blocks import kept
 from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered
@@ -127,6 +126,16 @@ class Scratch:
 _scratch: WeakValueDictionary[tuple[torch.device, object], Scratch] = WeakValueDictionary()
 
 
+class Place(NamedTuple):
+    """Where the sums of a factored tensor are, as views: what `columns` leaves of each matrix and tile among them."""
+
+    rows: Tensor
+    row_sums: Tensor
+    S: Tensor
+    partials: Tensor
+    root_mu: Tensor
+
+
 class Triton:
     """A list of work whose every tensor has a `form_of`: its tables on the device, and the buffers between kernels.
 
@@ -145,7 +154,9 @@ class Triton:
         self._dtypes = [w.param.dtype for w in work]
         self._states = self._by_slots()
         self._sums: list[Sums] | None = None
-        self._places: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._places: dict[int, Place] = {}
+        self._cut_both: list[tuple[Any, Place]] = []
+        self._unfinished: set[Cut | None] = set()
         self._reserve: Tensor | None = None
         self._recorded: list[Tensor] = []  # what a capture in progress has made
         self._streams: set[object] = set()
@@ -204,6 +215,7 @@ class Triton:
         self.measured = {launch: upload(blocks) for launch, blocks in plan.measure.items()}
         self.applied = {launch: upload(blocks) for launch, blocks in plan.apply.items()}
         self.columns = {key: upload(blocks) for key, blocks in plan.columns.items()}
+        self._cuts = {key[3] for key in plan.columns}
         count = len(work)
         self.scalars, self.updated = buffer(4 * count), buffer(count, torch.int64)
         self.partials, self.squares = buffer(3 * plan.partials), buffer(plan.squares)
@@ -270,7 +282,8 @@ class Triton:
             launch = Launches(self, self._begin(grads))
             self.sums = self._own() if is_capturing() else self._shared()
             launch.measure(known=self._known(skipped))
-            launch.columns("", totals=False)
+            for cut in self._cuts:
+                launch.columns(cut, totals=False)
             launch.slices(measured=True, finished=True)
             launch.finish(skipped, count=True)
             launch.apply()
@@ -283,52 +296,55 @@ class Triton:
             if self._sums is None or is_capturing():
                 self.sums, self._sums = self._own(), None
             launches.measure(known=set())
-            launches.totals()
+            launches.totals(self._cuts)
             launches.slices(measured=True, finished=False)
         if self._sums is None:
             self._sums = self._views()
-        for sums, (_, S, _) in zip(self._sums, self._places, strict=True):
+        self._unfinished = set(self._cuts)
+        for sums in self._sums:
             sums.mu = sums.u2 = None
-            if sums.rows is not None and sums.S is not None:
-                sums.S.copy_(S)
+        for sums, place in self._cut_both:
+            sums.rows = place.row_sums
+            sums.S.copy_(place.S)
         return self._sums
 
     def measure_again(self) -> None:
-        if not any(key[3] == "both" for key in self.columns):
+        if "both" not in self._cuts:
             return
         assert self._sums is not None
         with device_of(self.device):
             self._launches.measure(known=set(), again=True)
-            self._launches.totals("both")
-        for sums, (_, S, _) in zip(self._sums, self._places, strict=True):
-            if sums.rows is not None and sums.S is not None:
-                S.copy_(sums.S)
+            self._launches.totals(("both",))
+        for sums, place in self._cut_both:
+            sums.rows = place.rows
+            place.S.copy_(sums.S)
 
     def finish_columns(self, places: Sequence[int]) -> None:
         chosen = [k for k in places if self.work[k].layout.factored]
-        if not chosen:
-            return
         assert self._sums is not None
         with device_of(self.device):
-            self._launches.columns(self.work[chosen[0]].layout.cut, totals=True)
+            for cut in {self._described[k].launch.cut for k in chosen}:
+                self._launches.columns(cut, totals=True, matrix_sums=True)
+                self._unfinished.remove(cut)
         for k in chosen:
-            sums, layout, (partials, _, _) = self._sums[k], self.work[k].layout, self._places[k]
+            sums, layout, place = self._sums[k], self.work[k].layout, self._places[k]
             over = kept(layout, (*layout.rows, *layout.columns))
-            sums.columns, sums.weighted = (partials[..., which].sum(1).view(over) for which in (0, 1))
+            sums.columns, sums.weighted = (place.partials[..., which].sum(1).view(over) for which in (0, 1))
 
     def finish(self) -> None:
         """Equations 3, 7, 9 and 10."""
         assert self._sums is not None
         with device_of(self.device):
             launches = self._launches
-            launches.columns("", totals=True)
+            for cut in self._unfinished:
+                launches.columns(cut, totals=True)
             launches.slices(measured=False, finished=True)
-            for k, (sums, (_, _, root_mu)) in enumerate(zip(self._sums, self._places, strict=True)):
+            for k, sums in enumerate(self._sums):
                 if sums.u2 is not None:
                     first, count = self.plan.records[k, _PLACE["slice"]], self._described[k].form.slices
                     self.found.view(-1, 3)[first : first + count, 0] = sums.u2.view(-1)
                 if sums.mu is not None:
-                    root_mu.copy_(sums.mu.reshape(-1).sqrt())
+                    self._places[k].root_mu.copy_(sums.mu.reshape(-1).sqrt())
                 sums.columns = sums.weighted = None
             launches.finish(self.updated, count=False)
 
@@ -459,10 +475,9 @@ class Triton:
     def _views(self) -> list[Sums]:
         """The buffers as tensors, in the shapes of `Sums`: what is written there is what finish reads.
 
-        Beside them, in ``_places``, of every factored tensor what `columns` leaves of each matrix and tile, its S, and
-        its roots. Of a part that is cut along both sides S is a copy: the second measurement writes its own.
+        Of a part that is cut along both sides S is a copy: the second measurement writes its own.
         """
-        views, self._places = [], []
+        views, self._places, self._cut_both = [], {}, []
         for k, (w, tensor) in enumerate(zip(self.work, self._described, strict=True)):
             form, layout = tensor.form, w.layout
             record = dict(zip(FIELDS, self.plan.records[k].tolist(), strict=True))
@@ -470,7 +485,6 @@ class Triton:
             Q = slices[:, 1].view(kept(layout, layout.whole))
             if not form.factored:
                 views.append(Sums(None, None, slices[:, 0].view(kept(layout, layout.whole)), Q))
-                self._places.append((Q, Q, Q))
                 continue
             matrices, parts, m, tiles = record["matrices"], record["parts"], record["m"], record["tiles"]
             S, W = (
@@ -479,14 +493,16 @@ class Triton:
                 )
                 for half in (0, 1)
             )
+            rows, row_sums = (
+                self.sums[record[name] :][: matrices * record["n"]].view(kept(layout, layout.columns))
+                for name in ("finished", "row_totals" if tensor.launch.cut == "both" else "finished")
+            )
             partials = self.partials.view(-1, 3)[record["partial"] :][: matrices * tiles].view(-1, tiles, 3)
-            root_mu = self.roots[record["root_mu"] :][:matrices]
-            rows = None
+            self._places[k] = place = Place(rows, row_sums, S, partials, self.roots[record["root_mu"] :][:matrices])
+            views.append(Sums(rows, S, W, Q))
             if tensor.launch.cut == "both":
-                runs = matrices * record["n"]
-                rows = self.sums[record["row_totals"] :][:runs].view(kept(layout, layout.columns))
-            views.append(Sums(rows, S if rows is None else torch.empty_like(S), W, Q))
-            self._places.append((partials, S, root_mu))
+                views[k].S = torch.empty_like(S)
+                self._cut_both.append((views[k], place))
         return views
 
 
@@ -497,8 +513,6 @@ def form_of(w: Work) -> Canonical | None:
     if not dense or w.param.dtype == torch.float64:
         return None
     form = canonical(w.layout)
-    if isinstance(w.layout, Box):  # its sums become complete in another order
-        return None
     if form is None or not isinstance(w.layout, Part):
         return form
     draws = w.settings.stochastic_rounding or any(tensor.dtype == torch.int8 for tensor in beside)
@@ -603,22 +617,21 @@ class Launches:
             **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
         )  # fmt: skip
 
-    def totals(self, apart: str | None = None) -> None:
-        """Of everything, or of those that are finished ``apart``."""
+    def totals(self, cuts: Container[Cut | None]) -> None:
         t = self._t
-        for (K, P, C, which), blocks in t.columns.items():
-            if apart in (None, which):
+        for (K, P, C, cut), blocks in t.columns.items():
+            if cut in cuts:
                 self._k.totals[(len(blocks),)](
                     t.records, self._varying, blocks, t.sums, K=K, P=P, C=C, **self._warps(4)
                 )  # fmt: skip
 
-    def columns(self, apart: str, totals: bool) -> None:
+    def columns(self, cut: Cut | None, totals: bool, matrix_sums: bool = False) -> None:
         t = self._t
         for (K, P, C, which), blocks in t.columns.items():
-            if apart == which:
+            if which == cut:
                 self._k.columns[(len(blocks),)](
                     t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.partials, t.roots,
-                    K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=bool(apart), **self._warps(4),
+                    K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=matrix_sums, **self._warps(4),
                 )  # fmt: skip
 
     def slices(self, measured: bool, finished: bool) -> None:

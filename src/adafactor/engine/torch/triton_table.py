@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,18 +101,13 @@ class Launch(NamedTuple):
     aligned: bool
     flat: bool  # apply walks elements, not rows
     sliced: bool
-    cut: Cut | None  # of a part: what it lacks that decides about launches, "stack" or "both"; None if it is whole
+    cut: Cut | None  # what a part lacks: its columns are finished with those of the same cut; None if it is whole
     transposed: bool  # rows are neighbours in memory, not columns
 
     @property
     def part(self) -> bool:
         """Whether other processes hold the rest of the parameter."""
         return self.cut is not None
-
-    @property
-    def finished_apart(self) -> Cut | Literal[""]:
-        """Which of the tensors are finished before others, because what eq. 7 adds up lies on several processes."""
-        return self.cut if self.cut in ("stack", "both") else ""
 
     @property
     def halves(self) -> bool:
@@ -152,7 +147,7 @@ class Tables:
         measure, apply: per launch its blocks, int64 (programs, BLOCK_FIELDS). Apply walks them backwards: what measure
             read last is still in the cache.
         members: per launch of measure its tensors.
-        columns: per (K, P, C) of the tile and ``finished_apart`` its blocks.
+        columns: per (K, P, C) of the tile and ``cut`` its blocks.
         sums, partials, squares, roots: numbers in each buffer, float32.
     """
 
@@ -161,7 +156,7 @@ class Tables:
     measure: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     apply: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     members: dict[Launch, list[int]] = field(default_factory=dict)
-    columns: dict[tuple[int, int, int, str], NDArray[np.int64]] = field(default_factory=dict)
+    columns: dict[tuple[int, int, int, Cut | None], NDArray[np.int64]] = field(default_factory=dict)
     sums: int = 0
     partials: int = 0
     squares: int = 0
@@ -224,7 +219,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
     result = Tables(np.zeros((len(tensors), len(FIELDS)), np.int64), np.zeros((0, len(SLICE_FIELDS)), np.int64))
     measured: dict[Launch, list[NDArray[np.int64]]] = {}
     applied: dict[Launch, list[NDArray[np.int64]]] = {}
-    summed: dict[tuple[int, int, int, str], list[NDArray[np.int64]]] = {}
+    summed: dict[tuple[int, int, int, Cut | None], list[NDArray[np.int64]]] = {}
     slices: list[NDArray[np.int64]] = []
     first_slice = 0
     for (form, launch), members in kinds.items():
@@ -256,7 +251,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
             measured.setdefault(launch, []).append(every(kind.measure))
         applied.setdefault(launch.of_apply, []).append(every(kind.apply))
         if kind.columns is not None:
-            summed.setdefault((*kind.columns[0], launch.finished_apart), []).append(every(kind.columns[1]))
+            summed.setdefault((*kind.columns[0], launch.cut), []).append(every(kind.columns[1]))
         slices.append(every(kind.slices))
         result.members.setdefault(launch, []).extend(members)
     result.slices = np.concatenate(slices)
@@ -278,7 +273,7 @@ def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
     moves = launch.tile.of_apply(launch.halves and not launch.flat)
     sums = _place(record, form, launch.tile, part_rows)
     record["moved"] = -(-form.columns // moves.M)
-    key, columns, ends = _columns(form, record, one_matrix=bool(launch.finished_apart))
+    key, columns, ends = _columns(form, record, one_matrix=launch.part)
     moved = runs if launch.flat else _parts(record, moves)
     return _Kind(
         record,
