@@ -16,7 +16,8 @@ def test_random_cuts_agree_with_the_whole(monkeypatch):
     if triton_support.DEVICE.type == "cpu":
         from triton.runtime.interpreter import GridExecutor
 
-        lock, launch = threading.Lock(), GridExecutor.__call__  # the interpreter runs one program of a process at a time
+        # The interpreter runs one program of a process at a time.
+        lock, launch = threading.Lock(), GridExecutor.__call__
 
         def alone(*args, **kwargs):
             with lock:
