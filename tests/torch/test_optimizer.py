@@ -334,6 +334,23 @@ def test_optimizers_of_equal_layers_do_not_round_alike():
         Adafactor([p], **options).step()
     alike = [(params[0] == other).float().mean().item() for other in params[1:]]
     assert max(alike) < 0.8, alike
-    seeds = [Adafactor([p], **options).param_groups[0]["seed"] for p in params]
-    assert seeds == list(range(seeds[0], seeds[0] + 3))
     assert Adafactor(params).param_groups[0]["seed"] is None
+
+
+def test_seeds_follow_torch_manual_seed_and_in_a_process_group_the_order_of_construction(monkeypatch):
+    def seeds():
+        params = [torch.nn.Parameter(torch.ones(3).bfloat16()) for _ in range(3)]
+        return [Adafactor([p], stochastic_rounding=True).param_groups[0]["seed"] for p in params]
+
+    torch.manual_seed(0)
+    first = seeds()
+    assert len(set(first)) == 3
+    assert seeds() != first
+    torch.manual_seed(0)
+    assert seeds() == first
+    with torch.device("meta"):
+        assert isinstance(seeds()[0], int)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    numbered = seeds()  # whatever the generators of other ranks
+    assert numbered == list(range(numbered[0], numbered[0] + 3))

@@ -69,8 +69,9 @@ class Adafactor(Optimizer):
             the next update. Not with ``stochastic_rounding``; without effect on other parameters.
         skip_nonfinite: leave a tensor alone, parameter and state, when its gradient holds an inf or a NaN, or
             when its squares overflow; count it in :attr:`skipped`. ``False`` lets it spread.
-        seed: an integer; of the bits behind ``stochastic_rounding`` and int8 momentum. ``None`` numbers the
-            optimizers of a process that draw any, so that no two of them round alike: the first is 0, on all processes.
+        seed: an integer; of the bits behind ``stochastic_rounding`` and int8 momentum. ``None`` draws it from PyTorch's
+            generator, so that no two optimizers round alike and ``torch.manual_seed`` repeats a run; in a process group
+            it numbers the optimizers that draw bits, because ranks must agree and their generators may not.
         diagnostics: record what :meth:`diagnostics` returns; for all groups.
         capturable: allow a CUDA graph to capture ``step``, as in ``torch.optim``. The state is on the parameters'
             device either way, and no step waits for it. A graph keeps a learning rate that is a number, and
@@ -250,7 +251,7 @@ class Adafactor(Optimizer):
         """Give a group that draws random bits this optimizer's own, if it was given none."""
         if group["seed"] is None and (group["stochastic_rounding"] or group["momentum_dtype"] == torch.int8):
             others = [other["seed"] for other in self.param_groups if other["seed"] is not None]
-            group["seed"] = others[0] if others else next(_made)
+            group["seed"] = others[0] if others else _new_seed()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -496,6 +497,15 @@ class Adafactor(Optimizer):
 
 
 _made = count()  # of optimizers that draw random bits, in the order in which processes of a program make them
+
+
+def _new_seed() -> int:
+    """A seed of an optimizer's own, alike on all ranks."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        return next(_made)
+    drawn = torch.randint(1 << 62, (), device="cpu")
+    return int(drawn) if type(drawn) is Tensor else next(_made)  # a FakeTensor has no number
 
 
 def _unshare(groups: list[dict[str, Any]]) -> None:
