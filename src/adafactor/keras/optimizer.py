@@ -150,7 +150,7 @@ class Adafactor(keras.optimizers.Optimizer):
         self._layouts: list[Layout | None] = []
         self._slots: list[Any] = []
         self._momentums: list[Any] = []
-        self._reports: list[Any] = []
+        self._recorded: list[Any] = []
         self._waiting: list[np.ndarray] = []
         self._torch_step: Any = None
         if keras.backend.backend() == "torch":
@@ -190,8 +190,9 @@ class Adafactor(keras.optimizers.Optimizer):
             slots.append(names)
             momentums.append(self._add_statistic(variable, "momentum", its_layout) if momentum else None)
         self._layouts, self._slots, self._momentums = layouts, slots, momentums
-        self._reports = [
-            self._add_report(variable, its_layout) if self._records_diagnostics and its_layout is not None else None
+        recorded = self._records_diagnostics
+        self._recorded = [
+            self._add_diagnostics(variable, its_layout) if recorded and its_layout is not None else None
             for variable, its_layout in zip(variables, layouts, strict=True)
         ]
         if self._waiting:
@@ -224,7 +225,7 @@ class Adafactor(keras.optimizers.Optimizer):
                 name=f"{path_of(variable).replace('/', '_')}_{name}",
             )
 
-    def _add_report(self, variable: Any, its_layout: Layout) -> Any:
+    def _add_diagnostics(self, variable: Any, its_layout: Layout) -> Any:
         """RMS(u), clip factor and parameter scale of the last update, per slice of the batch axes."""
         with self._beside(variable):
             return self.add_variable(
@@ -250,9 +251,9 @@ class Adafactor(keras.optimizers.Optimizer):
             raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
         rho = self._last_rho()
         found: dict[str, dict[str, np.ndarray]] = {}
-        for variable, report in zip(self._trainable_variables, self._reports, strict=True):
-            if report is not None:
-                values = np.moveaxis(np.asarray(ops.convert_to_numpy(report)), -1, 0)
+        for variable, recorded in zip(self._trainable_variables, self._recorded, strict=True):
+            if recorded is not None:
+                values = np.moveaxis(np.asarray(ops.convert_to_numpy(recorded)), -1, 0)
                 of = dict(zip(DIAGNOSTICS, values, strict=True))
                 found[distinct(path_of(variable), found)] = {**of, "effective_lr": rho * of["parameter_scale"]}
         return found
@@ -268,8 +269,8 @@ class Adafactor(keras.optimizers.Optimizer):
     @property
     def saved_variables(self) -> list[Any]:
         """``variables`` less the diagnostics."""
-        reports = {id(report) for report in self._reports}
-        return [variable for variable in self.variables if id(variable) not in reports]
+        recorded = {id(variable) for variable in self._recorded}
+        return [variable for variable in self.variables if id(variable) not in recorded]
 
     def _beside(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
         """TensorFlow's distribution strategies place a variable where its neighbour is."""
@@ -378,7 +379,7 @@ class Adafactor(keras.optimizers.Optimizer):
             if its_layout is None or not its_layout.size:
                 continue
             decay = self.weight_decay if decays and self._use_weight_decay(variable) else 0.0
-            state = self._slots[place], self._momentums[place], self._reports[place]
+            state = self._slots[place], self._momentums[place], self._recorded[place]
             members.append(Member(place, variable, gradient, its_layout, *state, decay))
         return members
 

@@ -28,7 +28,7 @@ class Member(NamedTuple):
         place: the variable's place among those the optimizer was built on.
         variable, gradient: the variable and its gradient, dense or sparse.
         layout: the role of every axis; the variable has elements.
-        slots, momentum, report: the optimizer's variables for it; no momentum and no diagnostics are ``None``.
+        slots, momentum, diagnostics: the optimizer's variables for it; no momentum and no diagnostics are ``None``.
         weight_decay: 0 where it does not decay.
     """
 
@@ -38,7 +38,7 @@ class Member(NamedTuple):
     layout: Layout
     slots: dict[str, Any]
     momentum: Any
-    report: Any
+    diagnostics: Any
     weight_decay: float
 
     @property
@@ -61,7 +61,7 @@ def update_one(
         learning_rate = ops.cast(learning_rate, dtype)
         numbers = arrays.schedule(_ops, t, learning_rate, hp, scheduled)
         settings = arrays.Settings(
-            arrays.Constants.of(hp), *numbers, scale_after_decay=True, diagnostics=member.report is not None
+            arrays.Constants.of(hp), *numbers, scale_after_decay=True, diagnostics=member.diagnostics is not None
         )
         tensor = arrays.Tensor(
             its_layout,
@@ -89,7 +89,7 @@ def update_one(
         if update.diagnostics is not None:
             shape = ops.shape(update.diagnostics[0])
             columns = [ops.broadcast_to(ops.cast(column, dtype), shape) for column in update.diagnostics]
-            optimizer.assign(member.report, ops.reshape(ops.stack(columns, axis=-1), member.report.shape))
+            optimizer.assign(member.diagnostics, ops.reshape(ops.stack(columns, axis=-1), member.diagnostics.shape))
 
 
 def _no_grad() -> contextlib.AbstractContextManager[Any]:

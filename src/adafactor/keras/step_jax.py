@@ -36,8 +36,8 @@ def update(
     t = (jnp.asarray(ops.convert_to_tensor(iterations)) + 1).astype(jnp.result_type(float))
     rate = jnp.asarray(ops.convert_to_tensor(learning_rate), t.dtype)
     ema_weight, rho = arrays.schedule(primitives.ops, t, rate, hp, scheduled)
-    report = any(member.report is not None for member in members)
-    settings = arrays.Settings(arrays.Constants.of(hp), ema_weight, rho, True, report)
+    asked = any(member.diagnostics is not None for member in members)
+    settings = arrays.Settings(arrays.Constants.of(hp), ema_weight, rho, True, asked)
     tensors = [_tensor(member, rate) for member in members]
     shardings = [_sharding_of(member.variable) for member in members]
     split = [sharding is not None and sharding.mesh.size > 1 for sharding in shardings]
@@ -62,8 +62,8 @@ def update(
             optimizer.assign(slot, tensor.slots[name])
         if member.momentum is not None:
             optimizer.assign(member.momentum, tensor.momentum)
-        if member.report is not None:
-            optimizer.assign(member.report, diagnostics)
+        if member.diagnostics is not None:
+            optimizer.assign(member.diagnostics, diagnostics)
     return True
 
 

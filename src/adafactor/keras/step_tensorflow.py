@@ -48,8 +48,8 @@ def update(
                 optimizer.assign(slot, result.slots[name])
             if member.momentum is not None:
                 optimizer.assign(member.momentum, result.momentum)
-            if member.report is not None:
-                optimizer.assign(member.report, result.diagnostics)
+            if member.diagnostics is not None:
+                optimizer.assign(member.diagnostics, result.diagnostics)
     return others
 
 
@@ -94,7 +94,7 @@ def _operand(member: Member) -> op.Operand:
         dense(member.gradient, member.variable),
         {name: _value(slot) for name, slot in member.slots.items()},
         None if member.momentum is None else _value(member.momentum),
-        None if member.report is None else _value(member.report),
+        None if member.diagnostics is None else _value(member.diagnostics),
         member.weight_decay,
     )
 

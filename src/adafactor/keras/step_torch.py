@@ -56,8 +56,8 @@ class TorchStep:
         plan.step(grads, lambda device: torch.zeros((), dtype=torch.int64, device=device))
         for member, w in zip(members, plan.work, strict=True):
             if w.diagnostics is not None:
-                values = w.diagnostics[:, :3].reshape(tuple(member.report.shape))
-                member.report.assign(values.to(torch.float32))
+                values = w.diagnostics[:, :3].reshape(tuple(member.diagnostics.shape))
+                member.diagnostics.assign(values.to(torch.float32))
 
     def _plan(self, members: Sequence[Member], grads: Sequence[Tensor], scheduled: bool) -> tuple[Plan, Tensor]:
         """What updates the members: what there is, as long as nothing it knows has moved."""
@@ -90,7 +90,7 @@ class TorchStep:
                 remedy = "Assign to optimizer variables, and leave their values' shapes, dtypes and devices alone."
                 got = f"{state[slot].dtype} of shape {tuple(state[slot].shape)} on {state[slot].device}"
                 raise RuntimeError(message(f"{slot} of {name}", "as the optimizer built it", got, remedy))
-            diagnostics = None if member.report is None else new_diagnostics(its_layout, param.device)
+            diagnostics = None if member.diagnostics is None else new_diagnostics(its_layout, param.device)
             work.append(Work(param, state, its_layout, group, member.place, diagnostics, name))
         plan = Plan(work, grads)
         if all(map(torch.Tensor.is_contiguous, grads)):

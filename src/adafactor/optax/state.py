@@ -70,8 +70,8 @@ class Flat(NamedTuple):
         """A state of the old one's structure with what the lists hold now."""
         trees = [_like(getattr(self.old, name), leaves) for name, leaves in self.slots.items()]
         momentum = _like(self.old.momentum, self.momentum) if self.momentum else None
-        reports = [_like(*pair) for pair in zip(self.old.diagnostics or (), self.diagnostics, strict=True)]
-        return AdafactorState._make((count, *trees, momentum, Diagnostics(*reports) if reports else None))
+        diagnostics = [_like(*pair) for pair in zip(self.old.diagnostics or (), self.diagnostics, strict=True)]
+        return AdafactorState._make((count, *trees, momentum, Diagnostics(*diagnostics) if diagnostics else None))
 
 
 def of(state: Any, params: Tree, momentum: bool, diagnostics: bool) -> Flat:

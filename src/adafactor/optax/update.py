@@ -134,7 +134,7 @@ class Transformation:
         new = list(work.grads)
         for k, tensor, moved in zip(work.where, work.tensors, self._moves(work, state), strict=True):
             new[k] = (-moved.loss).astype(tensor.x.dtype)
-            work.keep(k, moved)
+            work.take(k, moved)
         return work.treedef.unflatten(new), work.state()
 
     def step(self, params: Tree, grads: Tree, state: AdafactorState) -> tuple[Tree, AdafactorState]:
@@ -145,13 +145,14 @@ class Transformation:
                 tensor._replace(decay_factor=1.0 if work.decays[k] is None else 1 - work.decays[k])
                 for k, tensor in zip(work.where, work.tensors, strict=True)
             ]
-            for k, (tensor, report) in zip(work.where, primitives.step(tensors, self._settings(state)), strict=True):
+            stepped = primitives.step(tensors, self._settings(state))
+            for k, (tensor, diagnostics) in zip(work.where, stepped, strict=True):
                 new[k] = tensor.x
-                work.keep(k, _Move(None, tensor.slots, None, report))
+                work.take(k, _Move(None, tensor.slots, None, diagnostics))
             return work.treedef.unflatten(new), work.state()
         for k, tensor, moved in zip(work.where, work.tensors, self._moves(work, state), strict=True):
             new[k] = (tensor.x.astype(moved.loss.dtype) - moved.loss).astype(tensor.x.dtype)
-            work.keep(k, moved)
+            work.take(k, moved)
         return work.treedef.unflatten(new), work.state()
 
     def _moves(self, work: _Work, state: AdafactorState) -> list[_Move]:
@@ -260,7 +261,7 @@ class _Work:
     placed: list[Any]
     flat: states.Flat
 
-    def keep(self, k: int, move: _Move) -> None:
+    def take(self, k: int, move: _Move) -> None:
         for name, value in move.slots.items():
             self.flat.slots[name][k] = value
         if move.momentum is not None:
