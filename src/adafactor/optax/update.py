@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
+from adafactor.core import finish
 from adafactor.core.errors import message
 from adafactor.core.factoring import Factored, Layout, Rule, Shape, layout, validate
 from adafactor.core.hyperparameters import Hyperparameters, is_traced
@@ -183,8 +184,10 @@ class Transformation:
             if not self.hp.scale_parameter:
                 return rho
             axes = tuple(axis for axis in range(x.ndim) if axis not in its_layout.batch)
-            rms = jnp.sqrt(jnp.mean(jnp.square(x.astype(rho.dtype)), axes))
-            return (rho * jnp.maximum(rms, self.hp.epsilon_2)).reshape(-1 if its_layout.batch else ())
+            Q = jnp.sum(jnp.square(x.astype(rho.dtype)), axes)
+            scale = finish.parameter_scale(primitives.ops, Q, its_layout.slice_size, self.hp.epsilon_2)
+            size: jax.Array = (rho * scale).reshape(-1 if its_layout.batch else ())
+            return size
 
         pairs = zip(leaves, layouts, strict=True)
         return treedef.unflatten([None if layout is None else step_size(x, layout) for x, layout in pairs])
