@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from operator import is_, le
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
 from adafactor.engine.torch import int8
-from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, Work, is_sharded, math_dtype, slots_of
+from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, is_sharded, math_dtype, slots_of
 
 AFRESH = "Delete optimizer.state[parameter] to start it afresh"
 
@@ -39,10 +39,21 @@ def has_memory(tensor: Tensor) -> bool:
     return _is_plain(type(tensor)) and not tensor.is_neg()
 
 
+class Written(Protocol):
+    """A parameter, and the state that is written beside it under the names of ``slots``."""
+
+    @property
+    def param(self) -> Tensor: ...
+    @property
+    def state(self) -> Mapping[str, Tensor]: ...
+    @property
+    def slots(self) -> Sequence[str]: ...
+
+
 class Witness:
     """What the tensors of a list of work were when they were checked."""
 
-    def __init__(self, work: Sequence[Work]) -> None:
+    def __init__(self, work: Sequence[Written]) -> None:
         self._params = [w.param for w in work]
         self._entries = [(w.state, w.slots) for w in work]
         self._tensors = self._now()

@@ -8,6 +8,10 @@ import ranks
 import simulated
 import torch
 
+from adafactor.engine.torch.sharded.flat import Span, Spans
+from adafactor.engine.torch.sharded.origins import record
+from adafactor.torch import Adafactor
+
 FSDP1 = str(Path(__file__).with_name("fsdp1.py"))
 
 
@@ -23,6 +27,42 @@ def test_what_is_added_up_may_change_between_steps(at_first):
     first, later = {"lr": 0.5, "scale_parameter": at_first}, {"scale_parameter": not at_first, "skip_nonfinite": False}
     case = flat_cases.Case([(9, 5), (7,)], [(0, 11), (11, 48), (48, 52)], first, torch.float64, True, later)
     assert flat_cases.compared(case, 0, faults=False)["worst"] <= 1e-14
+
+
+def _data(tensor, value):
+    tensor.data = value
+
+
+MOVES = {
+    "a gradient of another shape": lambda p, state: _data(p.grad, torch.zeros(40)),
+    "a gradient of integers": lambda p, state: _data(p.grad, torch.zeros(24, dtype=torch.int32)),
+    "a gradient without memory": lambda p, state: p.grad.untyped_storage().resize_(0),
+    "a parameter without memory": lambda p, state: p.untyped_storage().resize_(0),
+    "a statistic without memory": lambda p, state: state["row"].untyped_storage().resize_(0),
+    "a statistic of another shape": lambda p, state: _data(state["row"], torch.zeros(1)),
+    "a statistic that was cast": lambda p, state: _data(state["row"], state["row"].double()),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_what_moves_between_steps_is_seen(move):
+    param = torch.nn.Parameter(torch.arange(24.0))
+    record(param, Spans((Span("w", (4, 6), ((0, 24),), 0),), None))
+    optimizer = Adafactor([param])
+    param.grad = torch.ones(24)
+    optimizer.step()
+    state = optimizer.state[param]
+    before = {slot: value.clone() for slot, value in state.items()}
+    move(param, state)
+    if move is MOVES["a statistic that was cast"]:
+        optimizer.step()
+        assert state["row"].dtype == torch.float32
+        assert int(state["step"]) == 2
+        return
+    with pytest.raises(RuntimeError, match=r"(must be|is) "):
+        optimizer.step()
+    assert torch.equal(state["column"], before["column"])
+    assert int(state["step"]) == 1
 
 
 @pytest.mark.parametrize(("other", "told"), [({"d": 2.0}, "clip_threshold=2.0"), ({"factoring": "smallest"}, "rows")])

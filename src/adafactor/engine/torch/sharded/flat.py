@@ -83,9 +83,9 @@ class FlatParam:
         """The slots that engines cannot put together: those of other shapes, or that some tensors do not have."""
         return (*(("step",) if len(self.flats) > 1 else ()), "row", "column", "second_moment")
 
-    def seen(self) -> tuple[object, ...]:
-        """What of the parameter can move."""
-        return self.param.data_ptr(), self.param.numel(), self.param.dtype
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return tuple(self.state)
 
     def owns(self, state: Mapping[str, Any]) -> bool:
         """Whether the optimizer's state of it is still this."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from adafactor.core.factoring import Layout, Shape
 from adafactor.core.intervals import Flat, Index, Shared
 from adafactor.engine.torch.blocks import total
+from adafactor.engine.torch.checks import Witness
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded.flat import FlatParam
 from adafactor.engine.torch.sharded.rank_check import check
@@ -220,7 +222,7 @@ class FlatStep:
 
     def __init__(self, params: Sequence[FlatParam], at: Sequence[int], grads: Sequence[Tensor | None]) -> None:
         self.params, self.at = params, at
-        self._seen = [param.seen() for param in params]
+        self._witness = Witness(params)
         work: list[Work] = []
         members: dict[tuple[int, ...], list[Member]] = {}
         self._places: list[tuple[int, int, Shape]] = []  # flat parameter, beginning there, shape of every box
@@ -262,16 +264,15 @@ class FlatStep:
 
     def current(self, grads: Sequence[Tensor | None], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
         """Whether nothing has moved; ``dense``: and all gradients are there in the order of memory."""
-        for param, seen in zip(self.params, self._seen, strict=True):
-            if param.seen() != seen or not param.owns(state.get(param.param, {})):
-                return False
-        here = [grads[k] for k in self.at]
-        return not dense or all(grad is not None and grad.is_contiguous() for grad in here)
+        if self._witness.moved() or not all(param.owns(state.get(param.param, {})) for param in self.params):
+            return False
+        here = [grad for k in self.at if (grad := grads[k]) is not None]
+        return not dense or (len(here) == len(self.at) and self._witness.fits(here))
 
     def _cut(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradient of every box."""
         whole = [absent(p.param) if (g := grads[k]) is None else g for p, k in zip(self.params, self.at, strict=True)]
-        return [whole[number][begin : begin + _size(shape)].view(shape) for number, begin, shape in self._places]
+        return [whole[number][begin : begin + prod(shape)].view(shape) for number, begin, shape in self._places]
 
     def step(
         self,
@@ -313,10 +314,3 @@ class FlatStep:
             absent_here = [member for member in gone if member.param == number]
             if param.param.numel() and len(absent_here) < len(param.flats):
                 state[param.param].update(param.state)
-
-
-def _size(shape: Shape) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
