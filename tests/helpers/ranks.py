@@ -2,7 +2,8 @@
 
 ``run(file, function, world)`` has ``world`` processes call ``function(rank, world, **arguments)`` of a file and gives
 back what each returned (anything ``torch.save`` takes). The processes of a world stay for the next call, because
-starting them takes longer than most cases; where one fails or hangs, all of that world end.
+starting them takes longer than most cases; where one fails or hangs, all of that world end. What a call leaves in the
+environment or in Accelerate's memory of its process is gone with it, because files may come in any order.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -112,6 +116,16 @@ def load(file: str) -> ModuleType:
     return module
 
 
+@contextmanager
+def accelerate_forgets() -> Iterator[None]:
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -122,7 +136,9 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         try:
-            result = getattr(load(file), function)(rank, world, **arguments)
+            called = getattr(load(file), function)
+            with patch.dict(os.environ), accelerate_forgets():
+                result = called(rank, world, **arguments)
         except BaseException:
             traceback.print_exc()
             sys.stdout.flush()

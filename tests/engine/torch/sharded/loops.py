@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import models
 import torch
@@ -91,7 +93,8 @@ def every_loop(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
-def gloo_is_an_accelerator() -> None:
+@contextmanager
+def gloo_is_an_accelerator() -> Iterator[None]:
     """Accelerate shards for accelerators only; of a CPU with several processes it makes DDP, whatever its plugin says.
 
     The kind of backend is the one answer that this changes: everything after it is Accelerate's own code, on the
@@ -100,15 +103,20 @@ def gloo_is_an_accelerator() -> None:
     from accelerate import DistributedType
     from accelerate.state import PartialState
 
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    with patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)):
+        yield
 
 
 def accelerated(rank: int, world: int, place: str) -> dict[str, Any]:
-    """FSDP2 by Accelerate, with activation checkpointing, accumulation, clipping, a schedule, and a state to resume."""
     os.environ.update(LOCAL_RANK=str(rank), ACCELERATE_TORCH_DEVICE="cpu")
+    with gloo_is_an_accelerator():
+        return fsdp2_by_accelerate(rank, world, place)
+
+
+def fsdp2_by_accelerate(rank: int, world: int, place: str) -> dict[str, Any]:
+    """With activation checkpointing, accumulation, clipping, a schedule, and a state to resume."""
     import accelerate
 
-    gloo_is_an_accelerator()
     found: dict[str, Any] = {}
 
     def prepared() -> tuple[Any, ...]:
