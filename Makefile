@@ -95,6 +95,7 @@ bench: $(VENV)/test.$(MODULES)
 gpu: $(VENV)/test.$(MODULES)
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/gpu_static.py --json build/bench/gpu-static.json $(ARGS)
+	$(BIN)/python benchmarks/host_time.py --json build/bench/host-time.json
 
 paper: $(VENV)/test.$(MODULES)
 	@mkdir -p build

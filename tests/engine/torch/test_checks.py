@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from adafactor.core import native
+from adafactor.engine.torch import checks
 from adafactor.torch import Adafactor
 
 triton_support.interpret()
@@ -385,6 +386,24 @@ def test_what_does_not_fit_is_refused(edit, fused):
     edit(optimizer, params)
     assert check(optimizer) != "right"
     assert check(optimizer) != "right"  # and nothing was remembered as checked
+
+
+@pytest.mark.parametrize("edit", [*RIGHT.values(), *REFUSED.values()], ids=[*RIGHT, *REFUSED])
+@pytest.mark.parametrize("fused", ["native"], indirect=True)
+def test_edits_where_pytorch_answers_no_question_about_many_tensors(edit, fused, monkeypatch):
+    monkeypatch.setattr(checks, "_alike", lambda tensors: checks._never)
+    optimizer, params = trained(fused)
+    edit(optimizer, params)
+    assert (check(optimizer) == "right") == (edit in RIGHT.values())
+
+
+def test_what_autograd_or_autocast_is_set_to_is_no_edit(fused):
+    optimizer, _ = trained(fused)
+    known = list(optimizer._preparation._prepared.values())
+    for mode in (torch.autocast("cpu"), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            assert check(optimizer) == "right"
+    assert list(optimizer._preparation._prepared.values()) == known
 
 
 @pytest.mark.parametrize("first", [torch.int8, None, torch.bfloat16, torch.float16])

@@ -18,6 +18,7 @@ from triton_support import DEVICE, use
 
 from adafactor import Factored
 from adafactor.core import rounding
+from adafactor.engine.torch import cuda
 from adafactor.engine.torch import rounding as torch_rounding
 from adafactor.torch import Adafactor
 
@@ -354,6 +355,28 @@ def test_launches_do_not_grow_with_the_number_of_tensors(kernel, monkeypatch):
         for times in (1, 10)
     )
     assert launches(few, monkeypatch) == launches(many, monkeypatch) <= 12
+
+
+def test_launches_are_put_together_anew_only_where_something_has_changed(kernel, monkeypatch):
+    (few,), (many,) = ([torch.nn.Parameter(torch.ones(n, 4, device=DEVICE))] for n in (8, 64))
+    optimizer, other = Adafactor([few], lr=0.1), Adafactor([many])
+    made = []
+    init = cuda.Launches.__init__
+    monkeypatch.setattr(cuda.Launches, "__init__", lambda self, *args: [made.append(self), init(self, *args)][0])
+
+    def put_together(optimizer):
+        before = len(made)
+        step(optimizer)
+        return len(made) - before
+
+    assert [put_together(optimizer) for _ in range(4)] == [1, 1, 0, 0]  # the second step knows its Σx²
+    optimizer.param_groups[0]["lr"] = 0.2  # is data
+    assert put_together(optimizer) == 0
+    assert put_together(other) == 1
+    assert put_together(optimizer) == 1  # in the other's larger buffer
+    assert put_together(optimizer) == 0
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    assert put_together(optimizer) == 1
 
 
 @pytest.mark.parametrize("whose", ["nvidia", "amd"])

@@ -8,9 +8,9 @@ the rest is refused in one sentence. Looking costs little where nothing has move
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import is_, le
+from operator import attrgetter, is_, le
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,8 @@ from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, is_shard
 
 AFRESH = "Delete optimizer.state[parameter] to start it afresh"
 
-_dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_device_of: Any = Tensor.device.__get__
-_bytes_of: Any = torch.UntypedStorage.nbytes
+_dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
+_bytes_of: Any = len  # of an untyped storage
 
 
 @cache
@@ -58,12 +57,10 @@ class Witness:
         self._entries = [(w.state, w.slots) for w in work]
         self._tensors = self._now()
         self._plain = [tensor for tensor in self._tensors if _is_plain(type(tensor))]
-        self._shaped = [tensor for tensor in self._tensors if tensor.dim() > 1]
-        self._flat = [tensor for tensor in self._tensors if tensor.dim() <= 1]
-        self._ordered = [tensor for tensor in self._plain if tensor.numel() > 1]
         self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
+        self._memory, self._form = self._in_memory(), self._look()
+        self._alike, self._grads_alike = _alike(self._tensors), _never
         self._reach: tuple[list[Any], ...] = ()
-        self._seen = self._look()
         self.shapes = [param.size() for param in self._params]
         self.devices = [param.device for param in self._params]
 
@@ -73,50 +70,79 @@ class Witness:
             now = self._now()
         except KeyError:
             return True
-        return not all(map(is_, now, self._tensors)) or self._look() != self._seen
+        if not all(map(is_, now, self._tensors)) or self._in_memory() != self._memory:
+            return True
+        if not self._alike(*now):  # or asked in another mode of autograd or autocast
+            if self._look() != self._form:
+                return True
+            self._alike = _alike(now)
+        return False
 
     def _now(self) -> list[Tensor]:
         return self._params + [state[name] for state, names in self._entries for name in names]
 
-    def _look(self) -> tuple[list[Any], ...]:
+    def _in_memory(self) -> tuple[list[int], ...]:
         plain = self._plain
+        return list(map(Tensor.data_ptr, plain)), list(map(_bytes_of, map(Tensor.untyped_storage, plain)))
+
+    def _look(self) -> tuple[list[Any], ...]:
         return (
-            list(map(Tensor.data_ptr, plain)),
-            list(map(_dtype_of, plain)),
-            list(map(Tensor.numel, self._flat)),
-            list(map(Tensor.dim, self._flat)),
-            list(map(Tensor.size, self._shaped)),
-            list(map(Tensor.is_contiguous, self._ordered)),
+            list(map(_dtype_of, self._tensors)),
+            list(map(Tensor.size, self._tensors)),
+            list(map(Tensor.is_contiguous, self._plain)),
             list(map(Tensor.stride, self._strided)),
             list(map(Tensor.is_neg, self._params)),
-            list(map(_bytes_of, map(Tensor.untyped_storage, plain))),
         )
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Whether the gradients are plain, dense and of their parameters' shapes and devices: nothing else to ask."""
+        if len(grads) != len(self.shapes):
+            return False
+        if not self._grads_alike(*grads):
+            if not self._fit(grads):
+                return False
+            self._grads_alike, self._reach = _alike(grads), ()
+        return self._are_backed(grads)
+
+    def _fit(self, grads: Sequence[Tensor]) -> bool:
         try:
-            dtypes = list(map(_dtype_of, grads))
             return (
                 all(map(_is_plain, set(map(type, grads))))
                 and all(map(Tensor.is_contiguous, grads))
                 and list(map(Tensor.size, grads)) == self.shapes
                 and list(map(_device_of, grads)) == self.devices
-                and _KNOWN.issuperset(dtypes)
+                and _KNOWN.issuperset(map(_dtype_of, grads))
                 and not any(map(Tensor.is_neg, grads))
-                and self._are_backed(grads, dtypes)
             )
         except RuntimeError:  # a sparse tensor has no such thing
             return False
 
-    def _are_backed(self, grads: Sequence[Tensor], dtypes: list[torch.dtype]) -> bool:
+    def _are_backed(self, grads: Sequence[Tensor]) -> bool:
         """Whether their storages hold all of the gradients: computed once for each list of places in storages."""
         stored = list(map(_bytes_of, map(Tensor.untyped_storage, grads)))
-        reach = stored, dtypes, list(map(Tensor.storage_offset, grads))
+        reach = stored, list(map(Tensor.storage_offset, grads))
         if reach != self._reach:
             if not all(map(le, map(_end_of, grads), stored)):
                 return False
             self._reach = reach
         return True
+
+
+def _alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Asks in one call whether tensors have the class, dtype, device, sizes, strides and views' flags that these have.
+
+    PyTorch has it for compiled code, and for nobody else; where it is not there, the question is never answered by yes.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (ImportError, TypeError, RuntimeError):
+        return _never
+
+
+def _never(*tensors: Tensor) -> bool:
+    return False
 
 
 _KNOWN = frozenset(DTYPES)

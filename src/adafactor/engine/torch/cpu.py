@@ -8,6 +8,7 @@ looked at since it last moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from adafactor.engine.torch.work import MOST_UPDATES, Group, Settings, Sums, Wor
 
 _DTYPES = {getattr(torch, name): name for name in native.DTYPES}
 _CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
+_dtype_of, _version_of = attrgetter("dtype"), attrgetter("_version")
 
 
 class Native:
@@ -57,6 +59,7 @@ class Native:
         table.records["diagnostics"] = [0 if w.diagnostics is None else w.diagnostics.data_ptr() for w in work]
         self._groups = _Groups(work)
         self._versions: list[int] = [-1] * len(work)
+        self._dtypes: list[torch.dtype] = []  # of the gradients that the table knows
         self._counts = [w.state["step"] for w in work]
         self._reread = np.array([w.layout.cut == "both" for w in work])
         self._sums: list[Sums] | None = None
@@ -65,11 +68,11 @@ class Native:
         return bool(((t := self.table.number()) > 0).all() and (t <= MOST_UPDATES).all())
 
     def step(self, grads: Sequence[Tensor], skipped: Tensor) -> None:
-        known = np.array([p._version for p in self._params]) == self._versions
-        self._begin(grads, known)
+        versions = list(map(_version_of, self._params))
+        self._begin(grads, versions == self._versions or np.equal(versions, self._versions))
         self.table.step(torch.get_num_threads())
         self._count(skipped)
-        self._versions = [p._version for p in self._params]
+        self._versions = list(map(_version_of, self._params))
 
     def measure(self, grads: Sequence[Tensor]) -> list[Sums]:
         if self._sums is None:
@@ -133,7 +136,9 @@ class Native:
         """Hand over the gradients and the numbers of this update; ``known``: whose ``table.Q`` is still true."""
         record = self.table.records
         record["grad"] = list(map(Tensor.data_ptr, grads))
-        record["grad_dtype"] = [_CODES[g.dtype] for g in grads]
+        dtypes = list(map(_dtype_of, grads))
+        if dtypes != self._dtypes:
+            record["grad_dtype"], self._dtypes = [_CODES[dtype] for dtype in dtypes], dtypes
         self._groups.configure(self.table)
         t = self.table.number()
         self.table.begin(t, *self._groups.numbers(t), known)

@@ -8,11 +8,10 @@ captured in a CUDA graph. What has no form that the kernels know, and float64, g
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from itertools import chain
-from operator import is_, itemgetter
+from functools import cache, partial
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
@@ -36,8 +35,7 @@ _NAMES[torch.int8] = "int8"
 _SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
 _BACKENDS = {"cuda": "amd" if torch.version.hip else "nvidia", "xpu": "intel"}
-_dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_version_of: Any = Tensor._version.__get__  # type: ignore[attr-defined]
+_dtype_of, _version_of = attrgetter("dtype"), attrgetter("_version")
 
 # Every so many steps Σx² (eq. 6) is taken from the parameters again, whatever their version counters say.
 REMEASURE = 64
@@ -152,7 +150,6 @@ class Triton:
         self.device = work[0].param.device
         self._aligned = [True] * len(work)
         self._dtypes = [w.param.dtype for w in work]
-        self._states = self._by_slots()
         self._sums: list[Sums] | None = None
         self._places: dict[int, Place] = {}
         self._cut_both: list[tuple[Any, Place]] = []
@@ -167,24 +164,8 @@ class Triton:
     def counts(self) -> bool:
         return True
 
-    def _by_slots(self) -> list[tuple[Any, list[Work]]]:
-        """The work by the names of its state, each with what takes that out of a dictionary."""
-        groups: dict[tuple[str, ...], list[Work]] = {}
-        for w in self.work:
-            groups.setdefault(w.slots, []).append(w)
-        return [(itemgetter(*slots), members) for slots, members in groups.items()]
-
-    def _look(self) -> tuple[list[Tensor], list[int], list[torch.dtype], list[object]]:
-        """The tensors that the tables hold addresses of, these, and what else a user may change."""
-        tensors = [w.param for w in self.work]
-        for take, members in self._states:
-            tensors += chain.from_iterable(map(take, [w.state for w in members]))
-        said: list[object] = [w.settings for w in self.work]
-        return tensors, list(map(Tensor.data_ptr, tensors)), list(map(_dtype_of, tensors)), said
-
     def _build(self) -> None:
         work, device = self.work, self.device
-        self._seen = self._look()
         self._of_graph = is_capturing()  # its uploads wait for a replay: no eager step may read these tables
         forms = [form_of(w) for w in work]
         self._described = [
@@ -193,9 +174,9 @@ class Triton:
             if form is not None
         ]
         self.plan = plan = triton_table.tables(self._described)
-        places: dict[int, int] = {}  # of a group's learning rate
-        self._groups = [places.setdefault(id(w.settings), len(places)) for w in work]
-        self._leaders = [self._groups.index(group) for group in range(len(places))]
+        groups = list({id(w.group): w.group for w in work}.values())
+        self._lrs = {id(group): place for place, group in enumerate(groups)}  # places of learning rates
+        self._groups, self._settings = groups, [group.settings for group in groups]
         numbers = self._fill(plan)
         self._kept: list[Tensor] = []  # all that lives on the device
 
@@ -221,10 +202,12 @@ class Triton:
         self.partials, self.squares = buffer(3 * plan.partials), buffer(plan.squares)
         self.roots, self.found = buffer(plan.roots), buffer(3 * len(plan.slices))
         self.moves = buffer(2 * len(plan.slices))
-        self.varying = buffer(count + len(places), torch.int64)  # addresses of gradients, then learning rates
-        self.sent: NDArray[np.int64] | None = None  # what it holds
+        self.varying = buffer(count + len(groups), torch.int64)  # addresses of gradients, then learning rates
+        self.sent: tuple[list[int], list[float]] | None = None  # what it holds
         self._versions: list[int] | None = None
+        self._all_known = frozenset(launch for launch in plan.members if launch.keeps_squares)
         self._steps = 0
+        self._told: tuple[object, ...] = ()  # to the launches of the last step
         self._sums = None
 
     def _fill(self, plan: Tables) -> NDArray[np.float64]:
@@ -243,7 +226,7 @@ class Triton:
                 "residual": state["residual"].data_ptr() if w.compensated else 0,
                 "diagnostics": 0 if w.diagnostics is None else w.diagnostics.data_ptr(),
                 "step": state["step"].data_ptr(),
-                "lr": self._groups[k],
+                "lr": self._lrs[id(w.group)],
                 "seed": settings.seed - (1 << 64 if settings.seed >> 63 else 0),
                 "rng_stream": w.rng_stream,
             }
@@ -279,15 +262,27 @@ class Triton:
     def step(self, grads: Sequence[Tensor | None], skipped: Tensor) -> None:
         """One update of everything. Launches only; what they find decides on the device."""
         with device_of(self.device):
-            launch = Launches(self, self._begin(grads))
-            self.sums = self._own() if is_capturing() else self._shared()
-            launch.measure(known=self._known(skipped))
-            for cut in self._cuts:
-                launch.columns(cut, totals=False)
-            launch.slices(measured=True, finished=True)
-            launch.finish(skipped, count=True)
-            launch.apply()
+            varying = self._begin(grads)
+            sums = self._own() if is_capturing() else self._shared()
+            told = varying, sums, skipped, self._known(skipped)
+            if len(told) != len(self._told) or not all(map(is_, told, self._told)):
+                self.sums = sums
+                self._step, self._told = self._launches_of_step(varying, skipped, told[3]), told
+            for launch in self._step:
+                launch()
         self._wrote(skipped)
+
+    def _launches_of_step(
+        self, varying: Tensor, skipped: Tensor, known: Container[Launch]
+    ) -> list[Callable[[], object]]:
+        launches = Launches(self, varying)
+        launches.measure(known)
+        for cut in self._cuts:
+            launches.columns(cut, totals=False)
+        launches.slices(measured=True, finished=True)
+        launches.finish(skipped, count=True)
+        launches.apply()
+        return launches.queue
 
     def measure(self, grads: Sequence[Tensor | None]) -> list[Sums]:
         """Equations 2, 4, 5, 6 and 11. What is written to the sums is what `finish` reads."""
@@ -295,9 +290,10 @@ class Triton:
             self._launches = launches = Launches(self, self._begin(grads))
             if self._sums is None or is_capturing():
                 self.sums, self._sums = self._own(), None
-            launches.measure(known=set())
+            launches.measure(known=())
             launches.totals(self._cuts)
             launches.slices(measured=True, finished=False)
+            launches.run()
         if self._sums is None:
             self._sums = self._views()
         self._unfinished = set(self._cuts)
@@ -313,8 +309,9 @@ class Triton:
             return
         assert self._sums is not None
         with device_of(self.device):
-            self._launches.measure(known=set(), again=True)
+            self._launches.measure(known=(), again=True)
             self._launches.totals(("both",))
+            self._launches.run()
         for sums, place in self._cut_both:
             sums.rows = place.rows
             place.S.copy_(sums.S)
@@ -326,6 +323,7 @@ class Triton:
             for cut in {self._described[k].launch.cut for k in chosen}:
                 self._launches.columns(cut, totals=True, matrix_sums=True)
                 self._unfinished.remove(cut)
+            self._launches.run()
         for k in chosen:
             sums, layout, place = self._sums[k], self.work[k].layout, self._places[k]
             over = kept(layout, (*layout.rows, *layout.columns))
@@ -339,6 +337,7 @@ class Triton:
             for cut in self._unfinished:
                 launches.columns(cut, totals=True)
             launches.slices(measured=False, finished=True)
+            launches.run()
             for k, sums in enumerate(self._sums):
                 if sums.u2 is not None:
                     first, count = self.plan.records[k, _PLACE["slice"]], self._described[k].form.slices
@@ -347,12 +346,14 @@ class Triton:
                     self._places[k].root_mu.copy_(sums.mu.reshape(-1).sqrt())
                 sums.columns = sums.weighted = None
             launches.finish(self.updated, count=False)
+            launches.run()
 
     def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
         """Equations 11 to 13, of everything but what is ``absent``."""
         with device_of(self.device):
             self._launches.count(skipped)
             self._launches.apply()
+            self._launches.run()
         self._wrote(skipped)
 
     def release(self) -> None:
@@ -360,13 +361,14 @@ class Triton:
 
     def _wrote(self, skipped: Tensor) -> None:
         if self._recorded:
-            tensors = [tensor.detach() for tensor in self._seen[0]]
+            written = [tensor for w in self.work for tensor in (w.param, *(w.state[name] for name in w.slots))]
+            tensors = [tensor.detach() for tensor in written]
             _captured[skipped] = [*_captured.get(skipped, ()), [*self._kept, *self._recorded, *tensors]]
             self._recorded = []
         torch.autograd.graph.increment_version(self._params)
         self._versions = list(map(_version_of, self._params))
 
-    def _known(self, skipped: Tensor) -> set[Launch]:
+    def _known(self, skipped: Tensor) -> frozenset[Launch]:
         """The launches of measure whose Σx² stand in ``squares``: apply left them, and nobody wrote to x since.
 
         What the version counter does not count (``param.data``, a graph's replay) is seen every ``REMEASURE`` steps,
@@ -375,49 +377,45 @@ class Triton:
         versions, old = list(map(_version_of, self._params)), self._versions
         self._steps += 1
         if old is None or self._steps % REMEASURE == 0 or skipped in _captured or is_capturing():
-            return set()
-        changed = set() if versions == old else {k for k, version in enumerate(versions) if version != old[k]}
-        return {
-            launch
-            for launch, members in self.plan.members.items()
-            if launch.keeps_squares and (not changed or changed.isdisjoint(members))
-        }
+            return frozenset()
+        if versions == old:
+            return self._all_known
+        changed = {k for k, version in enumerate(versions) if version != old[k]}
+        return frozenset(launch for launch in self._all_known if changed.isdisjoint(self.plan.members[launch]))
 
     def _begin(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Bring the gradients' addresses and the learning rates to the device, where they have changed."""
         count, capturing = len(self.work), is_capturing()
-        if (self._of_graph and not capturing) or not all(map(is_, [w.settings for w in self.work], self._seen[3])):
+        if (self._of_graph and not capturing) or not all(
+            group.settings is said for group, said in zip(self._groups, self._settings, strict=True)
+        ):
             self._build()
         addresses, dtypes = self._of_gradients(grads)
-        values = np.zeros(count + len(self._leaders), np.int64)
-        values[:count] = addresses
-        aligned = self._aligned
-        if (values[:count] & 15).any():
-            # A tensor that was once read in narrow words is from then on: buckets of gradients stay where they are.
-            aligned = [seen and address % 16 == 0 for seen, address in zip(aligned, addresses, strict=True)]
-        if dtypes != self._dtypes or aligned != self._aligned:
-            self._dtypes, self._aligned = dtypes, aligned
-            self._build()
-        numbers = values[count:].view(np.float64)
-        on_device = {}
-        for group, leader in enumerate(self._leaders):
-            lr = self.work[leader].group.lr
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                on_device[group] = lr
-            else:
-                numbers[group] = float(lr)
+        lrs = [group.lr for group in self._groups]
+        on_device = {k: lr for k, lr in enumerate(lrs) if isinstance(lr, Tensor) and lr.device.type != "cpu"}
+        rates = [0.0 if k in on_device else float(lr) for k, lr in enumerate(lrs)]
+        told = addresses, rates
+        if capturing or told != self.sent or dtypes != self._dtypes:
+            values = np.concatenate([np.array(addresses, np.int64), np.array(rates).view(np.int64)])
+            aligned = self._aligned
+            if (values[:count] & 15).any():
+                # A tensor that was once read in narrow words is from then on: buckets of gradients stay where they are.
+                aligned = [seen and address % 16 == 0 for seen, address in zip(aligned, addresses, strict=True)]
+            if dtypes != self._dtypes or aligned != self._aligned:
+                self._dtypes, self._aligned = dtypes, aligned
+                self._build()
+        varying = self.varying
         if capturing:
             varying = self._capture(values)
         else:
-            varying = self.varying
             self._guard()
-            if self.sent is None or not np.array_equal(values, self.sent):
+            if told != self.sent:
                 send(varying, pinned(values, self.device))
-                self.sent = values
+                self.sent = told
             if self._reserve is None and self.device.type != "cpu":
-                self._reserve = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-        for group, lr in on_device.items():
-            send(varying[count + group].view(torch.float64), lr.detach().reshape(()))
+                self._reserve = torch.empty(len(varying), dtype=torch.int64, pin_memory=True)
+        for place, lr in on_device.items():
+            send(varying[count + place].view(torch.float64), lr.detach().reshape(()))
         return varying
 
     def _of_gradients(self, grads: Sequence[Tensor | None]) -> tuple[list[int], list[torch.dtype]]:
@@ -567,10 +565,11 @@ def _kernels() -> Any:
 
 
 class Launches:
-    """The launches of one step; `triton_kernels.py` says what each does."""
+    """The launches of one step; `triton_kernels.py` says what each does. They wait in ``queue`` for ``run``."""
 
     def __init__(self, tables: Triton, varying: Tensor) -> None:
         self._t, self._varying, self._k = tables, varying, _kernels()
+        self.queue: list[Callable[[], object]] = []
         self._lanes, self._shared = _lanes(tables.device), _shared(tables.device)
         # Fused multiply-add is said aloud: a release of Triton that changes its default must not change the bits.
         self._common = {"enable_fp_fusion": True}
@@ -579,12 +578,20 @@ class Launches:
     def _warps(self, warps: int) -> dict[str, Any]:
         return {"num_warps": max(1, warps * 32 // self._lanes), **self._common}
 
-    def measure(self, known: set[Launch], again: bool = False) -> None:
+    def _launch(self, kernel: Any, programs: int) -> Callable[..., None]:
+        return lambda *args, **constants: self.queue.append(partial(kernel[(programs,)], *args, **constants))
+
+    def run(self) -> None:
+        for launch in self.queue:
+            launch()
+        self.queue.clear()
+
+    def measure(self, known: Container[Launch], again: bool = False) -> None:
         """``known``: of which launches Σx² needs no reading. ``again``: only what lacked its row sums."""
         t, k, varying, count = self._t, self._k, self._varying, len(self._t.work)
         if not again:
             rates = varying[count:].view(torch.float64)
-            k.begin[(-(-count // 128),)](
+            self._launch(k.begin, -(-count // 128))(
                 t.records, t.numbers, rates, t.scalars, count, BLOCK=128, **self._warps(4)
             )  # fmt: skip
         for launch, blocks in t.measured.items():
@@ -592,7 +599,7 @@ class Launches:
             if again and not apart:
                 continue
             if tile is None:
-                k.measure_flat[(len(blocks),)](
+                self._launch(k.measure_flat, len(blocks))(
                     t.records, t.numbers, varying, t.scalars, blocks, t.partials, t.squares,
                     BLOCK=triton_table.FLAT_TILE, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad), SCALE=scale,
                     ALIGNED=launch.aligned, **self._warps(4),
@@ -600,7 +607,7 @@ class Launches:
                 continue
             if tile.wide and not again:
                 self._measure(launch, k.TO_COME, scale and apart)
-                k.row_sums[(len(blocks),)](
+                self._launch(k.row_sums, len(blocks))(
                     t.records, varying, blocks, t.sums, NP=min(tile.NP, 32), C=32, **self._warps(4)
                 )  # fmt: skip
             if again or not apart:
@@ -609,7 +616,7 @@ class Launches:
     def _measure(self, launch: Launch, rows: Any, scale: bool) -> None:
         t, k, tile, blocks = self._t, self._k, launch.tile, self._t.measured[launch]
         assert tile is not None
-        k.measure[(len(blocks),)](
+        self._launch(k.measure, len(blocks))(
             t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.squares,
             K=tile.K, NP=tile.NP, M=tile.M, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad),
             SCALE=scale, ROWS=rows.value, TRANSPOSED=launch.transposed, ALIGNED=launch.aligned,
@@ -621,7 +628,7 @@ class Launches:
         t = self._t
         for (K, P, C, cut), blocks in t.columns.items():
             if cut in cuts:
-                self._k.totals[(len(blocks),)](
+                self._launch(self._k.totals, len(blocks))(
                     t.records, self._varying, blocks, t.sums, K=K, P=P, C=C, **self._warps(4)
                 )  # fmt: skip
 
@@ -629,28 +636,28 @@ class Launches:
         t = self._t
         for (K, P, C, which), blocks in t.columns.items():
             if which == cut:
-                self._k.columns[(len(blocks),)](
+                self._launch(self._k.columns, len(blocks))(
                     t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.partials, t.roots,
                     K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=matrix_sums, **self._warps(4),
                 )  # fmt: skip
 
     def slices(self, measured: bool, finished: bool) -> None:
         t = self._t
-        self._k.slices[(len(t.slices),)](
+        self._launch(self._k.slices, len(t.slices))(
             t.records, self._varying, t.slices, t.partials, t.squares, t.roots, t.found,
             MEASURED=measured, FINISHED=finished, KB=16, TB=64, BLOCK=1024, **self._warps(4),
         )  # fmt: skip
 
     def finish(self, skipped: Tensor, count: bool) -> None:
         t = self._t
-        self._k.finish[(len(t.work),)](
+        self._launch(self._k.finish, len(t.work))(
             t.records, t.numbers, self._varying, t.scalars, t.found, t.moves, t.updated, skipped,
             BLOCK=128, COUNT=count, **self._warps(4),
         )  # fmt: skip
 
     def count(self, skipped: Tensor) -> None:
         t = self._t
-        self._k.count[(len(t.work),)](t.records, self._varying, t.updated, skipped, **self._warps(1))
+        self._launch(self._k.count, len(t.work))(t.records, self._varying, t.updated, skipped, **self._warps(1))
 
     def apply(self) -> None:
         t, k = self._t, self._k
@@ -672,7 +679,7 @@ class Launches:
             coded = launch.momentum == "int8"
             if launch.flat:
                 factored, size = launch.tile is not None, triton_table.FLAT_TILE
-                k.apply_flat[(len(blocks),)](
+                self._launch(k.apply_flat, len(blocks))(
                     *tensors, blocks, *buffers, BLOCK=size, FACTORED=factored, SLICED=launch.sliced, **constants,
                     **self._warps(8 if coded else 4),
                 )  # fmt: skip
@@ -681,7 +688,7 @@ class Launches:
             tile = launch.tile
             stored = (launch.param, launch.grad, launch.momentum, "bfloat16" if launch.compensated else "")
             stages = tile.stages(self._shared, *(_SIZES[name] for name in stored if name))
-            k.apply[(len(blocks),)](
+            self._launch(k.apply, len(blocks))(
                 *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, **constants,
                 **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
             )  # fmt: skip
