@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adafactor.core.errors import message
 from adafactor.torch import Adafactor, StepInBackward, step_in_backward
-from adafactor.torch.rates import logged
+from adafactor.torch.diagnostics import logged
 
 
 class ReleaseGradients(Callback):

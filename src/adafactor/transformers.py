@@ -23,8 +23,8 @@ from adafactor.core.dialects import FORMATS, OUR_TORCH, TRANSFORMERS
 from adafactor.core.errors import message
 from adafactor.engine.torch.work import is_sharded
 from adafactor.torch.backward.refusals import unwrapped
-from adafactor.torch.prepare import Positions
-from adafactor.torch.rates import logged
+from adafactor.torch.diagnostics import logged
+from adafactor.torch.members import Positions
 
 _OURS = {plain: ours for ours, plain in FORMATS[OUR_TORCH].words.items()}
 #: transformers' words for a group, to ours, and ours for a parameter's state, to its.

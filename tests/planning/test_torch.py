@@ -19,7 +19,6 @@ from adafactor.core.errors import Refused
 from adafactor.engine.torch.sharded.shard import shard_of
 from adafactor.planning import optimizers as rules
 from adafactor.planning.files import read
-from adafactor.torch import prepare
 from adafactor.torch.arguments import MOMENTUM_DTYPES
 
 POLICIES = ["last_two", "largest_two", "smallest"]
@@ -210,8 +209,8 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(mesh, policy, momentum):
     optimizer = ours(params, policy, momentum)
     preparation, groups = optimizer._preparation, optimizer.param_groups
     for members, k in preparation.collect(groups, [(0, None)]).places:  # a whole step needs ranks that answer
-        draft = prepare.draft_of(groups, members, k)
-        shard = shard_of(draft.param, draft.layout, draft, {}, lambda param, layout: None)
+        draft = members.draft(k)
+        shard = shard_of(draft.param, draft, {}, lambda param, layout: None)
         optimizer.state[draft.param].update(shard.state)
     usage = planned(shapes, rules.Adafactor(factoring=policy, momentum=momentum), shards=4)
     assert usage.state == state_bytes(optimizer)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adafactor.core.errors import message
-from adafactor.core.factoring import validate
+from adafactor.core.factoring import Layout, Shape, layout, validate
 from adafactor.core.hyperparameters import Hyperparameters, in_range
 from adafactor.engine.torch.work import Settings
 
@@ -98,6 +98,11 @@ def translate(group: Mapping[str, Any]) -> Settings:
         compensated=flags["compensated"],
         fused=plain(group["fused"]),
     )
+
+
+def layout_of(group: Mapping[str, Any], shape: Shape, name: str) -> Layout:
+    """The layout of a tensor of a group."""
+    return layout(shape, group["factoring"], group["min_dim_size_to_factor"], name=name)
 
 
 FLAGS = ("maximize", "stochastic_rounding", "compensated", "skip_nonfinite", "capturable")

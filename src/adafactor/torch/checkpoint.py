@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from adafactor.core.dialects import FORMATS, OUR_TORCH, in_our_words, step_size
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import POLICIES, Layout, Shape, layout
+from adafactor.core.factoring import POLICIES, Layout, Shape
 from adafactor.core.untrusted import reading
 from adafactor.engine.torch import int8, work
 from adafactor.engine.torch.sharded import spans_of
 from adafactor.engine.torch.work import Work, is_sharded, math_dtype
-from adafactor.torch.arguments import translate
+from adafactor.torch.arguments import layout_of, translate
 from adafactor.torch.writers import recognise
 
 if TYPE_CHECKING:
@@ -55,10 +56,7 @@ class _Target:
 
     @property
     def layout(self) -> Layout:
-        return self.layout_of(tuple(self.param.shape), self.name)
-
-    def layout_of(self, shape: Shape, name: str) -> Layout:
-        return layout(shape, self.group["factoring"], self.group["min_dim_size_to_factor"], name=name)
+        return layout_of(self.group, tuple(self.param.shape), self.name)
 
     def refused(self, slot: str, rule: str, got: object, remedy: str = "Save the checkpoint again.") -> Refused:
         return Refused(message(f"{slot} of {self.name}", rule, got, remedy))
@@ -293,7 +291,7 @@ def _flat(values: State, target: _Target, spans: Spans) -> State:
 
     param, group = target.param, work.Group(translate(target.group), target.group["lr"])
     draft = Work(param, {}, Layout((), (), ()), group, 0, None, target.name)
-    fresh = flat_param(draft, spans, target.layout_of, {})
+    fresh = flat_param(draft, spans, partial(layout_of, target.group), {})
     read: State = {slot: value for slot, value in values.items() if slot not in (*fresh.state, "statistics")}
     if "statistics" not in values:
         remedy = "Save with the optimizer's own state_dict(), on all ranks."

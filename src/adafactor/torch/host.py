@@ -22,8 +22,8 @@ from torch.nn import Module, Parameter
 from adafactor.core.errors import message
 from adafactor.engine.torch.sharded import spans_of
 from adafactor.engine.torch.work import DTYPES, is_sharded
+from adafactor.torch.members import Positions
 from adafactor.torch.optimizer import Adafactor
-from adafactor.torch.prepare import Positions
 
 Words = dict[str, Any]  # a group, without its parameters
 Job = Callable[[], None]
@@ -72,7 +72,7 @@ class HostStep:
         for number, group in enumerate(optimizer.param_groups):
             for k, param in enumerate(group["params"]):
                 if is_sharded(param) or spans_of(param) is not None:
-                    name, remedy = optimizer._called(number, k), "CPUOffloadPolicy of fully_shard steps shards there."
+                    name, remedy = optimizer._name(number, k), "CPUOffloadPolicy of fully_shard steps shards there."
                     raise RuntimeError(message(name, "a whole tensor for HostStep", "a shard", remedy))
         self.moved = [0, 0]
         self._device_optimizer, self._threads = optimizer, threads

@@ -6,8 +6,7 @@ Equation numbers refer to ``docs/algorithm.md``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, overload
 
@@ -16,24 +15,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adafactor.core.errors import message
-from adafactor.core.factoring import Factoring, Layout
+from adafactor.core.factoring import Factoring
 from adafactor.core.hyperparameters import RelativeStep
-from adafactor.engine.torch import compiled
-from adafactor.engine.torch.choose import Plan
-from adafactor.engine.torch.work import is_sharded
-from adafactor.torch import checkpoint
+from adafactor.torch import checkpoint, compiled, diagnostics
 from adafactor.torch.arguments import translate
-from adafactor.torch.prepare import Chosen, Positions, Preparation, Prepared, diagnostics_of
-from adafactor.torch.rates import rho, step_size
+from adafactor.torch.members import Chosen, Positions
+from adafactor.torch.prepare import Preparation, Prepared
 
 if TYPE_CHECKING:
     from adafactor.torch.backward import StepInBackward
     from adafactor.torch.host import HostStep
 
 Place = tuple[int, int]  # group, and position in the group
-
-# The columns of ``Work.diagnostics``.
-DIAGNOSTICS = ("update_rms", "clip_factor", "parameter_scale", "skipped")
 
 
 class Adafactor(Optimizer):
@@ -174,18 +167,7 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: they are not recorded.
         """
-        if self._diagnostics is None:
-            raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
-        recorded = {}
-        for name, number, param in self._named():
-            if param in self._diagnostics:
-                of = self._diagnostics[param].clone()
-                values = (of[0] if of.shape[0] == 1 else of).unbind(-1)
-                recorded[name] = dict(zip(DIAGNOSTICS, values, strict=True))
-                step, group = self.state.get(param, {}).get("step", 1), self.param_groups[number]
-                rate = rho(param, group["relative_step"], self._lrs.get(number, group["lr"]), step)
-                recorded[name]["effective_lr"] = rate * recorded[name]["parameter_scale"]
-        return recorded
+        return diagnostics.diagnostics(self)
 
     def effective_lr(self) -> dict[str, Tensor]:
         """The step size that the next update of every parameter will have (eqs. 8 and 9).
@@ -201,33 +183,11 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: a parameter is flat (FSDP1, ZeRO): of its tensors this rank has intervals.
         """
-        if self._preparation.flat_params(self.param_groups, self.state):
-            remedy = "diagnostics() has that of the last update of a parameter that holds one tensor."
-            raise RuntimeError(message("effective_lr", "asked of whole tensors or DTensors", "flat shards", remedy))
-        return {
-            name: step_size(param, name, self.param_groups[number], self.state.get(param, {}).get("step", 0) + 1)
-            for name, number, param in self._named()
-            if param.numel()
-        }
+        return diagnostics.effective_lr(self)
 
-    def _named(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Every parameter by its name, with its group's number."""
-        first = 0
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or range(first, first + len(group["params"]))
-            first += len(group["params"])
-            for name, param in zip(names, group["params"], strict=True):
-                yield str(name), number, param
-
-    def _called(self, number: int, position: int) -> str:
+    def _name(self, number: int, position: int) -> str:
         """What errors call a parameter."""
-        names = self.param_groups[number].get("param_names")
-        first = sum(len(group["params"]) for group in self.param_groups[:number])
-        return str(names[position]) if names else f"parameter {first + position}"
-
-    def _recorded(self, param: Tensor, layout: Layout) -> Tensor | None:
-        """The tensor in which a parameter's diagnostics are recorded, if they are."""
-        return diagnostics_of(self._diagnostics, param, layout)
+        return self._preparation.members(self.param_groups, number).name(position)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not say is taken from the constructor's arguments.
@@ -279,7 +239,7 @@ class Adafactor(Optimizer):
             with torch.enable_grad():
                 loss = closure() if self._in_backward is None else self._in_backward._in(closure)
         if torch.compiler.is_compiling():
-            self._traced_step()
+            compiled.traced_step(self)
             return loss
         if self._in_backward is not None:
             self._in_backward._close()
@@ -338,7 +298,7 @@ class Adafactor(Optimizer):
     def _step_chosen(self, chosen: Chosen) -> None:
         # Every check comes before the first write: a step happens wholly or not at all.
         if chosen.params:
-            prepared = self._preparation.prepared(self.param_groups, self.state, chosen, self._recorded)
+            prepared = self._prepared(chosen)
             if not (prepared.fresh and self._makes_state_only(chosen.grads)):
                 prepared.step(chosen.grads, self.state, self._count_of)
                 if self._diagnostics is not None:
@@ -346,6 +306,9 @@ class Adafactor(Optimizer):
                         lr = self.param_groups[number]["lr"]
                         self._lrs[number] = lr.detach().clone() if isinstance(lr, Tensor) else lr
             prepared.fresh = False
+
+    def _prepared(self, chosen: Chosen) -> Prepared:
+        return self._preparation.prepared(self.state, chosen, self._diagnostics)
 
     def _makes_state_only(self, grads: Sequence[Tensor]) -> bool:
         """Whether this first step is one of torch.distributed.checkpoint, which takes one to have state to look at.
@@ -368,59 +331,12 @@ class Adafactor(Optimizer):
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped[device]
 
-    def _traced_step(self) -> None:
-        """The step as torch.compile sees it: one operator per group."""
-        number = 0
-        for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            state: list[Tensor] = []
-            self._init_group(group, params, grads, state)
-            if params:
-                torch.ops.adafactor.step(self._handle, number, params, grads, state)
-            number += 1  # noqa: SIM113 - the compiler must see that group comes from param_groups
-
     def _init_group(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: list[Tensor]
     ) -> bool:
         """List the tensors of a group. By this name torch.compile knows to run it once, untraced."""
-        number = next(number for number, other in enumerate(self.param_groups) if other is group)
-        if any(map(is_sharded, group["params"])):
-            remedy = "Compile the model, and call step outside of what is compiled."
-            raise RuntimeError(message("a parameter in a compiled step", "an unsharded tensor", "a DTensor", remedy))
-        prepared, its_grads = self._prepared_group(number)
-        if prepared is not None and prepared.plan is not None:
-            for w, grad in zip(prepared.plan.work, prepared.grads(its_grads), strict=True):
-                params.append(w.param)
-                grads.append(grad)
-                state.extend(w.state[name] for name in w.slots)
+        compiled.list_tensors(self, group, params, grads, state)
         return False
-
-    def _prepared_group(self, number: int) -> tuple[Prepared | None, list[Tensor]]:
-        chosen = self._preparation.collect(self.param_groups, [(number, None)])
-        if not chosen.params:
-            return None, []
-        return self._preparation.prepared(self.param_groups, self.state, chosen, self._recorded), chosen.grads
-
-    def _run_group(
-        self, number: int, params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor]
-    ) -> None:
-        """Update the tensors that compiled code passes, which need not be the parameters themselves."""
-        prepared, _ = self._prepared_group(number)
-        assert prepared is not None
-        assert prepared.plan is not None
-        rest = iter(state)
-        passed = [
-            replace(w, param=param, state={name: next(rest) for name in w.slots})
-            for w, param in zip(prepared.plan.work, params, strict=True)
-        ]
-        own = [[w.param, *(w.state[name] for name in w.slots)] for w in prepared.plan.work]
-        theirs = [[w.param, *w.state.values()] for w in passed]
-        same = [list(map(Tensor.data_ptr, tensors)) for tensors in own] == [
-            list(map(Tensor.data_ptr, tensors)) for tensors in theirs
-        ]
-        plan = prepared.plan if same and all(grad.is_contiguous() for grad in grads) else Plan(passed, grads)
-        plan.step(grads, self._count_of)
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups, as every optimizer gives them.

@@ -19,7 +19,7 @@ from torch import Tensor
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
 from adafactor.engine.torch import int8
-from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, is_sharded, math_dtype, slots_of
+from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, is_sharded, slot_dtype, slots_of
 
 AFRESH = "Delete optimizer.state[parameter] to start it afresh"
 
@@ -249,25 +249,26 @@ def fit(param: Tensor, layout: Layout, settings: Settings, state: Mapping[str, A
     """
     slots = slots_of(layout, settings, param.dtype)
     check_complete(layout, state, name)
-    dtype = math_dtype(param.dtype)
     shapes: dict[str, Shape] = {"step": (), **layout.slots, "momentum": layout.shape, "residual": layout.shape}
-    dtypes = {"step": torch.int64, "residual": torch.bfloat16, "momentum": settings.momentum_dtype or dtype}
-    if "momentum_scale" in slots:
-        shapes["momentum_scale"], dtypes["momentum_scale"] = (int8.scales(param.numel()),), torch.float32
+    shapes["momentum_scale"] = (int8.scales(param.numel()),)
     changes: dict[str, Any] = {}
     held = dict(state)
     if "momentum" in slots and "momentum" in held:
         changes |= _recoded(held, layout, "momentum_scale" in slots, name)
         held |= changes
     for slot in slots:
-        wanted = dtypes.get(slot, dtype)
-        if held.get(slot) is None:
-            changes[slot] = _zeros(param, slot, shapes[slot], wanted)
-            continue
-        value = _fitted(held[slot], slot, param, (shapes[slot], wanted), name)
+        wanted = shapes[slot], slot_dtype(slot, settings, param.dtype)
+        value = fitted(held.get(slot), slot, param, wanted, name)
         if value is not state.get(slot):
             changes[slot] = value
     return changes
+
+
+def check_float_momentum(what: str, settings: Settings) -> None:
+    """Refuse int8 momentum of what is cut."""
+    if settings.momentum_dtype == torch.int8 and settings.hyperparameters.momentum is not None:
+        remedy = "Its blocks of 256 elements would cross the shards; torch.bfloat16 is the smallest here."
+        raise RuntimeError(message(f"momentum_dtype of {what}", "a float dtype", torch.int8, remedy))
 
 
 def check_complete(layout: Layout, state: Any, name: str) -> None:
@@ -282,15 +283,14 @@ def check_complete(layout: Layout, state: Any, name: str) -> None:
         raise RuntimeError(message(f"the state of {name}", " and ".join(statistics), got, remedy))
 
 
-def _zeros(param: Tensor, slot: str, shape: Shape, dtype: torch.dtype) -> Tensor:
-    if slot in ("momentum", "residual") and dtype != torch.int8:
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    return torch.zeros(shape, dtype=dtype, device=param.device)
-
-
-def _fitted(value: Any, slot: str, param: Tensor, wanted: tuple[Shape, torch.dtype], name: str) -> Tensor:
-    """The value itself where it fits, else a copy that does."""
+def fitted(value: Any, slot: str, param: Tensor, wanted: tuple[Shape, torch.dtype], name: str) -> Tensor:
+    """The value itself where it fits a slot of a shape and a dtype, else a copy that does; zeros for ``None``."""
     shape, dtype = wanted
+    like_param = slot in ("momentum", "residual") and dtype != torch.int8
+    if value is None and like_param:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    if value is None:
+        return torch.zeros(shape, dtype=dtype, device=param.device)
     what = f"{slot} in the state of {name}"
     if slot == "step" and isinstance(value, int | float) and not isinstance(value, bool):
         value = torch.tensor(value, dtype=torch.float64)
@@ -308,15 +308,15 @@ def _fitted(value: Any, slot: str, param: Tensor, wanted: tuple[Shape, torch.dty
         raise RuntimeError(message(what, f"on {param.device}", got, f"{AFRESH}."))
     check_memory(what, value)
     if slot == "step":
-        check_step(value, name)
-    like_param = slot in ("momentum", "residual") and dtype != torch.int8
+        for count in value.reshape(-1) if value.dim() else (value,):
+            check_step(count, name)
     value = value.resolve_neg()
     if value.dtype != dtype or value.device != param.device or tuple(value.shape) != shape:
         value = value.detach().reshape(shape).to(param.device, dtype, copy=True)
     if like_param and value.stride() != param.stride() and not value.is_contiguous():
         value = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
-    fitted: Tensor = value if like_param or value.is_contiguous() else value.contiguous()
-    return fitted
+    fit: Tensor = value if like_param or value.is_contiguous() else value.contiguous()
+    return fit
 
 
 def _recoded(state: Mapping[str, Any], layout: Layout, coded: bool, name: str) -> dict[str, Any]:

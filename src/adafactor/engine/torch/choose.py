@@ -6,7 +6,7 @@ asks here, for whole parameters and for parts of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from operator import is_
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from adafactor.core import native
 from adafactor.core.errors import message
+from adafactor.core.factoring import Cut
 from adafactor.engine.torch import cpu, cuda
 from adafactor.engine.torch.checks import Witness, check_step, has_memory
 from adafactor.engine.torch.eager import Eager
-from adafactor.engine.torch.work import Backend, Work
+from adafactor.engine.torch.work import Backend, Sums, Work
 
 
 def why_not(device: torch.device) -> str | None:
@@ -96,6 +97,30 @@ class Plan:
                 backend.step(here, skipped(self.work[places[0]].param.device))
         finally:
             self.release()
+
+    def measure(self, grads: Sequence[Tensor]) -> list[Sums]:
+        """The sums of all the work, to be completed in place."""
+        sums: dict[int, Sums] = {}
+        for backend, places in self.backends:
+            sums |= zip(places, backend.measure([grads[k] for k in places]), strict=True)
+        return [sums[k] for k in range(len(self.work))]
+
+    def measure_again(self) -> None:
+        for backend, _ in self.backends:
+            backend.measure_again()
+
+    def finish_columns(self, cut: Cut | None = None) -> None:
+        """Finish the columns of the work that is cut in this way, or of all."""
+        for backend, places in self.backends:
+            cuts = [self.work[place].layout.cut for place in places]
+            backend.finish_columns([k for k, its in enumerate(cuts) if cut in (None, its)])
+
+    def apply(self, skipped: Callable[[torch.device], Tensor], absent: Container[int]) -> None:
+        """Finish and write; what is ``absent`` has no gradient anywhere and is left out."""
+        for backend, places in self.backends:
+            backend.finish()
+            left_out = [k for k, place in enumerate(places) if place in absent]
+            backend.apply(skipped(self.work[places[0]].param.device), left_out)
 
     def check(self) -> None:
         """Refuse, before anything is written, counts of updates that were overwritten in place by what is none."""

@@ -190,6 +190,14 @@ def slots_of(layout: Layout, settings: Settings, dtype: torch.dtype) -> tuple[st
     return ("step", *layout.slots, *momentum, *residual)
 
 
+def slot_dtype(slot: str, settings: Settings, dtype: torch.dtype) -> torch.dtype:
+    """How a slot of the state of a parameter of a dtype is stored."""
+    if slot == "momentum":
+        return settings.momentum_dtype or math_dtype(dtype)
+    stored = {"step": torch.int64, "residual": torch.bfloat16, "momentum_scale": torch.float32}
+    return stored.get(slot, math_dtype(dtype))
+
+
 def new_diagnostics(layout: Layout, device: torch.device) -> Tensor:
     """Zeros for ``Work.diagnostics``."""
     slices = math.prod(layout.shape[axis] for axis in layout.batch)

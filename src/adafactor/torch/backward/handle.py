@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from functools import partial
 from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -264,14 +263,16 @@ class StepInBackward:
 
     def _check_once(self, place: Place, param: Tensor) -> None:
         """Refuse a second gradient in a pass, which only reentrant checkpoints give: the first was not complete."""
-        called = partial(refusals.second_gradient, self._optimizer._called(*place), param)
         if self._passes.nested and self._averages:
-            raise called("process", "one of several")
-        if self._passes.nested and id(param) in self._shared:
-            raise called("layer", "several")
-        if place in self._seen:
-            raise called("segment", "a second one in the same backward pass, after the step with the first")
-        self._seen.add(place)
+            used, got = "process", "one of several"
+        elif self._passes.nested and id(param) in self._shared:
+            used, got = "layer", "several"
+        elif place in self._seen:
+            used, got = "segment", "a second one in the same backward pass, after the step with the first"
+        else:
+            self._seen.add(place)
+            return
+        raise refusals.second_gradient(self._optimizer._name(*place), param, used, got)
 
     def _end(self, task: int) -> None:
         """The end of a graph task."""

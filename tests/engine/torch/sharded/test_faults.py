@@ -22,7 +22,7 @@ def test_refusals_come_on_every_rank_and_before_the_first_write():
             "a parameter must be a tensor with the rows and columns of its layer, got 'a flat"
         )
         assert found["int8"].startswith("momentum_dtype of a flat parameter must be a float dtype, got torch.int8.")
-        assert "a parameter in a compiled step must be an unsharded tensor, got 'a DTensor'. " in found["compiled"]
+        assert "a parameter in a compiled step must be an unsharded tensor, got 'a shard'. " in found["compiled"]
         assert "Compile the model, and call step outside of what is compiled." in found["compiled"]
         where = found["elsewhere"]
         assert not where or where.startswith("a parameter's device mesh must be a mesh with this rank in it, got ")

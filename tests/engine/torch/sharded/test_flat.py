@@ -65,6 +65,16 @@ def test_what_moves_between_steps_is_seen(move):
     assert int(state["step"]) == 1
 
 
+def test_a_compiled_step_refuses_them():
+    param = torch.nn.Parameter(torch.arange(24.0))
+    record(param, Spans((Span("w", (4, 6), ((0, 24),), 0),), None))
+    param.grad = torch.ones(24)
+    optimizer = Adafactor([param])
+    with pytest.raises(Exception, match="a parameter in a compiled step must be an unsharded tensor, got 'a shard'"):
+        torch.compile(optimizer.step, backend="eager")()
+    assert torch.equal(param, torch.arange(24.0))
+
+
 @pytest.mark.parametrize(("other", "told"), [({"d": 2.0}, "clip_threshold=2.0"), ({"factoring": "smallest"}, "rows")])
 def test_ranks_that_differ_are_all_told(other, told):
     case = flat_cases.Case([(6, 4, 2)], [(0, 20), (20, 48)], {}, torch.float32, True)

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
 from adafactor.core.intervals import Flat, Interval
-from adafactor.engine.torch.checks import AFRESH, check_memory, check_step
-from adafactor.engine.torch.work import Work, math_dtype, slots_of
+from adafactor.engine.torch.checks import check_float_momentum, fitted
+from adafactor.engine.torch.work import Work, slot_dtype, slots_of
 
 
 @dataclass(frozen=True)
@@ -106,20 +104,18 @@ def flat_param(
         RuntimeError: the state does not fit, or cannot be kept for intervals.
     """
     param, settings = draft.param, draft.settings
-    if settings.momentum_dtype == torch.int8 and settings.hyperparameters.momentum is not None:
-        remedy = "Its blocks of 256 elements would cross the shards; torch.bfloat16 is the smallest here."
-        raise RuntimeError(message("momentum_dtype of a flat parameter", "a float dtype", torch.int8, remedy))
+    check_float_momentum("a flat parameter", settings)
     flats = [Flat(layout_of(span.shape, span.name), span.intervals, spans.rank) for span in spans.spans]
     held: dict[str, Tensor] = {}
     ours: dict[str, Sequence[Tensor]] = {}
     for slot in ("step", *dict.fromkeys(slot for flat in flats for slot in flat.given.slots)):
         sizes = [1 if slot == "step" else flat.kept(slot) for flat in flats]
         shape = () if slot == "step" and len(flats) == 1 else (sum(sizes),)
-        held[slot] = _fitted(param, draft, slot, shape, state.get(slot))
+        held[slot] = _fitted(draft, slot, shape, state.get(slot))
         ours[slot] = torch.split(held[slot].view(-1), sizes)
     extra = [slot for slot in slots_of(flats[0].given, settings, param.dtype) if slot in ("momentum", "residual")]
     for slot in extra:
-        held[slot] = _fitted(param, draft, slot, tuple(param.shape), state.get(slot))
+        held[slot] = _fitted(draft, slot, tuple(param.shape), state.get(slot))
     works = []
     for k, (flat, span) in enumerate(zip(flats, spans.spans, strict=True)):
         names = {"row": "column", "column": "row"} if flat.transposed else {}
@@ -143,23 +139,5 @@ def flat_param(
     return FlatParam(draft, spans, flats, works, held)
 
 
-def _fitted(param: Tensor, draft: Work, slot: str, shape: Shape, there: Any) -> Tensor:
-    """A state tensor: the one that is there where it fits, else a copy, or zeros."""
-    dtypes = {"step": torch.int64, "residual": torch.bfloat16}
-    dtype = dtypes.get(slot, math_dtype(param.dtype))
-    if slot == "momentum":
-        dtype = draft.settings.momentum_dtype or dtype
-    if there is None:
-        return torch.zeros(shape, dtype=dtype, device=param.device)
-    what = f"{slot} in the state of {draft.name}"
-    value: Tensor = torch.as_tensor(there)
-    if value.numel() != prod(shape) or value.device.type == "meta":
-        rule, remedy = f"of shape {shape} for this rank's interval", f"{AFRESH}, or load it on as many ranks."
-        raise RuntimeError(message(what, rule, tuple(value.shape), remedy))
-    check_memory(what, value)
-    if slot == "step":
-        for count in value.reshape(-1) if value.device.type == "cpu" else ():
-            check_step(count, draft.name)
-    if (tuple(value.shape), value.dtype, value.device) == (shape, dtype, param.device) and value.is_contiguous():
-        return value
-    return value.reshape(shape).to(param.device, dtype, copy=True)
+def _fitted(draft: Work, slot: str, shape: Shape, value: Any) -> Tensor:
+    return fitted(value, slot, draft.param, (shape, slot_dtype(slot, draft.settings, draft.param.dtype)), draft.name)

@@ -23,7 +23,7 @@ from adafactor.engine.torch.blocks import total
 from adafactor.engine.torch.checks import Witness
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded.flat import FlatParam
-from adafactor.engine.torch.sharded.rank_check import check
+from adafactor.engine.torch.sharded.rank_check import check, summed
 from adafactor.engine.torch.sharded.shard import absent
 from adafactor.engine.torch.work import Sums, Work, math_dtype
 
@@ -244,6 +244,7 @@ class FlatStep:
                 work += works
         self.reducers = [Reducer(params[its[0].param].spans.group, its, params) for its in members.values()]
         self.plan = Plan(work, self._cut(grads))
+        self._summed = summed(param.draft for param in params)
 
     def agree(self) -> None:
         """Compare with the other processes what is about to be added up.
@@ -264,7 +265,9 @@ class FlatStep:
 
     def current(self, grads: Sequence[Tensor | None], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
         """Whether nothing has moved; ``dense``: and all gradients are there in the order of memory."""
-        if self._witness.moved() or not all(param.owns(state.get(param.param, {})) for param in self.params):
+        if self._summed != summed(param.draft for param in self.params) or self._witness.moved():
+            return False
+        if not all(param.owns(state.get(param.param, {})) for param in self.params):
             return False
         here = [grad for k in self.at if (grad := grads[k]) is not None]
         return not dense or (len(here) == len(self.at) and self._witness.fits(here))
@@ -274,36 +277,31 @@ class FlatStep:
         whole = [absent(p.param) if (g := grads[k]) is None else g for p, k in zip(self.params, self.at, strict=True)]
         return [whole[number][begin : begin + prod(shape)].view(shape) for number, begin, shape in self._places]
 
+    def check(self) -> None:
+        """`Plan.check`, of what the state says now."""
+        for step, copies, _ in self._counts:
+            for copy in copies:
+                copy.copy_(step)
+        self.plan.check()
+
     def step(
         self,
         grads: Sequence[Tensor | None],
         state: Mapping[Tensor, dict[str, Any]],
         skipped: Callable[[torch.device], Tensor],
     ) -> None:
-        """One update of every tensor that has a gradient on any process."""
+        """One update, after `check`, of every tensor that has a gradient on any process."""
         plan, work = self.plan, self.plan.work
         present = [grads[k] is not None for k in self.at]
-        for step, copies, _ in self._counts:
-            for copy in copies:
-                copy.copy_(step)
-        plan.check()
-        its = self._cut(grads)
         try:
-            sums: list[Any] = [None] * len(work)
-            for backend, places in plan.backends:
-                for place, found in zip(places, backend.measure([its[k] for k in places]), strict=True):
-                    sums[place] = found
+            sums = plan.measure(self._cut(grads))
             gone = [member for reducer in self.reducers for member in reducer.first(sums, work, present)]
             left_out = {k for member in gone for k in member.boxes}
-            for backend, places in plan.backends:
-                backend.measure_again()
-                backend.finish_columns([k for k, place in enumerate(places) if work[place].layout.factored])
+            plan.measure_again()
+            plan.finish_columns()
             for reducer in self.reducers:
                 reducer.second(sums, work)
-            for backend, places in plan.backends:
-                backend.finish()
-                uncounted = torch.zeros((), dtype=torch.int64, device=work[places[0]].param.device)
-                backend.apply(uncounted, [k for k, place in enumerate(places) if place in left_out])
+            plan.apply(lambda device: torch.zeros((), dtype=torch.int64, device=device), left_out)
         finally:
             plan.release()
         for step, (copy, *_), box in self._counts:

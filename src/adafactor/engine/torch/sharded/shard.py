@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,17 @@ from torch.distributed.tensor import DTensor
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout
-from adafactor.engine.torch.checks import AFRESH, check_complete, check_memory, check_param, check_step
+from adafactor.engine.torch.checks import (
+    AFRESH,
+    check_complete,
+    check_float_momentum,
+    check_memory,
+    check_param,
+    fitted,
+)
 from adafactor.engine.torch.sharded.dtensor import adopt, placement_of, placements_of, statistic
 from adafactor.engine.torch.sharded.placement import Placement
-from adafactor.engine.torch.work import Work, math_dtype, slots_of
+from adafactor.engine.torch.work import Work, slot_dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,37 +58,31 @@ class Shard:
 
 def shard_of(
     param: DTensor,
-    layout: Layout,
-    work: Work,
+    draft: Work,
     state: Mapping[str, Any],
-    recorded: Callable[[Tensor, Layout], Tensor | None],
+    diagnostics_of: Callable[[Tensor, Layout], Tensor | None],
 ) -> Shard:
     """This process's part of a parameter, with zeros for the state that it has not yet. Nothing is written.
 
     Args:
-        layout: of the whole parameter.
-        work: all that is said of it besides tensors and layout.
+        draft: all that is said of the whole parameter.
         state: what the optimizer keeps of it.
-        recorded: gives the tensor for diagnostics of the part.
+        diagnostics_of: gives the tensor for diagnostics of the part.
 
     Raises:
         RuntimeError: the placements do not fit (`dtensor.placement_of`), or the state does not.
     """
-    placement = placement_of(param, layout)
+    placement = placement_of(param, draft.layout)
     local = param.to_local()
-    check_param(local, work.name)
-    settings = work.settings
-    if settings.momentum_dtype == torch.int8 and settings.hyperparameters.momentum is not None:
-        remedy = "Its blocks of 256 elements would cross the shards; torch.bfloat16 is the smallest here."
-        raise RuntimeError(message("momentum_dtype of a DTensor", "a float dtype", torch.int8, remedy))
-    slots = slots_of(layout, settings, param.dtype)
-    check_complete(layout, state, work.name)
-    held = {slot: _fitted(param, placement, work, slot, state.get(slot)) for slot in slots}
+    check_param(local, draft.name)
+    check_float_momentum("a DTensor", draft.settings)
+    check_complete(draft.layout, state, draft.name)
+    held = {slot: _fitted(param, placement, draft, slot, state.get(slot)) for slot in draft.slots}
     renamed = _renamed(placement)
     locals_ = {renamed.get(slot, slot): _local(value) for slot, value in held.items()}
-    diagnostics = recorded(param, placement.local)
-    made = Work(local, locals_, placement.local, work.group, work.rng_stream, diagnostics, work.name)
-    return Shard(param, made, placement, held)
+    layout = placement.local
+    work = replace(draft, param=local, state=locals_, layout=layout, diagnostics=diagnostics_of(param, layout))
+    return Shard(param, work, placement, held)
 
 
 def _same(now: Tensor, then: Tensor) -> bool:
@@ -100,27 +101,13 @@ def _local(value: Any) -> Any:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _fitted(param: DTensor, placement: Placement, work: Work, slot: str, value: Any) -> Tensor:
+def _fitted(param: DTensor, placement: Placement, draft: Work, slot: str, value: Any) -> Tensor:
     """A state tensor as the parameter needs it: the one that is there where it fits, else a copy, or zeros."""
     layout, part, device = placement.layout, placement.part, param.to_local().device
-    what = f"{slot} in the state of {work.name}"
+    what = f"{slot} in the state of {draft.name}"
+    dtype = slot_dtype(slot, draft.settings, param.dtype)
     if slot == "step":
-        if value is None:
-            return torch.zeros((), dtype=torch.int64, device=device)
-        step = torch.as_tensor(_local(value))
-        if step.numel() != 1 or step.device.type == "meta":
-            raise RuntimeError(message(what, "a tensor of shape ()", tuple(step.shape), f"{AFRESH}."))
-        check_memory(what, step)
-        check_step(step, work.name)
-        if step is value and step.dtype == torch.int64 and step.device == device and step.dim() == 0:
-            return value
-        copied: Tensor = step.reshape(()).to(device, torch.int64, copy=True)
-        return copied
-    dtype = math_dtype(param.dtype)
-    if slot == "momentum":
-        dtype = work.settings.momentum_dtype or dtype
-    elif slot == "residual":
-        dtype = torch.bfloat16
+        return fitted(_local(value), slot, param.to_local(), ((), dtype), draft.name)
     axes = layout.keeps(slot)
     shape, local_shape = tuple(layout.shape[axis] for axis in axes), tuple(part.shape[axis] for axis in axes)
     if value is None:

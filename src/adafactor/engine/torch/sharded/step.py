@@ -7,59 +7,74 @@ buffer and one all-reduce (`reducer.py`). Nothing is written before the last sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adafactor.engine.torch.blocks import total
 from adafactor.engine.torch.choose import Plan
+from adafactor.engine.torch.sharded.rank_check import summed
 from adafactor.engine.torch.sharded.reducer import Reducer
-from adafactor.engine.torch.work import Sums
+from adafactor.engine.torch.sharded.shard import Shard, absent
 
 
-def step(
-    plan: Plan,
-    grads: Sequence[Tensor],
-    present: Sequence[bool],
-    reducers: Sequence[Reducer],
-    skipped: Callable[[torch.device], Tensor],
-) -> set[int]:
-    """One update of every parameter that has a gradient on any rank.
+class ShardStep:
+    """What updates a list of DTensors, on all ranks the same in the same order.
 
-    Args:
-        plan: of the local parts, on all ranks of the same parameters in the same order.
-        grads: of each, of its local shape.
-        present: whether it is one; elsewhere it may be.
-
-    Returns:
-        The places of those that have no gradient anywhere, which were left as they are.
+    Attributes:
+        shards: what is here of every one; ``at``: its place in the list of gradients.
+        plan: of the local parts.
     """
-    try:
-        sums: list[Sums | None] = [None] * len(plan.work)
-        for backend, places in plan.backends:
-            for place, its in zip(places, backend.measure([grads[k] for k in places]), strict=True):
-                sums[place] = its
-        complete = [its for its in sums if its is not None]
-        _finish_columns(plan, "stack")
-        for w, its in zip(plan.work, complete, strict=True):
-            if its.columns is not None and its.weighted is not None:
-                its.u2 = total(its.columns / w.layout.m * its.weighted, w.layout.whole)  # of the matrices that are here
-        absent = {place for reducer in reducers for place in reducer.first(plan.work, complete, present)}
-        for backend, _ in plan.backends:
-            backend.measure_again()
-        _finish_columns(plan, "both")
-        for reducer in reducers:
-            reducer.second(complete)
-        for backend, places in plan.backends:
-            backend.finish()
-            gone = [k for k, place in enumerate(places) if place in absent]
-            backend.apply(skipped(plan.work[places[0]].param.device), gone)
-        return absent
-    finally:
-        plan.release()
 
+    def __init__(
+        self, shards: Sequence[Shard], at: Sequence[int], grads: Sequence[Tensor | None], reducers: Sequence[Reducer]
+    ) -> None:
+        self.shards, self.at, self._reducers = shards, at, reducers
+        self.plan = Plan([shard.work for shard in shards], self._filled(grads))
+        self._summed = summed(self.plan.work)
 
-def _finish_columns(plan: Plan, cut: str) -> None:
-    for backend, places in plan.backends:
-        backend.finish_columns([k for k, place in enumerate(places) if plan.work[place].layout.cut == cut])
+    def current(self, grads: Sequence[Tensor | None], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
+        """Whether nothing has moved; ``dense``: and all gradients are there in the order of memory."""
+        if self._summed != summed(self.plan.work) or self.plan.witness.moved():
+            return False
+        if not all(shard.current(state.get(shard.param, {})) for shard in self.shards):
+            return False
+        here = [grad for k in self.at if (grad := grads[k]) is not None]
+        return not dense or (len(here) == len(self.at) and self.plan.witness.fits(here))
+
+    def _filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """A gradient for every part."""
+        pairs = zip(self.shards, self.at, strict=True)
+        return [absent(shard.work.param) if (grad := grads[k]) is None else grad for shard, k in pairs]
+
+    def check(self) -> None:
+        self.plan.check()
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        state: Mapping[Tensor, dict[str, Any]],
+        skipped: Callable[[torch.device], Tensor],
+    ) -> None:
+        """One update, after `check`, of every parameter that has a gradient on any rank; others are left alone."""
+        plan = self.plan
+        present = [grads[k] is not None for k in self.at]
+        try:
+            sums = plan.measure(self._filled(grads))
+            plan.finish_columns("stack")
+            for w, its in zip(plan.work, sums, strict=True):
+                if its.columns is not None and its.weighted is not None:
+                    its.u2 = total(its.columns / w.layout.m * its.weighted, w.layout.whole)  # of the matrices here
+            nowhere = {place for reducer in self._reducers for place in reducer.first(plan.work, sums, present)}
+            plan.measure_again()
+            plan.finish_columns("both")
+            for reducer in self._reducers:
+                reducer.second(sums)
+            plan.apply(skipped, nowhere)
+        finally:
+            plan.release()
+        for k, shard in enumerate(self.shards):
+            if k not in nowhere:
+                state[shard.param].update(shard.state)

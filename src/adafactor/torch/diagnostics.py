@@ -1,17 +1,63 @@
-"""The learning rate that a parameter really gets: eqs. 8 and 9, in operations that wait for no device."""
+"""What an optimizer tells of its updates: their diagnostics, and the step sizes that parameters really get.
+
+In operations that wait for no device.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adafactor.core.factoring import layout
+from adafactor.core.errors import message
 from adafactor.engine.torch.work import is_sharded, math_dtype
-from adafactor.torch.arguments import translate
+from adafactor.torch.arguments import layout_of, translate
+
+if TYPE_CHECKING:
+    from adafactor.torch.optimizer import Adafactor
+
+COLUMNS = ("update_rms", "clip_factor", "parameter_scale", "skipped")  # of ``Work.diagnostics``
+
+
+def named(optimizer: Adafactor) -> Iterator[tuple[str, int, Tensor]]:
+    """Every parameter by its name, with its group's number."""
+    first = 0
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or range(first, first + len(group["params"]))
+        first += len(group["params"])
+        for name, param in zip(names, group["params"], strict=True):
+            yield str(name), number, param
+
+
+def diagnostics(optimizer: Adafactor) -> dict[str, dict[str, Tensor]]:
+    """What `Adafactor.diagnostics` gives."""
+    recorded = optimizer._diagnostics
+    if recorded is None:
+        raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
+    given = {}
+    for name, number, param in named(optimizer):
+        if param in recorded:
+            of = recorded[param].clone()
+            values = dict(zip(COLUMNS, (of[0] if of.shape[0] == 1 else of).unbind(-1), strict=True))
+            step, group = optimizer.state.get(param, {}).get("step", 1), optimizer.param_groups[number]
+            rate = rho(param, group["relative_step"], optimizer._lrs.get(number, group["lr"]), step)
+            given[name] = {**values, "effective_lr": rate * values["parameter_scale"]}
+    return given
+
+
+def effective_lr(optimizer: Adafactor) -> dict[str, Tensor]:
+    """What `Adafactor.effective_lr` gives."""
+    if optimizer._preparation.flat_params(optimizer.param_groups, optimizer.state):
+        remedy = "diagnostics() has that of the last update of a parameter that holds one tensor."
+        raise RuntimeError(message("effective_lr", "asked of whole tensors or DTensors", "flat shards", remedy))
+    return {
+        name: step_size(param, name, optimizer.param_groups[number], optimizer.state.get(param, {}).get("step", 0) + 1)
+        for name, number, param in named(optimizer)
+        if param.numel()
+    }
 
 
 @torch.no_grad()
@@ -30,7 +76,7 @@ def step_size(param: Tensor, name: str, group: Mapping[str, Any], step: Tensor |
     alpha = rho(param, hyperparameters.relative_step, group["lr"], step)
     if not hyperparameters.scale_parameter:
         return alpha
-    batch = layout(param.shape, group["factoring"], group["min_dim_size_to_factor"], name=name).batch
+    batch = layout_of(group, tuple(param.shape), name).batch
     axes = [axis for axis in range(param.dim()) if axis not in batch]
     norm: Tensor = torch.linalg.vector_norm(param, dim=axes or None, dtype=alpha.dtype)
     whole: Tensor = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
