@@ -15,6 +15,8 @@ using adafactor::Workspace;
 const size_t kColumns = 512;            // columns that eight rows visit while they are in the first-level cache
 const size_t kBlockBytes = 192 * 1024;  // of gradient between its first and its second look: second-level cache
 const size_t kAhead = 2;                // rows between the one at hand and the one asked for, where columns come first
+const size_t kStreams = 8;              // rows that are read side by side: memory answers several streams sooner than one
+const size_t kPiece = 128;              // of each in turn
 
 inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -80,6 +82,18 @@ template <class T>
 void sum_rows(const adafactor_tensor& t, T* sums, size_t first, size_t last) {
   const size_t m = size_t(t.columns);
   T tile[kTile];
+  for (; t.grad_dtype == Own<T>::dtype && m >= 4 * kPiece && last - first >= kStreams; first += kStreams) {
+    const T* g = static_cast<const T*>(t.grad) + first * m;
+    Lanes<T> lanes[kStreams];
+    for (size_t j = 0; j < m; j += kPiece) {
+      const size_t n = least(kPiece, m - j), next = j + kPiece < m ? j + kPiece : kStreams * m;
+      for (size_t q = 0; q < kStreams; ++q) {
+        prefetch(t.grad_dtype, g, q * m + next - n, n);
+        lanes[q].template add<Square>(g + q * m + j, n);
+      }
+    }
+    for (size_t q = 0; q < kStreams; ++q) sums[first + q] = lanes[q].total();
+  }
   if (m <= kTile) {
     for (size_t r = first; r < last;) {
       const size_t rows = least(kTile / m, last - r);
@@ -445,11 +459,10 @@ inline void descend(const T* g, const T* c, T a, T decay_factor, const T* x, T* 
   for (size_t j = 0; j < n; ++j) moved[j] = decay_factor * x[j] - g[j] * a * c[j];
 }
 
-// The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x; n >= kLanes.
+// The same for the multiples of 4 * kLanes in n, adding the new x^2 to `s` as `Lanes` would; returns how many they are.
 template <class T>
-inline T descend_squares(const T* g, const T* c, T a, T decay_factor, const T* x, T* moved, size_t n) {
-  Lanes<T> squares;
-  T s[4][kLanes] = {};
+inline size_t descend_lanes(const T* g, const T* c, T a, T decay_factor, const T* x, T* moved, size_t n,
+                            T (&s)[4][kLanes]) {
   size_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
     for (size_t k = 0; k < 4 * kLanes * sizeof(T); k += 64) {
@@ -466,6 +479,19 @@ inline T descend_squares(const T* g, const T* c, T a, T decay_factor, const T* x
       }
     }
   }
+  return j;
+}
+
+// The same, and the sum of the new x^2 as `sum<Square>` finds it, without a second look at x.
+template <class T>
+inline T descend_squares(const T* g, const T* c, T a, T decay_factor, const T* x, T* moved, size_t n) {
+  if (n < kLanes) {
+    descend(g, c, a, decay_factor, x, moved, n);
+    return sum<Square>(moved, n);
+  }
+  Lanes<T> squares;
+  T s[4][kLanes] = {};
+  const size_t j = descend_lanes(g, c, a, decay_factor, x, moved, n, s);
   memcpy(squares.group, s, sizeof(s));
   descend(g + j, c + j, a, decay_factor, x + j, moved + j, n - j);
   squares.template add<Square>(moved + j, n - j);
@@ -581,33 +607,44 @@ Squares apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit
   T tile[kTile], u[kTile];
   Squares Q;
   const bool known = t.flags & ADAFACTOR_Q_KNOWN;
-  const bool plain = t.param_dtype == Own<T>::dtype && t.grad_dtype == Own<T>::dtype && !t.momentum && m >= kTile;
+  // Nothing to convert and no momentum: one look at everything. The squares of several rows are one sum only where
+  // every row fills its lanes.
+  const bool plain = t.param_dtype == Own<T>::dtype && t.grad_dtype == Own<T>::dtype && !t.momentum &&
+                     (m > kTile / 2 || m % (4 * kLanes) == 0);
 
   const size_t first = (size_t(unit.b) * n + size_t(unit.begin)) * inner;
   const size_t last = (size_t(unit.b_end - 1) * n + size_t(unit.end)) * inner;
   Cursor cursor = {n, inner, m, size_t(unit.begin), 0, size_t(unit.b) * inner * m};
   for (size_t r = first; r < last;) {
-    if (plain) {  // nothing to convert and no momentum: no tile, and one look at everything
+    const size_t runs = runs_of_a_tile(m, last - r);
+    if (plain && runs > 1) {  // short rows, the squares of which are one sum
+      const T *x = at<T>(t.param, r * m), *g = static_cast<const T*>(t.grad) + r * m;
+      T* moved = at<T>(target_of(t), r * m);
+      Lanes<T> squares;
+      T s[4][kLanes] = {};
+      if (known) Q.before += double(sum<Square>(x, runs * m));
+      for (size_t q = 0; q < runs; ++q, cursor.next())
+        descend_lanes(g + q * m, scaled + cursor.columns(), factor(r + q), step.decay_factor, x + q * m, moved + q * m,
+                      m, s);
+      memcpy(squares.group, s, sizeof(s));
+      Q.after += double(squares.total());
+      r += runs;
+      continue;
+    }
+    if (plain) {
       const T a = factor(r);
       const T* c = scaled + cursor.columns();
       for (size_t j = 0; j < m; j += kTile) {
         const size_t count = least(kTile, m - j);
         const T* x = at<T>(t.param, r * m + j);
         const T* g = static_cast<const T*>(t.grad) + r * m + j;
-        T* moved = at<T>(target_of(t), r * m + j);
         if (known) Q.before += double(sum<Square>(x, count));
-        if (count >= kLanes) {
-          Q.after += double(descend_squares(g, c + j, a, step.decay_factor, x, moved, count));
-        } else {
-          descend(g, c + j, a, step.decay_factor, x, moved, count);
-          Q.after += double(sum<Square>(moved, count));
-        }
+        Q.after += double(descend_squares(g, c + j, a, step.decay_factor, x, at<T>(target_of(t), r * m + j), count));
       }
       cursor.next();
       ++r;
       continue;
     }
-    const size_t runs = runs_of_a_tile(m, last - r);
     const Cursor start = cursor;
     for (size_t j = 0; j < m; j += kTile) {
       const size_t count = least(kTile, m - j);
