@@ -289,11 +289,13 @@ class Table:
         Args:
             threads: as for `threads`.
             isa: an instruction set instead of the one in use; for tests.
-            chosen: some of the tensors instead of all; what the call sets in their records is not kept.
+            chosen: some of the tensors instead of all.
         """
         records = self.records if chosen is None else self.records[chosen]
         code = _isa() if isa is None else ISAS.index(isa)
         error = _library().verbs[verb](records.ctypes.data, len(records), _threads(threads), code)
+        if chosen is not None:
+            self.records["skipped"][chosen] = records["skipped"]
         if error == 1:
             raise MemoryError("The native kernels found no memory for their row and column sums.")
         if error:

@@ -75,9 +75,15 @@ class Members:
 class Chosen:
     """Parameters to update: their places in groups, and their gradients, of a shard its local one.
 
-    Sharded parameters without a gradient too, with None: other ranks may have one.
+    With None those that have no gradient: sharded ones, for other ranks may have one, and those that had one before.
     """
 
     params: list[Tensor]
     places: list[tuple[Members, int]]
     grads: list[Any]
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Drop all but these."""
+        self.params = [self.params[k] for k in places]
+        self.places = [self.places[k] for k in places]
+        self.grads = [self.grads[k] for k in places]

@@ -293,7 +293,7 @@ class Adafactor(Optimizer):
         if self._host is not None:
             self._host.take(positions)
             return
-        self._step_chosen(self._preparation.collect(self.param_groups, positions))
+        self._step_chosen(self._preparation.collect(self.param_groups, positions, absent=True))
 
     def _step_chosen(self, chosen: Chosen) -> None:
         # Every check comes before the first write: a step happens wholly or not at all.
@@ -302,7 +302,8 @@ class Adafactor(Optimizer):
             if not (prepared.fresh and self._makes_state_only(chosen.grads)):
                 prepared.step(chosen.grads, self.state, self._count_of)
                 if self._diagnostics is not None:
-                    for number in {members.number for members, _ in chosen.places}:
+                    stepped = zip(chosen.places, chosen.grads, strict=True)
+                    for number in {members.number for (members, _), grad in stepped if grad is not None}:
                         lr = self.param_groups[number]["lr"]
                         self._lrs[number] = lr.detach().clone() if isinstance(lr, Tensor) else lr
             prepared.fresh = False

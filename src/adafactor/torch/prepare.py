@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -115,13 +115,14 @@ class Preparation:
         self._prepared: _Kept[Prepared] = _Kept()
         self._reducers: _Kept[list[Reducer]] = _Kept()
         self._agreed: set[tuple[object, ...]] = set()
+        self._stepped: set[int] = set()  # whole tensors that were prepared, by id
 
     def given(self, params: Iterable[Tensor]) -> None:
         """Note parameters that the user has given."""
         self._given += map(weakref.ref, params)
 
-    def collect(self, groups: list[dict[str, Any]], positions: Positions) -> Chosen:
-        """What has a gradient."""
+    def collect(self, groups: list[dict[str, Any]], positions: Positions, absent: bool = False) -> Chosen:
+        """What has a gradient; ``absent``: of groups as a whole also what had one before."""
         members = [self.members(groups, number) for number, _ in positions]
         if any(its is not None for _, its in positions):
             places = [
@@ -136,17 +137,23 @@ class Preparation:
                 params = [param for each in members for param in each.params]
                 places = [place for each in members for place in each.places]
                 self._every = members, params, places
-        grads = list(map(_grad_of, params))
-        if any(map(is_, grads, [None] * len(grads))):
-            kept = [k for k, g in enumerate(grads) if g is not None or _may_be_elsewhere(params[k])]
-            params, places, grads = ([of[k] for k in kept] for of in (params, places, grads))  # type: ignore[assignment]
+        chosen = Chosen(params, places, list(map(_grad_of, params)))
+        if any(map(is_, chosen.grads, repeat(None))):
+            stepped = self._stepped if absent and all(its is None for _, its in positions) else ()
+            chosen.keep(
+                [
+                    k
+                    for k, (param, grad) in enumerate(zip(params, chosen.grads, strict=True))
+                    if grad is not None or id(param) in stepped or _may_be_elsewhere(param)
+                ]
+            )
         if any(each.sharded for each in members):
             from adafactor.engine.torch.sharded.shard import gradient
 
-            for k, (param, (each, position)) in enumerate(zip(params, places, strict=True)):
+            for k, (param, (each, position)) in enumerate(zip(chosen.params, chosen.places, strict=True)):
                 if is_sharded(param):
-                    grads[k] = gradient(param, each.name(position))  # type: ignore[arg-type]
-        return Chosen(params, places, grads)
+                    chosen.grads[k] = gradient(param, each.name(position))  # type: ignore[arg-type]
+        return chosen
 
     def alone(self, groups: list[dict[str, Any]], place: tuple[int, int], grad: Tensor) -> Chosen:
         """One parameter and a gradient for it, which may be of another dtype than ``.grad`` can."""
@@ -164,24 +171,57 @@ class Preparation:
         Raises:
             RuntimeError, TypeError, ValueError: a parameter, its gradient or its state does not fit.
         """
+        absent = self._absent(chosen, state)
         grads = chosen.grads
+
+        def without() -> Prepared:  # something was edited, maybe what is none of this step's business
+            self._stepped.difference_update(id(chosen.params[k]) for k in absent)
+            chosen.keep([k for k in range(len(grads)) if k not in absent])
+            return self.prepared(state, chosen, recorded)
+
         key: tuple[object, ...] = tuple(map(id, chosen.params))
         prepared = self._prepared.get(key)
         if prepared is not None and prepared.current(grads, state, dense=True):
             return prepared
+        if absent and prepared is not None:
+            return without()
         for (members, k), param, grad in zip(chosen.places, chosen.params, grads, strict=True):
             if grad is not None and param.numel():
                 local = param.to_local() if is_sharded(param) else param  # type: ignore[attr-defined]
                 checks.check_gradient(local, grad, members.name(k))
         # Gradients that fit, but not every kernel: another list for each pattern of them.
-        pattern = tuple([grad is not None and grad.is_contiguous() and checks.has_memory(grad) for grad in grads])
+        pattern = tuple(
+            [
+                k in absent or (grad is not None and grad.is_contiguous() and checks.has_memory(grad))
+                for k, grad in enumerate(grads)
+            ]
+        )
         if not all(pattern):
             prepared = self._prepared.get((key, pattern))
             if prepared is not None and prepared.current(grads, state, dense=False):
                 return prepared
-        made = self._prepare(state, chosen, partial(_diagnostics_of, recorded))
+        try:
+            made = self._prepare(state, chosen, partial(_diagnostics_of, recorded))
+        except (RuntimeError, TypeError, ValueError):
+            if not absent:
+                raise
+            return without()
         self._prepared.keep(key if all(pattern) else (key, pattern), made, len(grads), self._offsets[-1])
         return made
+
+    def _absent(self, chosen: Chosen, state: Mapping[Tensor, Any]) -> set[int]:
+        """The places of those that had a gradient before and have none now: one list serves all patterns.
+
+        Those whose state was taken away since are dropped.
+        """
+        if not any(map(is_, chosen.grads, repeat(None))):
+            return set()
+        pairs = list(enumerate(zip(chosen.params, chosen.grads, strict=True)))
+        absent = {k for k, (param, grad) in pairs if grad is None and id(param) in self._stepped}
+        if not all(state.get(chosen.params[k]) for k in absent):
+            chosen.keep([k for k, (param, _) in pairs if k not in absent or state.get(param)])
+            return self._absent(chosen, state)
+        return absent
 
     def members(self, groups: list[dict[str, Any]], number: int) -> Members:
         """A group as of this step: its words are checked when they change, the learning rate every time."""
@@ -268,6 +308,8 @@ class Preparation:
         for w, changed in zip(drafts, changes, strict=True):
             checks.write(state[w.param], changed)
         work = [replace(w, state=state[w.param]) for w in drafts]
+        if not (shards or flat):
+            self._stepped.update(id(w.param) for w in drafts)
         plan = Plan(work, [grads[k] for k in at]) if work else None
         fresh = bool(drafts) and not sharded and all("step" in changed for changed in changes)
         return Prepared(plan, at if len(at) < len(grads) else None, sharded, fresh)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import attrgetter, is_, le
+from operator import add, attrgetter, is_, le, mul
 from typing import Any, Protocol
 
 import torch
@@ -61,8 +61,6 @@ class Witness:
         self._memory, self._form = self._in_memory(), self._look()
         self._alike, self._grads_alike = _alike(self._tensors), _never
         self._reach: tuple[list[Any], ...] = ()
-        self.shapes = [param.size() for param in self._params]
-        self.devices = [param.device for param in self._params]
 
     def moved(self) -> bool:
         """Whether a tensor was replaced, or has got another place, dtype, shape or order in memory."""
@@ -94,23 +92,29 @@ class Witness:
             list(map(Tensor.is_neg, self._params)),
         )
 
-    def fits(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the gradients are plain, dense and of their parameters' shapes and devices: nothing else to ask."""
-        if len(grads) != len(self.shapes):
-            return False
-        if not self._grads_alike(*grads):
-            if not self._fit(grads):
-                return False
-            self._grads_alike, self._reach = _alike(grads), ()
-        return self._are_backed(grads)
+    def fits(self, grads: Sequence[Any]) -> bool:
+        """Whether the gradients are plain, dense and of their parameters' shapes and devices: nothing else to ask.
 
-    def _fit(self, grads: Sequence[Tensor]) -> bool:
+        ``None`` is none, and fits.
+        """
+        if len(grads) != len(self._params):
+            return False
+        if self._grads_alike(*grads):
+            return self._are_backed(grads)
+        here = [k for k, grad in enumerate(grads) if grad is not None]
+        there = [grads[k] for k in here]
+        if not self._fit(there, [self._params[k] for k in here]):
+            return False
+        self._grads_alike, self._reach = _alike(grads), ()
+        return self._are_backed(there)
+
+    def _fit(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
         try:
             return (
                 all(map(_is_plain, set(map(type, grads))))
                 and all(map(Tensor.is_contiguous, grads))
-                and list(map(Tensor.size, grads)) == self.shapes
-                and list(map(_device_of, grads)) == self.devices
+                and list(map(Tensor.size, grads)) == list(map(Tensor.size, params))
+                and list(map(_device_of, grads)) == list(map(_device_of, params))
                 and _KNOWN.issuperset(map(_dtype_of, grads))
                 and not any(map(Tensor.is_neg, grads))
             )
@@ -122,7 +126,8 @@ class Witness:
         stored = list(map(_bytes_of, map(Tensor.untyped_storage, grads)))
         reach = stored, list(map(Tensor.storage_offset, grads))
         if reach != self._reach:
-            if not all(map(le, map(_end_of, grads), stored)):
+            ends = map(mul, map(add, reach[1], map(Tensor.numel, grads)), map(Tensor.element_size, grads))
+            if not all(map(le, ends, stored)):
                 return False
             self._reach = reach
         return True
@@ -146,11 +151,6 @@ def _never(*tensors: Tensor) -> bool:
 
 
 _KNOWN = frozenset(DTYPES)
-
-
-def _end_of(tensor: Tensor) -> int:
-    """How many bytes of its storage a contiguous tensor reaches over."""
-    return (int(tensor.storage_offset()) + tensor.numel()) * tensor.element_size()
 
 
 def check_step(step: Tensor, name: str) -> None:

@@ -39,14 +39,14 @@ def check(fused: bool | None, device: torch.device) -> None:
             raise RuntimeError(message(f"fused for {device.type} tensors", rule, fused, remedy))
 
 
-def kernels_for(w: Work, grad: Tensor) -> type[Backend] | None:
+def kernels_for(w: Work, grad: Tensor | None) -> type[Backend] | None:
     """The kernels that can update it, if any: they want dense memory that they know the shape of.
 
     A tensor of another class has no address of its own, or another meaning; a gradient of other strides has no form.
     """
-    if w.settings.fused is False or not grad.is_contiguous():
+    if w.settings.fused is False or not (grad is None or (grad.is_contiguous() and has_memory(grad))):
         return None
-    if not all(map(has_memory, (w.param, grad, *(w.state[slot] for slot in w.slots)))):
+    if not all(map(has_memory, (w.param, *(w.state[slot] for slot in w.slots)))):
         return None
     kernels = kernels_on(w.param.device)
     form = cpu.form_of if kernels is cpu.Native else cuda.form_of
@@ -68,7 +68,7 @@ class Plan:
         witness: of the tensors whose addresses backends have taken.
     """
 
-    def __init__(self, work: Sequence[Work], grads: Sequence[Tensor]) -> None:
+    def __init__(self, work: Sequence[Work], grads: Sequence[Tensor | None]) -> None:
         self.work = work
         self.witness = Witness(work)
         self._params, self._states = [w.param for w in work], [w.state for w in work]
@@ -88,8 +88,8 @@ class Plan:
             return True
         return all(state.get(w.param) is w.state for w in self.work)
 
-    def step(self, grads: Sequence[Tensor], skipped: Callable[[torch.device], Tensor]) -> None:
-        """One update of everything, where there is nothing to reduce."""
+    def step(self, grads: Sequence[Tensor | None], skipped: Callable[[torch.device], Tensor]) -> None:
+        """One update of everything that has a gradient, where there is nothing to reduce."""
         self.check()
         try:
             for backend, places in self.backends:

@@ -8,7 +8,8 @@ looked at since it last moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Native:
         table.records["diagnostics"] = [0 if w.diagnostics is None else w.diagnostics.data_ptr() for w in work]
         self._groups = _Groups(work)
         self._versions: list[int] = [-1] * len(work)
-        self._dtypes: list[torch.dtype] = []  # of the gradients that the table knows
+        self._dtypes: list[torch.dtype | None] = [None] * len(work)  # of the gradients that the table knows
         self._counts = [w.state["step"] for w in work]
         self._reread = np.array([w.layout.cut == "both" for w in work])
         self._sums: list[Sums] | None = None
@@ -67,12 +68,20 @@ class Native:
     def counts(self) -> bool:
         return bool(((t := self.table.number()) > 0).all() and (t <= MOST_UPDATES).all())
 
-    def step(self, grads: Sequence[Tensor], skipped: Tensor) -> None:
-        versions = list(map(_version_of, self._params))
-        self._begin(grads, versions == self._versions or np.equal(versions, self._versions))
-        self.table.step(torch.get_num_threads())
-        self._count(skipped)
-        self._versions = list(map(_version_of, self._params))
+    def step(self, grads: Sequence[Tensor | None], skipped: Tensor) -> None:
+        here = None
+        if any(map(is_, grads, repeat(None))):
+            here = np.flatnonzero([grad is not None for grad in grads])
+        before = list(map(_version_of, self._params))
+        self._begin(grads, before == self._versions or np.equal(before, self._versions))
+        self.table.run("step", torch.get_num_threads(), chosen=here)
+        self._count(skipped, here)
+        after = list(map(_version_of, self._params))
+        if here is not None:  # Q of the others is of the x that they were left with
+            after = [
+                new if grad is not None else old for new, old, grad in zip(after, self._versions, grads, strict=True)
+            ]
+        self._versions = after
 
     def measure(self, grads: Sequence[Tensor]) -> list[Sums]:
         if self._sums is None:
@@ -132,24 +141,34 @@ class Native:
     def release(self) -> None:
         """The table holds addresses, not tensors."""
 
-    def _begin(self, grads: Sequence[Tensor], known: bool | NDArray[np.bool_]) -> None:
+    def _begin(self, grads: Sequence[Tensor | None], known: bool | NDArray[np.bool_]) -> None:
         """Hand over the gradients and the numbers of this update; ``known``: whose ``table.Q`` is still true."""
         record = self.table.records
-        record["grad"] = list(map(Tensor.data_ptr, grads))
-        dtypes = list(map(_dtype_of, grads))
+        addresses, dtypes = addresses_of(grads, self._dtypes)
+        record["grad"] = addresses
         if dtypes != self._dtypes:
-            record["grad_dtype"], self._dtypes = [_CODES[dtype] for dtype in dtypes], dtypes
+            record["grad_dtype"], self._dtypes = [_CODES.get(dtype, 0) for dtype in dtypes], dtypes
         self._groups.configure(self.table)
         t = self.table.number()
         self.table.begin(t, *self._groups.numbers(t), known)
 
-    def _count(self, skipped: Tensor) -> None:
+    def _count(self, skipped: Tensor, here: NDArray[np.int64] | None = None) -> None:
         """Tell autograd what was written, and the user what was left alone."""
-        torch.autograd.graph.increment_version(self._params)
-        torch.autograd.graph.increment_version(self._counts)
-        left_alone = int(self.table.skipped.sum())
+        for tensors in (self._params, self._counts):
+            torch.autograd.graph.increment_version(tensors if here is None else [tensors[k] for k in here])
+        left_alone = int(self.table.skipped[slice(None) if here is None else here].sum())
         if left_alone:
             skipped.add_(left_alone)
+
+
+def addresses_of(
+    grads: Sequence[Tensor | None], last: list[torch.dtype | None]
+) -> tuple[list[int], list[torch.dtype | None]]:
+    """Their addresses and dtypes; 0 and the last known for those that are not there."""
+    if any(map(is_, grads, repeat(None))):
+        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        return addresses, [old if grad is None else grad.dtype for grad, old in zip(grads, last, strict=True)]
+    return list(map(Tensor.data_ptr, grads)), list(map(_dtype_of, grads))  # type: ignore[arg-type]
 
 
 class _Groups:

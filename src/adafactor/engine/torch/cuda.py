@@ -25,7 +25,7 @@ from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Cut, Part
 from adafactor.engine.torch import triton_table
 from adafactor.engine.torch.blocks import kept
-from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered
+from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered, addresses_of
 from adafactor.engine.torch.int8 import BLOCK
 from adafactor.engine.torch.triton_table import FIELDS, FLAGS, NUMBERS, Launch, Tables
 from adafactor.engine.torch.work import Sums, Work
@@ -149,7 +149,8 @@ class Triton:
         self._params = [w.param for w in work]
         self.device = work[0].param.device
         self._aligned = [True] * len(work)
-        self._dtypes = [w.param.dtype for w in work]
+        self._dtypes: list[Any] = [w.param.dtype for w in work]
+        self._absent: set[int] = set()
         self._sums: list[Sums] | None = None
         self._places: dict[int, Place] = {}
         self._cut_both: list[tuple[Any, Place]] = []
@@ -365,8 +366,12 @@ class Triton:
             tensors = [tensor.detach() for tensor in written]
             _captured[skipped] = [*_captured.get(skipped, ()), [*self._kept, *self._recorded, *tensors]]
             self._recorded = []
-        torch.autograd.graph.increment_version(self._params)
-        self._versions = list(map(_version_of, self._params))
+        written = [p for k, p in enumerate(self._params) if k not in self._absent] if self._absent else self._params
+        torch.autograd.graph.increment_version(written)
+        versions, old = list(map(_version_of, self._params)), self._versions
+        for k in self._absent:  # its sum is of the x that it was left with
+            versions[k] = -1 if old is None else old[k]
+        self._versions = versions
 
     def _known(self, skipped: Tensor) -> frozenset[Launch]:
         """The launches of measure whose Σx² stand in ``squares``: apply left them, and nobody wrote to x since.
@@ -390,7 +395,8 @@ class Triton:
             group.settings is said for group, said in zip(self._groups, self._settings, strict=True)
         ):
             self._build()
-        addresses, dtypes = self._of_gradients(grads)
+        addresses, dtypes = addresses_of(grads, self._dtypes)
+        self._absent = {k for k, address in enumerate(addresses) if not address} if 0 in addresses else set()
         lrs = [group.lr for group in self._groups]
         on_device = {k: lr for k, lr in enumerate(lrs) if isinstance(lr, Tensor) and lr.device.type != "cpu"}
         rates = [0.0 if k in on_device else float(lr) for k, lr in enumerate(lrs)]
@@ -417,15 +423,6 @@ class Triton:
         for place, lr in on_device.items():
             send(varying[count + place].view(torch.float64), lr.detach().reshape(()))
         return varying
-
-    def _of_gradients(self, grads: Sequence[Tensor | None]) -> tuple[list[int], list[torch.dtype]]:
-        """Their addresses and dtypes; 0 and the last known for those that are not there."""
-        try:
-            return list(map(Tensor.data_ptr, grads)), list(map(_dtype_of, grads))  # type: ignore[arg-type]
-        except TypeError:
-            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-            dtypes = [dtype if grad is None else grad.dtype for grad, dtype in zip(grads, self._dtypes, strict=True)]
-            return addresses, dtypes
 
     def _capture(self, values: NDArray[np.int64]) -> Tensor:
         """A table of the graph's own: eager steps go on with theirs, and no replay reads it.

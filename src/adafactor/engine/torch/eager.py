@@ -69,8 +69,13 @@ class Eager:
         least, most = torch.aminmax(torch.stack(steps))
         return int(least) >= 0 and int(most) < MOST_UPDATES
 
-    def step(self, grads: Sequence[Tensor], skipped: Tensor) -> None:
-        self.measure(grads)
+    def step(self, grads: Sequence[Tensor | None], skipped: Tensor) -> None:
+        there = {w: grad for w, grad in zip(self.work, grads, strict=True) if grad is not None}
+        if len(there) < len(grads):
+            if there:
+                Eager(list(there)).step(list(there.values()), skipped)
+            return
+        self.measure(list(there.values()))
         self.finish()
         self.apply(skipped)
 

@@ -156,8 +156,11 @@ class Backend(Protocol):
 
     work: Sequence[Work]
 
-    def step(self, grads: Sequence[Tensor], skipped: Tensor) -> None:
-        """One update of everything; ``skipped``, int64 of shape (), receives the number of tensors left alone."""
+    def step(self, grads: Sequence[Tensor | None], skipped: Tensor) -> None:
+        """One update of everything that has a gradient.
+
+        ``skipped``, int64 of shape (), receives the number of tensors left alone because theirs is not finite.
+        """
 
     def __init__(self, work: Sequence[Work]) -> None: ...
 
