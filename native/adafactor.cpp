@@ -3,6 +3,7 @@
 #include "adafactor.h"
 
 #include "engine.h"
+#include "pool.h"
 
 #if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
 #include <immintrin.h>
@@ -115,6 +116,11 @@ int adafactor_step(adafactor_tensor* tensors, int64_t count, int64_t threads, in
 
 void adafactor_number(adafactor_tensor* tensors, int64_t count) {
   for (int64_t k = 0; k < count; ++k) tensors[k].step = uint64_t(*tensors[k].count + 1);
+}
+
+void adafactor_use_openmp(void* parallel, void* most_threads) {
+  adafactor::use_openmp({reinterpret_cast<decltype(adafactor::OpenMP::parallel)>(parallel),
+                         reinterpret_cast<decltype(adafactor::OpenMP::most_threads)>(most_threads)});
 }
 
 int64_t adafactor_abi(void) { return ADAFACTOR_ABI * 65536 + int64_t(sizeof(adafactor_tensor)); }

@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define ADAFACTOR_ABI 3
+#define ADAFACTOR_ABI 4
 
 enum { ADAFACTOR_FLOAT32, ADAFACTOR_BFLOAT16, ADAFACTOR_FLOAT16, ADAFACTOR_FLOAT64 };
 
@@ -112,6 +112,10 @@ ADAFACTOR_API int adafactor_step(adafactor_tensor* tensors, int64_t count, int64
 
 /* Sets step of every tensor to the number of this update: one more than count. */
 ADAFACTOR_API void adafactor_number(adafactor_tensor* tensors, int64_t count);
+
+/* The addresses of GOMP_parallel and omp_get_max_threads in the OpenMP runtime that this process computes with: calls
+ * that want no more threads than it has use those. Two null pointers: threads of our own, as before. */
+ADAFACTOR_API void adafactor_use_openmp(void* parallel, void* most_threads);
 
 ADAFACTOR_API int64_t adafactor_abi(void);            /* ADAFACTOR_ABI * 65536 + sizeof(adafactor_tensor) */
 ADAFACTOR_API int adafactor_built(int64_t isa);       /* whether the library holds this instruction set */

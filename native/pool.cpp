@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -94,7 +95,12 @@ struct Pool {
 alignas(Pool) unsigned char storage[sizeof(Pool)];
 Pool* pool = nullptr;
 
-void renew() { pool = new (storage) Pool; }
+OpenMP openmp = {nullptr, nullptr};
+
+void renew() {
+  pool = new (storage) Pool;
+  openmp = {nullptr, nullptr};
+}
 
 struct Start {
   Start() {
@@ -107,9 +113,23 @@ struct Start {
 
 }  // namespace
 
+void use_openmp(const OpenMP& functions) { openmp = functions; }
+
+// A team has the size that OpenMP's other users gave it, because another size ends threads and starts them: those of
+// it that are not wanted have no share.
 void run_parallel(int helpers, void (*work)(void*), void* context) {
   if (helpers <= 0) return work(context);
-  pool->run(helpers, work, context);
+  if (!openmp.parallel || helpers >= openmp.most_threads()) return pool->run(helpers, work, context);
+  struct Shares {
+    void (*work)(void*);
+    void* context;
+    std::atomic<int> left;
+  } shares = {work, context, {helpers + 1}};
+  const auto take = [](void* data) {
+    Shares& shares = *static_cast<Shares*>(data);
+    if (shares.left.fetch_sub(1) > 0) shares.work(shares.context);
+  };
+  openmp.parallel(take, &shares, 0, 0);
 }
 
 }  // namespace adafactor

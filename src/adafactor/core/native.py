@@ -62,7 +62,7 @@ RECORD = np.dtype(
     + [(name, np.float64) for name in _SCALARS]
     + [("seed", np.uint64), ("step", np.uint64), ("rng_stream", np.uint64), ("skipped", np.int64)]
 )
-_ABI = 3 * 65536 + RECORD.itemsize
+_ABI = 4 * 65536 + RECORD.itemsize
 
 Verb = Literal["measure", "finish", "apply", "step"]
 
@@ -83,6 +83,7 @@ class _Library:
     path: str
     verbs: dict[str, Any]
     number: Any
+    use_openmp: Any
     built: tuple[str, ...]
     supported: tuple[str, ...]
 
@@ -130,6 +131,21 @@ def threads(asked: int | None = None) -> int:
     if asked is not None:
         return asked
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_openmp(file: str) -> bool:
+    """Runs calls on the threads of the OpenMP that the library ``file`` is linked with, where they are enough.
+
+    After each of its operations OpenMP has its threads spin for some milliseconds, in the way of threads of our own.
+    False, and nothing changed, where that runtime is not one of GNU's interface (on Linux it is).
+    """
+    try:
+        openmp = ctypes.CDLL(file)
+        functions = [ctypes.cast(f, ctypes.c_void_p) for f in (openmp.GOMP_parallel, openmp.omp_get_max_threads)]
+    except (OSError, AttributeError):
+        return False
+    _library().use_openmp(*functions)
+    return True
 
 
 class Table:
@@ -380,7 +396,9 @@ def _load() -> _Library | str:
         verbs[verb].restype = ctypes.c_int
     number = library.adafactor_number
     number.argtypes, number.restype = (ctypes.c_void_p, ctypes.c_int64), None
+    use_openmp = library.adafactor_use_openmp
+    use_openmp.argtypes, use_openmp.restype = (ctypes.c_void_p, ctypes.c_void_p), None
     library.adafactor_built.argtypes = library.adafactor_supported.argtypes = (ctypes.c_int64,)
     built = tuple(name for code, name in enumerate(ISAS) if library.adafactor_built(code))
     supported = tuple(name for code, name in enumerate(ISAS) if library.adafactor_supported(code))
-    return _Library(str(file), verbs, number, built, supported)
+    return _Library(str(file), verbs, number, use_openmp, built, supported)

@@ -8,6 +8,7 @@ looked at since it last moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from functools import cache
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
@@ -28,6 +29,11 @@ _CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 _dtype_of, _version_of = attrgetter("dtype"), attrgetter("_version")
 
 
+@cache
+def _use_openmp() -> bool:
+    return native.use_openmp(torch._C.__file__)
+
+
 class Native:
     """A list of work whose every tensor has a `form_of`. See `work.Backend`.
 
@@ -41,6 +47,7 @@ class Native:
         self.work = work
         self.table = table = native.Table([form for form in forms if form is not None])
         assert len(table) == len(work)
+        _use_openmp()
         self._params = [w.param for w in work]
         for k, w in enumerate(work):
             momentum = w.state.get("momentum") if w.settings.hyperparameters.momentum is not None else None
