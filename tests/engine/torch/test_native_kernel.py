@@ -42,7 +42,7 @@ def assert_same(first, second, **tolerance):
 
 def test_torchs_thread_setting_is_honoured(monkeypatch):
     threads = []
-    monkeypatch.setattr(native.Table, "step", lambda table, count: threads.append(count))
+    monkeypatch.setattr(native.Table, "run", lambda table, verb, count, **_: threads.append(count))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
