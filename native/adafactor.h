@@ -38,7 +38,8 @@ enum {
   ADAFACTOR_MAXIMIZE = 8,
   ADAFACTOR_SKIP_NONFINITE = 16,    /* leave a tensor alone whose gradient is not finite */
   ADAFACTOR_STOCHASTIC_ROUNDING = 32, /* of a bfloat16 or float16 parameter; see random.h */
-  ADAFACTOR_Q_KNOWN = 64,           /* Q holds the sums of x^2 already: measure does not read x */
+  ADAFACTOR_Q_KNOWN = 64,           /* Q holds the sums of x^2 already: measure does not read x. Where they are not
+                                       true, the step is mended, unless target is grad, which is gone then */
   ADAFACTOR_COLUMNS_FIRST = 128,    /* a factored tensor with inner = 1 only */
   /* Of a shard of which neither rows nor columns are whole, measure reads g twice, with a sum over shards in between: */
   ADAFACTOR_ROW_SUMS = 256,         /* finished = sums of g^2 along the rows, S and Q; W = 0 */

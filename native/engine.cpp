@@ -291,7 +291,7 @@ class Schedule {
       wrong = wrong || step != 0;
       if (!same && t.diagnostics) t.diagnostics[4 * s + 2] = scale;
     }
-    if (!wrong) return;
+    if (!wrong || t.target == t.grad) return;
     adafactor_tensor rest = t;
     if (t.target) rest.param = t.target;
     if (t.momentum_target) rest.momentum = t.momentum_target;

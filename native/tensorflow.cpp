@@ -8,11 +8,14 @@
 // here, and looked up in the TensorFlow that this process has loaded. Where anything is missing nothing is registered
 // and adafactor_tensorflow_missing() says what.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "adafactor.h"
@@ -179,6 +182,71 @@ int64_t dtype_of(TF_DataType type) {
   return -1;
 }
 
+// The sums of x^2 of the parameters that steps have left, by where they are, so that the next step need not read x for
+// them. The memory is held: TensorFlow then writes to it no more and gives the address to nothing else, so what is found
+// there is that parameter. The step that finds it lets it go; so do the next step of the node that left it, and its end.
+class Left {
+ public:
+  // Of one parameter of one node.
+  struct Place {
+    const void* address = nullptr;  // of what is held
+    int missed = 0;                 // how often somebody else had replaced the parameter before the next step
+  };
+
+  // Whether the sums of t.param, which `place` steps now, are known; then they are in t.Q.
+  bool find(Place& place, const adafactor_tensor& t) {
+    Entry mine, gone;  // let go after the lock
+    std::lock_guard<std::mutex> lock(mutex_);
+    const bool found = take(t.param, mine) && alike(mine.form, t);  // not if it is seen in another shape
+    if (found) std::copy(mine.Q.begin(), mine.Q.end(), t.Q);
+    if (place.address && place.address != t.param && take(place.address, gone)) ++place.missed;
+    place.address = nullptr;
+    return found;
+  }
+  void keep(Place& place, Tensor param, const adafactor_tensor& t) {
+    Entry entry, gone;
+    const void* address = param.data();
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (place.address) take(place.address, gone);  // another thread's, in the same node
+    place.address = nullptr;
+    if (place.missed > 1 || param.count() == 0) return;  // to hold what others replace would be a second copy of it
+    entry = {std::move(param), t, std::vector<double>(t.Q, t.Q + t.slices)};
+    std::swap(entries_[address], entry);
+    place.address = address;
+  }
+  void forget(const Place& place) {
+    Entry gone;
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (place.address) take(place.address, gone);
+  }
+  int64_t count() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return int64_t(entries_.size());
+  }
+
+ private:
+  struct Entry {
+    Tensor param;
+    adafactor_tensor form;
+    std::vector<double> Q;
+  };
+  static bool alike(const adafactor_tensor& a, const adafactor_tensor& b) {
+    return a.param_dtype == b.param_dtype && (a.flags & ADAFACTOR_FACTORED) == (b.flags & ADAFACTOR_FACTORED) &&
+           a.outer == b.outer && a.rows == b.rows && a.inner == b.inner && a.columns == b.columns && a.slices == b.slices;
+  }
+  bool take(const void* address, Entry& entry) {
+    const auto found = entries_.find(address);
+    if (found == entries_.end()) return false;
+    std::swap(entry, found->second);
+    entries_.erase(found);
+    return true;
+  }
+  std::mutex mutex_;  // of the places too
+  std::unordered_map<const void*, Entry> entries_;
+};
+
+Left& left = *new Left;  // never destroyed: at exit TensorFlow may have gone before
+
 // Inputs: parameters, statistics (row and column, or the second moment), momenta, diagnostics, which all have an output
 // of their dtype and shape in the same order; then gradients, numbers, and the weight decay of each parameter.
 class StepKernel {
@@ -193,15 +261,21 @@ class StepKernel {
     if (status.ok()) TF_OpKernelConstruction_GetAttrInt64(construction, "K", &statistics_, status);
     if (status.ok()) TF_OpKernelConstruction_GetAttrInt64(construction, "M", &momenta_, status);
     if (status.ok()) TF_OpKernelConstruction_GetAttrInt64(construction, "R", &diagnostics_, status);
-    unsigned char scale = 0;
+    unsigned char scale = 0, keep = 0;
     if (status.ok()) TF_OpKernelConstruction_GetAttrBool(construction, "scale", &scale, status);
+    if (status.ok()) TF_OpKernelConstruction_GetAttrBool(construction, "keep", &keep, status);
     if (!status.ok()) return;
     scale_ = scale;
+    if (scale && keep) places_.resize(size_t(count_));
     int64_t statistics = 0;
     for (size_t k = 0; k + kWords <= words_.size(); k += kWords) statistics += words_[k + kFactored] ? 2 : 1;
     if (words_.size() != size_t(count_) * kWords || statistics != statistics_ || (momenta_ && momenta_ != count_) ||
         (diagnostics_ && diagnostics_ != count_))
       status.fail(TF_INVALID_ARGUMENT, "the attribute `tensors` does not describe the inputs");
+  }
+
+  ~StepKernel() {
+    for (const Left::Place& place : places_) left.forget(place);
   }
 
   void compute(TF_OpKernelContext* context, Status& status) const {
@@ -215,7 +289,7 @@ class StepKernel {
 
     std::vector<Tensor> held;  // for as long as their memory is at work
     std::vector<adafactor_tensor> records;
-    std::vector<Tensor> reports;
+    std::vector<Tensor> reports, targets;
     int64_t slices = 0;
     for (int64_t k = 0; k < count_; ++k) slices += words_[size_t(k) * kWords + kSlices];
     std::vector<double> Q(static_cast<size_t>(slices)), diagnostics(static_cast<size_t>(diagnostics_ ? 4 * slices : 0));
@@ -255,10 +329,10 @@ class StepKernel {
       t.param = param.data();
       const int candidate = gradients + int(k);
       int forwarded = -1;
-      held.emplace_back(TF_ForwardInputOrAllocateOutput(context, &candidate, 1, int(k), dims.data(), int(dims.size()),
-                                                        &forwarded, status));
+      targets.emplace_back(TF_ForwardInputOrAllocateOutput(context, &candidate, 1, int(k), dims.data(), int(dims.size()),
+                                                           &forwarded, status));
       if (!status.ok()) return;
-      t.target = held.back().data();
+      t.target = targets.back().data();
       t.grad = forwarded == candidate ? t.target : take(candidate);
       ++gradients_seen, gradients_taken += forwarded == candidate;
       held.push_back(std::move(param));
@@ -284,11 +358,14 @@ class StepKernel {
       }
       if (!status.ok()) return;
       t.Q = Q.data() + slice;
+      if (!places_.empty() && left.find(places_[size_t(k)], t)) t.flags |= ADAFACTOR_Q_KNOWN;
       slice += t.slices;
       records.push_back(t);
     }
     if (const int error = connection.step(records.data(), count_, connection.threads, connection.isa))
       return status.fail(error == 1 ? TF_RESOURCE_EXHAUSTED : TF_INTERNAL, "the native step failed, error " + std::to_string(error));
+    for (size_t k = 0; k < places_.size(); ++k)
+      left.keep(places_[k], std::move(targets[k]), records[k]);
     for (int64_t k = 0; k < diagnostics_; ++k) {
       const adafactor_tensor& t = records[size_t(k)];
       Tensor& report = reports[size_t(k)];
@@ -339,6 +416,7 @@ class StepKernel {
   std::vector<int64_t> words_;
   int64_t count_ = 0, statistics_ = 0, momenta_ = 0, diagnostics_ = 0;
   bool scale_ = false;
+  mutable std::vector<Left::Place> places_;  // none: nothing is kept
 };
 
 void* create(TF_OpKernelConstruction* construction) {
@@ -385,7 +463,7 @@ std::string register_op() {
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder("Adafactor>Step");
   for (const char* attribute :
        {"N: int >= 1", "K: int >= 1", "M: int >= 0", "R: int >= 0", "T: {float, double, bfloat16, half}", "S: {float, double}",
-        "G: {float, double, bfloat16, half}", "tensors: list(int)", "scale: bool"})
+        "G: {float, double, bfloat16, half}", "tensors: list(int)", "scale: bool", "keep: bool = false"})
     TF_OpDefinitionBuilderAddAttr(op, attribute);
   for (const char* value : {"params: N * T", "statistics: K * S", "momenta: M * S", "diagnostics: R * S", "grads: N * G",
                             "numbers: double", "weight_decays: double"})
@@ -417,6 +495,9 @@ extern "C" ADAFACTOR_API int adafactor_tensorflow_connect(Step step, int64_t abi
 extern "C" ADAFACTOR_API void adafactor_tensorflow_gradients(int64_t* seen, int64_t* taken) {
   *seen = gradients_seen, *taken = gradients_taken;
 }
+
+// Parameters whose sums of x^2 are known.
+extern "C" ADAFACTOR_API int64_t adafactor_tensorflow_left() { return left.count(); }
 
 // Makes a handler known to TensorFlow's XLA on CPUs. What stands in the way, or null; valid until the next call.
 extern "C" ADAFACTOR_API const char* adafactor_tensorflow_register_xla(const char* name, adafactor::xla::Handler* handler) {

@@ -159,6 +159,7 @@ int main() {
       if (std::memcmp(held[step][k].memory.get(), gradients(uint32_t(step))[k].memory.get(), held[step][k].bytes()))
         return std::fprintf(stderr, "a gradient that others hold was written to\n"), 1;
   destroy(kernel);
+  if (adafactor_tensorflow_left()) return std::fprintf(stderr, "parameters are still held\n"), 1;
   std::puts("ok");
   return 0;
 }

@@ -1,5 +1,6 @@
 """TensorFlow's op of the native step: the bits of the kernels in place, whose memory it takes, where it gives way."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -200,6 +201,54 @@ def test_what_others_hold_does_not_change(graph):
     for v in variables[1:]:
         np.testing.assert_array_equal(v, variables[0])
     assert (variables[0].numpy() != before[0].numpy()).any()
+
+
+def halved(v):
+    v.assign(v * 0.5)
+
+
+def moved_in_place(v):
+    v.assign_add(tf.ones(v.shape))
+
+
+def another_variables(v):
+    v.assign(tf.Variable(np.linspace(-1, 1, v.numpy().size, dtype="float32").reshape(v.shape)))
+
+
+@pytest.mark.parametrize("write", [None, halved, moved_in_place, another_variables])
+@pytest.mark.parametrize("options", [{}, {"beta_1": 0.9}, {"weight_decay": 0.1}, {"clip_threshold": 1e-3}], ids=str)
+def test_a_parameter_that_somebody_else_wrote_to_is_read_again(write, options):
+    """The graph's op keeps the sums of x^2 that it leaves; the eager one reads x, and finds the same bits."""
+    shapes = [(300, 400), (70_001,), (5, 7)]
+    runs = []
+    for graph in (True, False):
+        rng = np.random.default_rng(0)
+        variables = [tf.Variable(rng.normal(size=s).astype("float32")) for s in shapes]
+        optimizer = Adafactor(0.1, **options)
+        optimizer.build(variables)
+        step = tf.function(lambda g, o=optimizer, v=variables: o.apply([each * 1 for each in g], v))
+        for k in range(6):
+            g = [tf.constant(rng.normal(size=s).astype("float32")) for s in shapes]
+            step(g) if graph else optimizer.apply(g, variables)
+            if write and k in (1, 3, 4):
+                write(variables[k % 2])
+        runs.append([v.numpy().tobytes() for v in variables])
+    assert runs[0] == runs[1]
+
+
+def test_parameters_are_held_while_they_are_stepped_and_no_longer():
+    gc.collect()
+    before = op.held()
+    model = compiled(Adafactor(0.1))
+    train(model)
+    assert op.held() == before + len(model.trainable_variables)
+    for _ in range(3):
+        halved(model.trainable_variables[0])
+        train(model, steps=1)
+    assert op.held() == before + len(model.trainable_variables) - 1  # two copies of what others replace would be kept
+    del model
+    gc.collect()
+    assert op.held() == before
 
 
 MEMORY = """

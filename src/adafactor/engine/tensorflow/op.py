@@ -117,6 +117,7 @@ def step(
         weight_decays=tf.constant([o.weight_decay for o in operands], tf.float64),
         tensors=[word for each in words for word in each],
         scale=hp.scale_parameter,
+        keep=not tf.executing_eagerly(),  # a node steps its own parameters; an eager kernel serves many, and never ends
     )
     rest = iter(out.new_statistics)
     slots = [{name: next(rest) for name in its} for its in names]
@@ -138,6 +139,13 @@ def gradients() -> tuple[int, int]:
     seen, taken = ctypes.c_int64(), ctypes.c_int64()
     ctypes.CDLL(str(library_path())).adafactor_tensorflow_gradients(ctypes.byref(seen), ctypes.byref(taken))
     return seen.value, taken.value
+
+
+def held() -> int:
+    """Of how many parameters the op keeps the sum of squares until their next step, and their memory as it is."""
+    count = ctypes.CDLL(str(library_path())).adafactor_tensorflow_left
+    count.restype = ctypes.c_int64
+    return int(count())
 
 
 def library_path() -> Path:
