@@ -43,7 +43,7 @@ def resident(capability: int, registers: int, shared: int, warps: int) -> int:
 
 
 def loop(cubin: bytes) -> int:
-    """Instructions of the longest loop without a loop in it that reads or writes memory; 0 where there is none."""
+    """Instructions of the longest loop without a loop in it that reads or writes memory, or of code without a loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -63,7 +63,7 @@ def loop(cubin: bytes) -> int:
             loops.append((labels[branch[1]], place))
     inner = [(a, b) for a, b in loops if not any(c >= a and d <= b and (c, d) != (a, b) for c, d in loops)]
     sizes = [b - a + 1 for a, b in inner if any(re.search(r"\b(LDG|STG|LDGSTS)\b", words) for words in code[a : b + 1])]
-    return max(sizes, default=0)
+    return max(sizes, default=0 if loops else len(code))
 
 
 def elements(name: str, constants: dict[str, Any]) -> int:

@@ -30,8 +30,9 @@ SHARED = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 WIDE = re.compile(r"ld\.global[\w.:]*\.v[248]\.|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10")
 WORDS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
-# m of every width that there is a tile for, wider than any, matrices that share a tile, and vectors.
-SHAPES = [(8, 16), (8, 1024), (8, 4096), (4, 8192), (4, 11008), (2, 28672), (64, 3, 3), (4096,)]
+# m of every width that there is a tile for, wider than any, matrices that share a tile, vectors, and what is on chip.
+SHAPES = [(2048, 16), (32, 1024), (8, 4096), (4, 8192), (4, 11008), (2, 28672), (64, 3, 3), (20000,)]
+SHAPES += [(1024, 16), (16, 1024), (4096,), (8192,)]
 
 
 def launched(dtype, steps=1, **options):

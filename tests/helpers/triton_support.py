@@ -16,6 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Tiles so small that small tensors have several parts, chunks of columns, and programs for every sum.
 SMALL = {
     "TILE": 256, "WIDEST": 256, "FLAT": 512, "FLAT_TILE": 256, "COLUMNS": 8, "PART_ROWS": (4, 4),
+    "ON_CHIP": 64,
 }  # fmt: skip
 
 

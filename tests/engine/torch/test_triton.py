@@ -18,7 +18,7 @@ from triton_support import DEVICE, use
 
 from adafactor import Factored
 from adafactor.core import rounding
-from adafactor.engine.torch import cuda
+from adafactor.engine.torch import cuda, triton_table
 from adafactor.engine.torch import rounding as torch_rounding
 from adafactor.torch import Adafactor
 
@@ -60,9 +60,11 @@ def test_storage_dtypes(kernel, dtype, options):
     compare(SHAPES, dtype, options, steps=2)
 
 
+@pytest.mark.parametrize("on_chip", [0, triton_table.ON_CHIP])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tiles_of_the_size_that_a_device_gets(monkeypatch, dtype):
+def test_tiles_of_the_size_that_a_device_gets(monkeypatch, dtype, on_chip):
     use(monkeypatch, small=False)
+    monkeypatch.setattr(triton_table, "ON_CHIP", on_chip)
     more = [(6, 1), (3, 16), (2, 1, 3, 2, 4), (5, 5000), (300, 20), (70, 3, 3)]
     compare([*SHAPES, *more], dtype, {}, steps=2)
 

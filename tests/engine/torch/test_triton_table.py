@@ -90,6 +90,41 @@ def test_every_launch_is_cut_so_that_it_fills_a_device():
     assert len(alone) == 128
 
 
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [((16, 1024), (16, 1024)), ((1024, 16), (1024, 16)), ((100, 100), None), ((5, 3), (4096, 4)),
+     ((64, 256), (64, 256)), ((65, 252), None), ((1, 16385), None), ((7,), (1, 4096)), ((4097,), (1, 8192)),
+     ((8193,), None), ((2, 3, 3), None), ((), (1, 4096))],
+    ids=str,
+)  # fmt: skip
+def test_what_one_program_holds(shape, tile):
+    form = canonical(layout(shape))
+    found = triton_table.on_chip(form)
+    assert (found and (found.NP, found.M)) == tile
+    if found:
+        launch = triton_table.Launch(
+            found,
+            "float32",
+            "float32",
+            "",
+            True,
+            False,
+            False,
+            False,
+            False,
+            not form.factored,
+            False,
+            None,
+            False,
+            True,
+        )
+        tables = triton_table.tables([triton_table.Tensor(form, launch)] * 3)
+        (blocks,) = tables.on_chip.values()
+        assert blocks[:, 0].tolist() == [0, 1, 2]
+        assert not any(map(len, (tables.measure, tables.apply, tables.columns, tables.slices)))
+        assert (tables.sums, tables.squares) == (0, 3)
+
+
 def test_a_thousand_matrices_are_as_many_launches_as_two():
     few, many = (triton_table.tables([described(s) for s in [(16, 1024), (1024, 16)] * n]) for n in (1, 500))
     for name in ("measure", "apply", "columns"):

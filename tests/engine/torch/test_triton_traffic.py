@@ -39,6 +39,23 @@ def test_bytes_per_parameter(monkeypatch, dtype, limits):
         assert limit - 0.1 <= moved <= limit
 
 
+@pytest.mark.parametrize(
+    ("dtype", "limits"), [(torch.float32, (16.8, 12.8)), (torch.bfloat16, (8.8, 6.8))], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("shape", [(16, 1024), (1024, 16)], ids=str)
+def test_bytes_per_parameter_of_what_one_program_holds(monkeypatch, dtype, limits, shape):
+    """One read of g, one read and one write of x, and the statistics' 8 bytes each."""
+    use(monkeypatch, small=False)
+    _, optimizer = made(dtype, [shape] * 3)
+    for step, limit in enumerate(limits):
+        with Traffic(monkeypatch) as traffic:
+            optimizer.step()
+        moved = traffic.bytes / (3 * shape[0] * shape[1])
+        print(f"\n{dtype}, step {step + 1}: {moved:.3f} bytes per parameter, {traffic.launches} launches")
+        assert limit - 0.8 <= moved <= limit
+        assert traffic.launches == 2
+
+
 def traffic_of(monkeypatch, optimizer):
     with Traffic(monkeypatch) as traffic:
         optimizer.step()

@@ -156,6 +156,7 @@ class Triton:
         self._cut_both: list[tuple[Any, Place]] = []
         self._unfinished: set[Cut | None] = set()
         self._reserve: Tensor | None = None
+        self._at_once = True  # the verbs are not called one by one
         self._recorded: list[Tensor] = []  # what a capture in progress has made
         self._streams: set[object] = set()
         self._build()
@@ -170,7 +171,7 @@ class Triton:
         self._of_graph = is_capturing()  # its uploads wait for a replay: no eager step may read these tables
         forms = [form_of(w) for w in work]
         self._described = [
-            triton_table.Tensor(_in_kernel(form), launch_of(w, form, dtype, aligned))
+            triton_table.Tensor(_in_kernel(form), launch_of(w, form, dtype, aligned, self._at_once))
             for w, form, dtype, aligned in zip(work, forms, self._dtypes, self._aligned, strict=True)
             if form is not None
         ]
@@ -183,7 +184,7 @@ class Triton:
 
         def upload(array: NDArray[Any]) -> Tensor:
             source = pinned(array, device)
-            target = buffer(array.size, source.dtype).view(source.shape)
+            target = buffer(array.size, source.dtype)[: array.size].view(source.shape)
             send(target, source)
             self._kept.append(source)
             return target
@@ -197,6 +198,7 @@ class Triton:
         self.measured = {launch: upload(blocks) for launch, blocks in plan.measure.items()}
         self.applied = {launch: upload(blocks) for launch, blocks in plan.apply.items()}
         self.columns = {key: upload(blocks) for key, blocks in plan.columns.items()}
+        self.held = {launch: upload(blocks) for launch, blocks in plan.on_chip.items()}
         self._cuts = {key[3] for key in plan.columns}
         count = len(work)
         self.scalars, self.updated = buffer(4 * count), buffer(count, torch.int64)
@@ -278,16 +280,21 @@ class Triton:
     ) -> list[Callable[[], object]]:
         launches = Launches(self, varying)
         launches.measure(known)
+        launches.on_chip(known, skipped)
         for cut in self._cuts:
             launches.columns(cut, totals=False)
-        launches.slices(measured=True, finished=True)
-        launches.finish(skipped, count=True)
+        if len(self.plan.slices):
+            launches.slices(measured=True, finished=True)
+            launches.finish(skipped, count=True)
         launches.apply()
         return launches.queue
 
     def measure(self, grads: Sequence[Tensor | None]) -> list[Sums]:
         """Equations 2, 4, 5, 6 and 11. What is written to the sums is what `finish` reads."""
         with device_of(self.device):
+            if self._at_once:
+                self._at_once = False
+                self._build()
             self._launches = launches = Launches(self, self._begin(grads))
             if self._sums is None or is_capturing():
                 self.sums, self._sums = self._own(), None
@@ -524,8 +531,8 @@ def _in_kernel(form: Canonical) -> Canonical:
     return form._replace(rows=form.columns, columns=form.rows, transposed=False) if form.columns_first else form
 
 
-def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool) -> Launch:
-    """Which launch a tensor belongs to."""
+def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool, at_once: bool) -> Launch:
+    """Which launch a tensor belongs to; ``at_once``: all verbs may be one."""
     settings, hp = w.settings, w.settings.hyperparameters
     momentum = w.state["momentum"] if hp.momentum is not None else None
     tensors = [w.param, *(w.state[name] for name in w.slots if name != "step")]
@@ -535,9 +542,10 @@ def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool) -> Lau
     if cut is not None and (not form.factored or cut not in ("stack", "both")):
         cut = "rows"
     kernels = _in_kernel(form)
+    on_chip = triton_table.on_chip(form) if at_once and cut is None and not int8 else None
     tile = triton_table.tile_of(kernels, whole_rows=cut != "both", transposed=form.columns_first)
     return Launch(
-        tile=tile if form.factored else None,
+        tile=on_chip or (tile if form.factored else None),
         param=_NAMES[w.param.dtype],
         grad=_NAMES[grad],
         momentum="" if momentum is None else _NAMES[momentum.dtype],
@@ -550,6 +558,7 @@ def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool) -> Lau
         sliced=form.slices > 1,
         cut=cut,
         transposed=form.columns_first,
+        on_chip=on_chip is not None,
     )
 
 
@@ -620,6 +629,19 @@ class Launches:
             STAGES=tile.stages(self._shared, _SIZES[launch.grad], _SIZES[launch.param] * scale),
             **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
         )  # fmt: skip
+
+    def on_chip(self, known: Container[Launch], skipped: Tensor) -> None:
+        t, k = self._t, self._k
+        for launch, blocks in t.held.items():
+            tile = launch.tile
+            assert tile is not None
+            self._launch(k.on_chip, len(blocks))(
+                t.records, t.numbers, self._varying, t.scalars, blocks, t.squares, skipped,
+                NP=tile.NP, M=tile.M, FACTORED=not launch.flat, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad),
+                MOMENTUM=k.dtype(launch.momentum) if launch.momentum else None, STOCHASTIC=launch.stochastic,
+                COMPENSATED=launch.compensated, SCALE=launch.scale and launch not in known, ALIGNED=launch.aligned,
+                **self._warps(tile.warps), **self._capped,
+            )  # fmt: skip
 
     def totals(self, cuts: Container[Cut | None]) -> None:
         t = self._t

@@ -14,6 +14,7 @@ addresses and its numbers. A tile is K matrices × NP rows × M columns; a matri
     finish    per tensor: whether it is updated; per slice eqs. 9 and 10
     count     t, and how many tensors were left alone
     apply     eqs. 11 to 13; the statistics are written here and not before
+    on_chip   all of these but begin, for a tensor that one program holds
 
 A gradient whose address is 0 is none: its tensor is left alone, and not counted.
 No sum depends on the order in which programs run.
@@ -418,51 +419,64 @@ def count(tensors, grads, updated, skipped):
 
 
 @triton.jit
-def finish(tensors, numbers, grads, scalars, found, moves, updated, skipped, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """Whether a tensor is updated, and how far its slices move: the factor of u, and alpha (eqs. 9 and 10)."""
-    tensor = tl.program_id(0)
-    if tl.load(grads + tensor) == 0:
-        return
-    record, number = tensors + tensor.to(tl.int64) * _F, numbers + tensor.to(tl.int64) * _G
-    first, slices, flags = tl.load(record + _SLICE), tl.load(record + _SLICES), tl.load(record + _FLAGS)
+def _goes_on(record, total):
+    """Whether a tensor is updated, and that as 0 or 1; ``total`` is not finite where g or g² is not."""
+    goes_on = ((total - total) == 0) | ((tl.load(record + _FLAGS) & _SKIP) == 0)
+    return goes_on, tl.where(goes_on, 1, 0).to(tl.int64)
+
+
+@triton.jit
+def _move_by(record, number, rho, decay_factor, u2, Q, s, slices, goes_on, applied):
+    """How far slices move by their Σu² and Q: the factor of u, and alpha (eqs. 9 and 10). Records diagnostics."""
+    flags, asked = tl.load(record + _FLAGS), tl.load(record + _DIAGNOSTICS)
     N = tl.load(record + _GLOBAL_SIZE).to(tl.float32)
     eps2, clip = tl.load(number + _EPS2).to(tl.float32), tl.load(number + _CLIP).to(tl.float32)
     beta1 = tl.load(number + _BETA1).to(tl.float32)
+    rms_u = tl.sqrt(u2 / N)
+    rms_x = tl.sqrt(Q / N)
+    rms_x = rms_x * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(decay_factor), 1.0)
+    scale = tl.where((flags & _SCALE) != 0, tl.where(rms_x <= eps2, eps2, rms_x), 1.0)  # NaN stays NaN
+    alpha = rho * scale  # eq. 9
+    divisor = rms_u / clip
+    divisor = tl.where(divisor <= 1, 1.0, divisor)
+    divisor = tl.where(clip == _NONE, 1.0, divisor)
+    factor = 1.0 / divisor  # eq. 10
+    factor = tl.where((flags & _MAXIMIZE) != 0, -factor, factor)
+    factor = factor * tl.where(beta1 > 0, 1.0 - beta1, alpha)
+    reports = tl.where(asked != 0, slices, 0)
+    made = tl.where(goes_on, reports, 0)
+    out = asked.to(tl.pointer_type(tl.float64)) + s * 4
+    tl.store(out, rms_u.to(tl.float64), mask=s < made)
+    tl.store(out + 1, divisor.to(tl.float64), mask=s < made)
+    tl.store(out + 2, scale.to(tl.float64), mask=s < made)
+    left_alone = tl.load(out + 3, mask=s < reports, other=0) + (1 - applied).to(tl.float64)
+    tl.store(out + 3, left_alone, mask=s < reports)
+    return factor, alpha
+
+
+@triton.jit
+def finish(tensors, numbers, grads, scalars, found, moves, updated, skipped, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """Whether a tensor is updated, and how far its slices move: the factor of u, and alpha (eqs. 9 and 10)."""
+    tensor = tl.program_id(0)
+    record, number = tensors + tensor.to(tl.int64) * _F, numbers + tensor.to(tl.int64) * _G
+    first, slices = tl.load(record + _SLICE), tl.load(record + _SLICES)
+    if (tl.load(grads + tensor) == 0) | (slices == 0):
+        return
     rho, decay_factor = tl.load(scalars + tensor * 4 + 2), tl.load(scalars + tensor * 4 + 3)
     check = tl.zeros((BLOCK,), tl.float32)
     for s0 in range(0, slices, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
         place = found + (first + s) * 3
         check += tl.load(place, mask=s < slices, other=0) + tl.load(place + 2, mask=s < slices, other=0)
-    total = tl.sum(check)
-    goes_on = ((total - total) == 0) | ((flags & _SKIP) == 0)
-    applied = tl.where(goes_on, 1, 0).to(tl.int64)
+    goes_on, applied = _goes_on(record, tl.sum(check))
     tl.store(updated + tensor, applied)
-    asked = tl.load(record + _DIAGNOSTICS).to(tl.pointer_type(tl.float64))
-    reports = tl.where(tl.load(record + _DIAGNOSTICS) != 0, slices, 0)
-    made = tl.where(goes_on, reports, 0)
     for s0 in range(0, slices, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
         place, mask = found + (first + s) * 3, s < slices
-        rms_u = tl.sqrt(tl.load(place, mask=mask, other=0) / N)
-        rms_x = tl.sqrt(tl.load(place + 1, mask=mask, other=0) / N)
-        rms_x = rms_x * tl.where((flags & _AFTER_DECAY) != 0, tl.abs(decay_factor), 1.0)
-        scale = tl.where((flags & _SCALE) != 0, tl.where(rms_x <= eps2, eps2, rms_x), 1.0)  # NaN stays NaN
-        alpha = rho * scale  # eq. 9
-        divisor = rms_u / clip
-        divisor = tl.where(divisor <= 1, 1.0, divisor)
-        divisor = tl.where(clip == _NONE, 1.0, divisor)
-        factor = 1.0 / divisor  # eq. 10
-        factor = tl.where((flags & _MAXIMIZE) != 0, -factor, factor)
-        factor = factor * tl.where(beta1 > 0, 1.0 - beta1, alpha)
+        u2, Q = tl.load(place, mask=mask, other=0), tl.load(place + 1, mask=mask, other=0)
+        factor, alpha = _move_by(record, number, rho, decay_factor, u2, Q, s, slices, goes_on, applied)
         tl.store(moves + (first + s) * 2, factor, mask=mask)
         tl.store(moves + (first + s) * 2 + 1, alpha, mask=mask)
-        out = asked + s * 4
-        tl.store(out, rms_u.to(tl.float64), mask=s < made)
-        tl.store(out + 1, divisor.to(tl.float64), mask=s < made)
-        tl.store(out + 2, scale.to(tl.float64), mask=s < made)
-        left_alone = tl.load(out + 3, mask=s < reports, other=0) + (1 - applied).to(tl.float64)
-        tl.store(out + 3, left_alone, mask=s < reports)
     if COUNT:
         _count(record, applied, skipped)
 
@@ -649,3 +663,88 @@ def apply_flat(
             Q += x * x
     if SQUARES:
         tl.store(squares + tl.load(record + _SQUARES) + tl.load(block + 3), tl.sum(Q), mask=goes_on)
+
+
+@triton.jit
+def on_chip(
+    tensors, numbers, grads, scalars, blocks, squares, skipped,
+    NP: tl.constexpr, M: tl.constexpr, FACTORED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr, SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The step of one tensor of NP × M elements at most. g is read once and stays in registers, x is moved once.
+
+    SCALE: x is read for its sum of squares as well; else the last step has left that.
+    """
+    tensor = tl.load(blocks + tl.program_id(0) * _B)
+    address = tl.load(grads + tensor)
+    if address == 0:
+        return
+    record, number = tensors + tensor * _F, numbers + tensor * _G
+    m, n, size = tl.load(record + _m), tl.load(record + _N), tl.load(record + _SIZE)
+    if ALIGNED:
+        m, size = tl.multiple_of(m, 16), tl.multiple_of(size, 16)
+    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    rho, decay_factor = tl.load(scalars + tensor * 4 + 2), tl.load(scalars + tensor * 4 + 3)
+    eps1, beta1 = tl.load(number + _EPS1).to(tl.float32), tl.load(number + _BETA1).to(tl.float32)
+    seed, rng_stream = tl.load(record + _SEED), tl.load(record + _RNG_STREAM)
+    t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64))) + 1
+    grad = _pointer(address, GRAD, ALIGNED)
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
+    momentum, scales, residual = param, param, param
+    if COMPENSATED:
+        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
+    if MOMENTUM is not None:
+        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
+    first = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
+    column = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
+    i, j = tl.arange(0, NP), tl.arange(0, M)
+    if FACTORED:
+        place = i[:, None] * m + j[None, :]
+        mask = (i < n)[:, None] & (j < m)[None, :]
+    else:
+        place = i[:, None].to(tl.int64) * M + j[None, :]
+        mask = place < size
+    g = tl.load(grad + place, mask=mask, other=0).to(tl.float32)
+    g2 = g * g
+    if FACTORED:
+        S = tl.sum(g2, axis=0)  # eq. 4
+        r = past * tl.load(first + i, mask=i < n, other=0)
+        r += ema_weight * (tl.sum(g2, axis=1) / m.to(tl.float32) + eps1)  # eq. 2
+        c = past * tl.load(column + j, mask=j < m, other=0) + ema_weight * (S / n.to(tl.float32) + eps1)  # eq. 3
+        c = tl.where(j < m, c, 0.0)
+        u = g * _inverse_root(r)[:, None]
+        W = tl.sum(u * u, axis=0)  # eq. 5
+        mu = tl.sum(c) / m.to(tl.float32)
+        u2 = mu * tl.sum(tl.where(j < m, W / tl.maximum(c, _TINY), 0.0))  # eq. 7
+        check = tl.sum(S) + tl.sum(W)
+        u = u * (tl.sqrt(mu) * _inverse_root(c))[None, :]
+    else:
+        v = past * tl.load(first + place, mask=mask, other=0) + ema_weight * (g2 + eps1)  # eq. 11
+        u = g * _inverse_root(v)
+        u2 = tl.sum(tl.where(mask, u * u, 0.0))
+        check = tl.sum(g2)
+    left = squares + tl.load(record + _SQUARES)
+    if SCALE:
+        x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
+        Q = tl.sum(x * x)  # eq. 6
+    else:
+        Q = tl.load(left)
+    goes_on, applied = _goes_on(record, check + u2)
+    only = tl.arange(0, 1)  # slice
+    zero = only.to(tl.float32)
+    factor, alpha = _move_by(record, number, rho, decay_factor, u2 + zero, Q + zero, only, 1, goes_on, applied)
+    n, m, size = tl.where(goes_on, n, 0), tl.where(goes_on, m, 0), tl.where(goes_on, size, 0)
+    if FACTORED:
+        mask = (i < n)[:, None] & (j < m)[None, :]
+        tl.store(first + i, r, mask=i < n)
+        tl.store(column + j, c, mask=j < m)
+    else:
+        mask = place < size
+        tl.store(first + place, v, mask=mask)
+    x = move(
+        param, momentum, scales, residual, place, place, mask, place, mask, u * tl.sum(factor), decay_factor,
+        tl.sum(alpha), beta1, seed, t, rng_stream, PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, False, NP * M,
+    )  # fmt: skip
+    tl.store(left, tl.sum(x * x), mask=goes_on)
+    _count(record, applied, skipped)

@@ -41,6 +41,7 @@ TILE = 4096  # elements that 8 warps work on at a time
 WIDEST = 16384  # columns up to which a row's sum and the column sums of its part stay in registers
 FLAT = 16384  # elements of one program over an unfactored tensor, FLAT_TILE at a time
 FLAT_TILE = 1024
+ON_CHIP = 16384  # elements of a tensor that one program steps, with g in its registers
 TRANSPOSED = 32  # columns of a tile whose rows are neighbours in memory: the rest of its elements are neighbours
 COLUMNS = 128  # of one tile where the sums over parts are added up
 # S and W of a part of R rows take 8 bytes per column, and are written and read once: 16 / R bytes per element. Rows are
@@ -103,6 +104,7 @@ class Launch(NamedTuple):
     sliced: bool
     cut: Cut | None  # what a part lacks: its columns are finished with those of the same cut; None if it is whole
     transposed: bool  # rows are neighbours in memory, not columns
+    on_chip: bool = False  # one program makes the whole step of a tensor
 
     @property
     def part(self) -> bool:
@@ -126,7 +128,7 @@ class Launch(NamedTuple):
     @property
     def keeps_squares(self) -> bool:
         """Whether apply leaves the sums of x² (eq. 6) where measure would: its programs are cut along slices."""
-        return not (self.flat and (self.tile is not None or self.sliced))
+        return self.on_chip or not (self.flat and (self.tile is not None or self.sliced))
 
 
 @dataclass
@@ -146,7 +148,8 @@ class Tables:
         slices: int64 (slices, SLICE_FIELDS).
         measure, apply: per launch its blocks, int64 (programs, BLOCK_FIELDS). Apply walks them backwards: what measure
             read last is still in the cache.
-        members: per launch of measure its tensors.
+        on_chip: likewise, of tensors that are in no other table.
+        members: per launch of measure, or on chip, its tensors.
         columns: per (K, P, C) of the tile and ``cut`` its blocks.
         sums, partials, squares, roots: numbers in each buffer, float32.
     """
@@ -155,6 +158,7 @@ class Tables:
     slices: NDArray[np.int64]
     measure: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     apply: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
+    on_chip: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     members: dict[Launch, list[int]] = field(default_factory=dict)
     columns: dict[tuple[int, int, int, Cut | None], NDArray[np.int64]] = field(default_factory=dict)
     sums: int = 0
@@ -195,6 +199,18 @@ def tile_of(form: Canonical, whole_rows: bool = True, transposed: bool = False) 
     return Tile(rows // NP, NP, M, warps, wide)
 
 
+def on_chip(form: Canonical) -> Tile | None:
+    """The tile of a whole tensor that one program can hold; of an unfactored one it is one row."""
+    if form.slices > 1 or form.outer * form.inner > 1:
+        return None
+    if form.factored:
+        M = max(4, power(form.columns, 4))
+        fits = M <= ON_CHIP and form.rows <= ON_CHIP // M
+        return Tile(1, ON_CHIP // M, M, 16, False) if fits else None
+    size = ON_CHIP // 4 if form.size <= ON_CHIP // 4 else ON_CHIP // 2  # its statistic fills as many registers as g
+    return Tile(1, 1, size, max(4, size // 512), False) if form.size <= size else None
+
+
 @dataclass
 class _Kind:
     """What tensors of one form and launch have in common: tables of one of them, numbered 0, which begin at 0."""
@@ -219,11 +235,12 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
     result = Tables(np.zeros((len(tensors), len(FIELDS)), np.int64), np.zeros((0, len(SLICE_FIELDS)), np.int64))
     measured: dict[Launch, list[NDArray[np.int64]]] = {}
     applied: dict[Launch, list[NDArray[np.int64]]] = {}
+    held: dict[Launch, list[NDArray[np.int64]]] = {}
     summed: dict[tuple[int, int, int, Cut | None], list[NDArray[np.int64]]] = {}
-    slices: list[NDArray[np.int64]] = []
+    slices: list[NDArray[np.int64]] = [result.slices]
     first_slice = 0
     for (form, launch), members in kinds.items():
-        kind = _kind(form, launch, part_rows.get(launch, 0))
+        kind = _on_chip_kind(form) if launch.on_chip else _kind(form, launch, part_rows.get(launch, 0))
         numbers, count = np.array(members), len(members)
         result.records[numbers] = [kind.record[name] for name in FIELDS]
 
@@ -237,7 +254,7 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
             (("partial",), result.partials, kind.partials),
             (("squares",), result.squares, kind.squares),
             (("root_mu",), result.roots, kind.roots),
-            (("slice",), first_slice, form.slices),
+            (("slice",), first_slice, len(kind.slices)),
         )
         for names, begin, size in begins:
             for name in names:
@@ -246,26 +263,40 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
         result.partials += count * kind.partials
         result.squares += count * kind.squares
         result.roots += count * kind.roots
-        first_slice += count * form.slices
-        if len(kind.measure):
+        first_slice += count * len(kind.slices)
+        if launch.on_chip:
+            held.setdefault(launch, []).append(every(kind.measure))
+        else:
             measured.setdefault(launch, []).append(every(kind.measure))
-        applied.setdefault(launch.of_apply, []).append(every(kind.apply))
+            applied.setdefault(launch.of_apply, []).append(every(kind.apply))
         if kind.columns is not None:
             summed.setdefault((*kind.columns[0], launch.cut), []).append(every(kind.columns[1]))
         slices.append(every(kind.slices))
         result.members.setdefault(launch, []).extend(members)
     result.slices = np.concatenate(slices)
+    result.on_chip = {launch: np.concatenate(blocks) for launch, blocks in held.items()}
     result.measure = {launch: np.concatenate(blocks) for launch, blocks in measured.items()}
     result.apply = {launch: np.concatenate(blocks)[::-1].copy() for launch, blocks in reversed(applied.items())}
     result.columns = {key: np.concatenate(blocks) for key, blocks in summed.items()}
     return result
 
 
-def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
+def _record(form: Canonical) -> dict[str, int]:
     record = dict.fromkeys(FIELDS, 0)
     record.update(n=form.rows, inner=form.inner, m=form.columns, matrices=form.outer * form.inner, size=form.size)
     record.update(slices=form.slices, slice_size=form.size // form.slices, tiles=1, moved=1)
     record.update(global_rows=form.rows, global_columns=form.columns, global_size=record["slice_size"])
+    return record
+
+
+def _on_chip_kind(form: Canonical) -> _Kind:
+    """One program; no slice is anybody else's."""
+    record, program = _record(form) | {"slices": 0}, _blocks(np.zeros(1, np.int64))
+    return _Kind(record, program, program[:0], np.zeros((0, len(SLICE_FIELDS)), np.int64), squares=1)
+
+
+def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
+    record = _record(form)
     runs = _runs(form)
     if launch.tile is None:
         blocks, entries = _flat(form)
@@ -293,7 +324,7 @@ def _part_rows(kinds: Mapping[tuple[Canonical, Launch], Sequence[int]]) -> dict[
     found: dict[Launch, int] = {}
     by_launch: dict[Launch, list[tuple[int, int]]] = {}
     for (form, launch), members in kinds.items():
-        if launch.tile is not None:
+        if launch.tile is not None and not launch.on_chip:
             matrices = len(members) * -(-form.outer * form.inner // launch.tile.K)
             by_launch.setdefault(launch, []).append((matrices, form.rows))
     for launch, sizes in by_launch.items():
