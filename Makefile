@@ -6,7 +6,7 @@
 #   make lint    ruff and mypy
 #   make docs    the pages of docs/ as a site, in build/docs
 #   make bench   step times against the peers, in this machine's terms
-#   make gpu     registers, spills and instructions of the Triton kernels, compiled for devices that need not be there
+#   make gpu     registers, spills and instructions of the Triton kernels, compiled for devices that need not be there; estimates
 #   make paper   the paper's stability findings on a small Transformer, as a table and a picture
 #   make doctor  versions, the kernels in use, and what does not work
 #   make wheel   the wheel, built without any framework, then installed beside the oldest and newest of each and tested
@@ -95,6 +95,7 @@ bench: $(VENV)/test.$(MODULES)
 gpu: $(VENV)/test.$(MODULES)
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/gpu_static.py --json build/bench/gpu-static.json $(ARGS)
+	$(BIN)/python benchmarks/gpu_estimate.py --json build/bench/gpu-estimate.json
 	$(BIN)/python benchmarks/host_time.py --json build/bench/host-time.json
 
 paper: $(VENV)/test.$(MODULES)

@@ -73,28 +73,31 @@ def elements(name: str, constants: dict[str, Any]) -> int:
     return int(constants.get("K", 1) * constants.get("NP", 1) * constants["M"]) if "M" in constants else 0
 
 
+def row(capability: int, kernel: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What a launch is on a device of this compute capability."""
+    name = kernel.fn.__name__
+    constants, binary = compiling.compiled(kernel, args, kwargs, compiling.GPUTarget("cuda", capability, 32))
+    registers, spilled = compiling.usage(binary.asm["cubin"])
+    warps, shared, turn = binary.metadata.num_warps, binary.metadata.shared, elements(name, constants)
+    count, sides = loop(binary.asm["cubin"]), ("K", "NP", "M", "BLOCK", "P", "C")
+    return {
+        "kernel": name, "tile": " ".join(str(constants[key]) for key in sides if key in constants),
+        "constants": " ".join(f"{key}={value}" for key, value in constants.items()), "warps": warps,
+        "registers": registers, "spilled": spilled, "shared": shared,
+        "resident": resident(capability, registers, shared, warps),
+        "instructions": round(count * warps * 32 / turn, 1) if turn and count else None,
+    }  # fmt: skip
+
+
 def rows(capability: int) -> list[dict[str, Any]]:
-    seen: set[str] = set()
-    made = []
+    made: dict[str, dict[str, Any]] = {}
     compiling.cuda._shared = lambda device: SHARED[capability]
     for label, (dtype, options) in OPTIONS.items():
         for kernel, args, kwargs in compiling.launched(dtype, steps=2, **options):
-            name = kernel.fn.__name__
-            constants, binary = compiling.compiled(kernel, args, kwargs, compiling.GPUTarget("cuda", capability, 32))
-            words = " ".join(f"{key}={value}" for key, value in constants.items())
-            if f"{name} {words}" in seen:
-                continue
-            seen.add(f"{name} {words}")
-            registers, spilled = compiling.usage(binary.asm["cubin"])
-            warps, shared, turn = binary.metadata.num_warps, binary.metadata.shared, elements(name, constants)
-            count = loop(binary.asm["cubin"])
-            tile = " ".join(str(constants[key]) for key in ("K", "NP", "M", "BLOCK", "P", "C") if key in constants)
-            made.append({
-                "kernel": name, "of": label, "tile": tile, "constants": words, "warps": warps, "registers": registers,
-                "spilled": spilled, "shared": shared, "resident": resident(capability, registers, shared, warps),
-                "instructions": round(count * warps * 32 / turn, 1) if turn and count else None,
-            })  # fmt: skip
-    return made
+            key = f"{kernel.fn.__name__} {[kwargs[word] for word in kernel.arg_names if word in kwargs]}"
+            if key not in made:
+                made[key] = {"of": label, **row(capability, kernel, args, kwargs)}
+    return list(made.values())
 
 
 def main() -> int:
