@@ -80,6 +80,24 @@ def test_what_a_user_writes_is_seen(monkeypatch, write, shape):
     assert optimizer.diagnostics()["0"]["parameter_scale"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_views_of_one_tensor_count_for_each_other(monkeypatch):
+    use(monkeypatch)
+    both = torch.ones(2, 8, 20)
+    params = [torch.nn.Parameter(view) for view in both]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = Adafactor(params, diagnostics=True)
+    for _ in range(3):
+        optimizer.step()
+        with torch.no_grad():
+            params[1].mul_(3)
+        expected = [p.detach().double().square().mean().sqrt().item() for p in params]
+        optimizer.step()
+        recorded = optimizer.diagnostics()
+        assert [recorded[k]["parameter_scale"].item() for k in "01"] == pytest.approx(expected, rel=1e-6)
+    assert params[0]._version == params[1]._version
+
+
 def test_what_no_counter_counts_is_seen_after_so_many_steps(monkeypatch):
     use(monkeypatch)
     monkeypatch.setattr(cuda, "REMEASURE", 4)

@@ -83,12 +83,12 @@ class Native:
         self._begin(grads, before == self._versions or np.equal(before, self._versions))
         self.table.run("step", torch.get_num_threads(), chosen=here)
         self._count(skipped, here)
-        after = list(map(_version_of, self._params))
+        after = [version + 1 for version in before]
         if here is not None:  # Q of the others is of the x that they were left with
             after = [
                 new if grad is not None else old for new, old, grad in zip(after, self._versions, grads, strict=True)
             ]
-        self._versions = after
+        self._versions = after  # views of one tensor count for each other, and so are looked at every time
 
     def measure(self, grads: Sequence[Tensor]) -> list[Sums]:
         if self._sums is None:

@@ -141,7 +141,8 @@ class Triton:
 
     Attributes:
         records, numbers: the tables, complete; ``plan``: what they were made from.
-        versions: of each parameter when apply left its Σx² (eq. 6) in ``squares``.
+        versions: of each parameter when apply left its Σx² (eq. 6) in ``squares``. Those of views of one tensor, which
+            count for each other, are taken as lower than they are: their x is read at every step.
     """
 
     def __init__(self, work: Sequence[Work]) -> None:
@@ -208,6 +209,7 @@ class Triton:
         self.varying = buffer(count + len(groups), torch.int64)  # addresses of gradients, then learning rates
         self.sent: tuple[list[int], list[float]] | None = None  # what it holds
         self._versions: list[int] | None = None
+        self._before: list[int] | None = None  # what they are in a step
         self._all_known = frozenset(launch for launch in plan.members if launch.keeps_squares)
         self._steps = 0
         self._told: tuple[object, ...] = ()  # to the launches of the last step
@@ -375,10 +377,13 @@ class Triton:
             self._recorded = []
         written = [p for k, p in enumerate(self._params) if k not in self._absent] if self._absent else self._params
         torch.autograd.graph.increment_version(written)
-        versions, old = list(map(_version_of, self._params)), self._versions
+        if self._before is None:
+            self._versions = None
+            return
+        versions, old = [version + 1 for version in self._before], self._versions
         for k in self._absent:  # its sum is of the x that it was left with
             versions[k] = -1 if old is None else old[k]
-        self._versions = versions
+        self._versions, self._before = versions, None
 
     def _known(self, skipped: Tensor) -> frozenset[Launch]:
         """The launches of measure whose Σx² stand in ``squares``: apply left them, and nobody wrote to x since.
@@ -387,6 +392,7 @@ class Triton:
         and once something was captured nothing is taken as known.
         """
         versions, old = list(map(_version_of, self._params)), self._versions
+        self._before = versions
         self._steps += 1
         if old is None or self._steps % REMEASURE == 0 or skipped in _captured or is_capturing():
             return frozenset()
