@@ -14,6 +14,7 @@ using adafactor::Workspace;
 
 const size_t kColumns = 512;            // columns that eight rows visit while they are in the first-level cache
 const size_t kBlockBytes = 192 * 1024;  // of gradient between its first and its second look: second-level cache
+const size_t kMostRows = 64;            // of a block
 const size_t kAhead = 2;                // rows between the one at hand and the one asked for, where columns come first
 const size_t kStreams = 8;              // rows that are read side by side: memory answers several streams sooner than one
 const size_t kPiece = 128;              // of each in turn
@@ -172,30 +173,42 @@ inline T weight(T row) {
   return poison == 0 ? inverse_root(row) : poison;
 }
 
+// Finishes n rows of `length` elements each, whose sums of g^2 are in `finished` (eq. 2).
+template <class T>
+void finish_rows(const adafactor_tensor& t, const T* ADAFACTOR_RESTRICT row, T* ADAFACTOR_RESTRICT finished, size_t n,
+                 T length) {
+  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
+  for (size_t r = 0; r < n; ++r) finished[r] = past * row[r] + ema_weight * (finished[r] / length + eps1);
+}
+
+template <class T>
+void weights_of(const T* ADAFACTOR_RESTRICT rows, T* ADAFACTOR_RESTRICT weights, size_t n) {
+  for (size_t k = 0; k < n; ++k) weights[k] = weight(rows[k]);
+}
+
 template <class T>
 void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
   const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner), stride = inner * m;
-  const T* row = at<T>(t.row, 0);
-  const T ema_weight = T(t.ema_weight), past = T(1 - t.ema_weight), eps1 = T(t.eps1);
   const bool summed = t.flags & ADAFACTOR_ROWS_SUMMED, sum_only = t.flags & ADAFACTOR_ROW_SUMS;
   const T length = T(t.global_columns);
   memset(S, 0, stride * sizeof(T));
   memset(W, 0, stride * sizeof(T));
 
   size_t rows = kBlockBytes / (stride * bytes_of(t.grad_dtype));
-  rows = rows >= 64 ? 64 : rows >= 8 ? rows / 8 * 8 : rows >= 4 ? 4 : 1;
+  rows = rows >= kMostRows ? kMostRows : rows >= 8 ? rows / 8 * 8 : rows >= 4 ? 4 : 1;
   for (size_t i = begin; i < end; i += rows) {
     const size_t i_end = least(i + rows, end);
     const size_t first = (b * n + i) * inner, last = (b * n + i_end) * inner;
     if (!summed) sum_rows(t, finished, first, last);
-    for (size_t r = first; r < last && !sum_only; ++r)
-      finished[r] = past * row[r] + ema_weight * (finished[r] / length + eps1);  // eq. 2
+    if (!sum_only) finish_rows(t, at<const T>(t.row, first), finished + first, last - first, length);
     for (size_t k_inner = 0; k_inner < inner; ++k_inner) {
-      T weights[8];
+      T of_rows[kMostRows] = {};
+      if (inner == 1 && !sum_only) weights_of(finished + first, of_rows, i_end - i);
       for (size_t k = i; k < i_end;) {
         const size_t count = i_end - k >= 8 ? 8 : i_end - k >= 4 ? 4 : 1;
         const size_t run = (b * n + k) * inner + k_inner;
-        for (size_t q = 0; q < count; ++q) weights[q] = sum_only ? T(0) : weight(finished[run + q * inner]);
+        T* weights = of_rows + (k - i);
+        for (size_t q = 0; q < count && inner > 1 && !sum_only; ++q) weights[q] = weight(finished[run + q * inner]);
         T *s = S + k_inner * m, *w = W + k_inner * m;
         if (count == 8) add_columns<8>(t, run * m, stride, weights, s, w);
         else if (count == 4) add_columns<4>(t, run * m, stride, weights, s, w);
@@ -621,11 +634,13 @@ Squares apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit
       const T *x = at<T>(t.param, r * m), *g = static_cast<const T*>(t.grad) + r * m;
       T* moved = at<T>(target_of(t), r * m);
       Lanes<T> squares;
-      T s[4][kLanes] = {};
+      T s[4][kLanes] = {}, factors[kTile / (4 * kLanes)];
       if (known) Q.before += double(sum<Square>(x, runs * m));
+      if (!turned) memcpy(row + r, finished + r, runs * sizeof(T));
+      for (size_t q = 0; q < runs; ++q) factors[q] = turned ? finished[r + q] : inverse_root(finished[r + q]);
       for (size_t q = 0; q < runs; ++q, cursor.next())
-        descend_lanes(g + q * m, scaled + cursor.columns(), factor(r + q), step.decay_factor, x + q * m, moved + q * m,
-                      m, s);
+        descend_lanes(g + q * m, scaled + cursor.columns(), factors[q] * step.normalised, step.decay_factor, x + q * m,
+                      moved + q * m, m, s);
       memcpy(squares.group, s, sizeof(s));
       Q.after += double(squares.total());
       r += runs;

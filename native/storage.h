@@ -18,13 +18,6 @@
 #define ADAFACTOR_F16C 1
 #endif
 
-// Conversions are called, not copied into every loop that needs one: a tile takes far longer than a call.
-#if defined(__GNUC__)
-#define ADAFACTOR_CALLED __attribute__((noinline))
-#else
-#define ADAFACTOR_CALLED __declspec(noinline)
-#endif
-
 namespace ADAFACTOR_NS {
 namespace {
 
