@@ -47,7 +47,7 @@ def field(records: Any, name: str) -> Any:
     return records[:, triton_table.FIELDS.index(name)]
 
 
-def seconds(capability: int, call: Any, records: Any, itemsize: int) -> float:
+def seconds(capability: int, call: Any, records: Any) -> float:
     """The model's time of one launch."""
     device, (kernel, args, kwargs) = DEVICES[capability], call
     name = kernel.fn.__name__
@@ -57,13 +57,12 @@ def seconds(capability: int, call: Any, records: Any, itemsize: int) -> float:
     its = records[np.unique(blocks[:, 0].numpy())]
     size = int(field(its, "size").sum())
     sums = 8 * int((field(its, "parts") * field(its, "matrices") * field(its, "m")).sum())
-    moved = (1 if name.startswith("measure") else 3) * size * itemsize + (sums if name == "measure" else 0)
-    moved = sums if name == "columns" else moved
     row = gpu_static.row(capability, kernel, args, kwargs)
+    moved = size * row["bytes"] + (sums if name in ("measure", "columns") else 0)
     programs, at_once = len(blocks), row["resident"] * device.multiprocessors
     stages = kwargs.get("STAGES", 1)
-    reads = (1 if name.startswith("measure") else 2) * itemsize
-    in_flight = gpu_static.elements(name, kwargs) * reads * (stages - 1 or 0.5)
+    written = kwargs["PARAM"].primitive_bitwidth // 8 if name not in ("measure", "measure_flat", "columns") else 0
+    in_flight = gpu_static.elements(name, kwargs) * (row["bytes"] - written) * (stages - 1 or 0.5)
     if name == "columns":
         in_flight = kwargs["K"] * kwargs["P"] * kwargs["C"] * 8
     covered = device.copy * device.latency  # bytes in flight that the bandwidth needs
@@ -89,7 +88,7 @@ def step(capability: int, shapes: Shapes, dtype: torch.dtype) -> tuple[float, in
     (prepared,) = optimizer._preparation._prepared.values()
     assert prepared.plan is not None
     ((backend, _),) = prepared.plan.backends
-    return sum(seconds(capability, call, backend.plan.records, dtype.itemsize) for call in calls), len(calls)
+    return sum(seconds(capability, call, backend.plan.records) for call in calls), len(calls)
 
 
 def main() -> int:
