@@ -16,8 +16,9 @@ import numpy as np
 
 from adafactor.convert.report import Change, Report
 from adafactor.convert.state import Array, Parameter
+from adafactor.core import factoring
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import Factored, Layout, Shape, layout
+from adafactor.core.factoring import Factored, Layout, Shape
 
 Axes = Mapping[str, Factored | None]  # by a parameter's name
 Shapes = Mapping[str, Shape]
@@ -28,10 +29,10 @@ def estimate(parameter: Parameter) -> Array:
     """The second moment of every element, float64: row × column / mean (0 where the mean is 0), or as it is."""
     if not parameter.layout.factored:
         return np.asarray(parameter.slots["second_moment"], np.float64)
-    its_layout = parameter.layout
-    row = np.expand_dims(np.asarray(parameter.slots["row"], np.float64), its_layout.columns)
-    column = np.expand_dims(np.asarray(parameter.slots["column"], np.float64), its_layout.rows)
-    mean = row.mean(axis=its_layout.rows, keepdims=True)
+    layout = parameter.layout
+    row = np.expand_dims(np.asarray(parameter.slots["row"], np.float64), layout.columns)
+    column = np.expand_dims(np.asarray(parameter.slots["column"], np.float64), layout.rows)
+    mean = row.mean(axis=layout.rows, keepdims=True)
     column = np.divide(column, mean, out=np.zeros(np.broadcast_shapes(column.shape, mean.shape)), where=mean != 0)
     product: Array = row * column
     return product
@@ -110,10 +111,10 @@ def permuted(parameter: Parameter, permutation: Sequence[int], report: Report) -
 
 def rows_first(parameter: Parameter) -> Parameter:
     """The parameter with row and column in each other's place where the columns come before the rows."""
-    its_layout, slots = parameter.layout, parameter.slots
-    if not its_layout.factored or min(its_layout.rows) < min(its_layout.columns):
+    layout, slots = parameter.layout, parameter.slots
+    if not layout.factored or min(layout.rows) < min(layout.columns):
         return parameter
-    turned = replace(its_layout, rows=its_layout.columns, columns=its_layout.rows)
+    turned = replace(layout, rows=layout.columns, columns=layout.rows)
     return replace(parameter, layout=turned, slots={**slots, "row": slots["column"], "column": slots["row"]})
 
 
@@ -145,26 +146,26 @@ def roles(
         return found
     row, column = slots["row"], slots["column"]
 
-    def fits(its_layout: Layout) -> bool:
-        return its_layout.factored and its_layout.row_shape == row and its_layout.column_shape == column
+    def fits(layout: Layout) -> bool:
+        return layout.factored and layout.row_shape == row and layout.column_shape == column
 
     if axes is not None and name in axes:
         if shape is None:
             raise Refused(message(f"the shape of {name}", "told where its axes are", None, "Pass shapes as well."))
         spec = axes[name]
-        found = layout(shape, lambda *_: spec, name=name)
+        found = factoring.layout(shape, lambda *_: spec, name=name)
         if not fits(found):
             rule = f"those of row {row} and column {column}"
             raise Refused(message(f"the axes of {name}", rule, spec, f"Its shape is {shape}."))
         return found
     shapes = [shape] if shape is not None else list(dict.fromkeys(_shapes(row, column)))
-    chosen = {its_layout for chooser in choose for its_layout in map(chooser, shapes) if fits(its_layout)}
+    chosen = {layout for chooser in choose for layout in map(chooser, shapes) if fits(layout)}
     if len(chosen) == 1:
         return chosen.pop()
     if shape is None:
         held = f"row {row} and column {column}"
         raise Refused(message(f"the shape of {name}", "told by its statistics", held, "Pass shapes (--shapes)."))
-    candidates = list(chosen) or [its_layout for its_layout in _partitions(shape) if fits(its_layout)]
+    candidates = list(chosen) or [layout for layout in _partitions(shape) if fits(layout)]
     if len(candidates) != 1:
         rule = f"told by row {row} and column {column} of shape {shape}"
         got = f"{len(candidates)} possible choices"

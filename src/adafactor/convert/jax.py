@@ -31,9 +31,10 @@ from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
 from adafactor.convert.trees import Flat, Tree, array, flat, grafted, joined, plain, put
+from adafactor.core import factoring
 from adafactor.core.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X, in_our_words, largest_two
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import POLICIES, Factored, Layout, Shape, layout
+from adafactor.core.factoring import POLICIES, Factored, Layout, Shape
 from adafactor.core.files import PathLike, replacing
 from adafactor.core.untrusted import reading
 
@@ -226,10 +227,10 @@ def _read_one(
         if value.dtype != np.float64:
             slots[slot] = value.astype(np.float32)
     statistics = {slot: value.shape for slot, value in slots.items()}
-    its_layout = roles(name, statistics, _choosers(found.format), shape=shape, axes=axes)
+    layout = roles(name, statistics, _choosers(found.format), shape=shape, axes=axes)
     if momentum is not None:
         slots["momentum"] = momentum
-    return rows_first(Parameter(name, its_layout, slots, count, dtype, 0, rms))
+    return rows_first(Parameter(name, layout, slots, count, dtype, 0, rms))
 
 
 def _has_momentum(found: _Found) -> bool:
@@ -243,7 +244,7 @@ def _placeholder(value: Array) -> bool:
 
 def _choosers(format: str) -> Sequence[Chooser]:
     if format == OUR_OPTAX:
-        return [partial(layout, factoring=policy) for policy in ("largest_two", "last_two", "smallest")]
+        return [partial(factoring.layout, factoring=policy) for policy in ("largest_two", "last_two", "smallest")]
     return [largest_two]
 
 
@@ -347,7 +348,7 @@ def _write_one(parameter: Parameter, found: _Found, group: Mapping[str, Any], re
         if found.format != OUR_OPTAX:
             liked.insert(0, largest_two(shape))
         elif group.get("factoring") in POLICIES:
-            liked.insert(0, layout(shape, group["factoring"]))
+            liked.insert(0, factoring.layout(shape, group["factoring"]))
         told = (each for each in liked if each.factored)
         at_once = next((i for i in told if (i.row_shape, i.column_shape) == (leaves["row"], leaves["column"])), None)
         wanted = roles(name, leaves, _choosers(found.format), shape=shape) if at_once is None else at_once

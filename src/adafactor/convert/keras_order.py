@@ -9,9 +9,10 @@ from typing import Any
 
 from adafactor.convert.axes import Axes
 from adafactor.convert.state import Array
+from adafactor.core import factoring
 from adafactor.core.dialects import KERAS, OUR_KERAS, keras_order, last_two
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import Factored, Layout, Shape, layout
+from adafactor.core.factoring import Factored, Layout, Shape
 
 #: Slots for what Keras's base class keeps of every variable.
 AVERAGE, ACCUMULATOR = "average", "gradient_accumulator"
@@ -92,12 +93,12 @@ def _orders(saved: Saved, axes: Axes | None) -> Iterator[Order]:
                 extra[index][slot] = position
                 position += 1
         for (name, shape), slots in zip(variables, extra, strict=True):
-            its_layout = _layout(config, name, shape, axes) if saved.ours else last_two(shape)
-            words = keras_order(saved.format, its_layout, bool(momentum))
-            own = {slot: position + offset for offset, slot in enumerate(words) if slot in its_layout.slots}
+            layout = _layout(config, name, shape, axes) if saved.ours else last_two(shape)
+            words = keras_order(saved.format, layout, bool(momentum))
+            own = {slot: position + offset for offset, slot in enumerate(words) if slot in layout.slots}
             own |= {"momentum": position + words.index("momentum")} if momentum else {}
             position += len(words)
-            order.members.append(Member(name, its_layout, {**own, **slots}))
+            order.members.append(Member(name, layout, {**own, **slots}))
         if position == len(saved.values) and _fits(order, saved.values):
             yield order
 
@@ -132,9 +133,9 @@ def _shapes_of_theirs(values: Sequence[Array]) -> list[tuple[str, Shape]] | None
 
 def _layout(config: Mapping[str, Any], name: str, shape: Shape, axes: Axes | None) -> Layout:
     if axes is not None and name in axes:
-        return layout(shape, lambda *_: axes[name] or Factored(), name=name)
+        return factoring.layout(shape, lambda *_: axes[name] or Factored(), name=name)
     policy = config.get("factoring", "last_two")
     if isinstance(policy, Mapping):
         remedy = "Pass its axes (--axes), or a live optimizer."
         raise Refused(message(f"the axes of {name}", "told by a policy's name", "a function", remedy))
-    return layout(shape, policy, config.get("min_dim_size_to_factor", 1), name=name)
+    return factoring.layout(shape, policy, config.get("min_dim_size_to_factor", 1), name=name)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adafactor.core import factoring
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import Factored, Layout, Shape, layout
+from adafactor.core.factoring import Factored, Layout, Shape
 from adafactor.core.files import PathLike, replacing
 from adafactor.core.safetensors import DTYPES, header
 from adafactor.core.untrusted import reading
@@ -236,12 +237,10 @@ def _restore(told: dict[str, Any], tensors: dict[str, Array]) -> State:
     parameters = []
     for each in told["parameters"]:
         factored = Factored(tuple(each["rows"]), tuple(each["columns"]), tuple(each["batch"]))
-        its_layout = layout(each["shape"], lambda name, shape, factored=factored: factored, name=each["name"])  # type: ignore[misc]
+        layout = factoring.layout(each["shape"], lambda name, shape, factored=factored: factored, name=each["name"])  # type: ignore[misc]
         slots = {slot: tensors.pop(f"{slot}:{each['name']}") for slot in each["slots"]}
         rms = None if each["rms"] is None else float(each["rms"])
-        parameters.append(
-            Parameter(str(each["name"]), its_layout, slots, each["count"], each["dtype"], each["group"], rms)
-        )
+        parameters.append(Parameter(str(each["name"]), layout, slots, each["count"], each["dtype"], each["group"], rms))
     if tensors:
         raise ValueError(f"{next(iter(tensors))} belongs to no parameter")
     return State(tuple(parameters), tuple(dict(group) for group in told["groups"]), **told["writer"])

@@ -23,9 +23,10 @@ from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles,
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import STATISTICS, Array, Parameter, State
+from adafactor.core import factoring
 from adafactor.core.dialects import FORMATS, NO_FLOOR, OUR_TORCH, TORCH, TRANSFORMERS, in_our_words, last_two
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import POLICIES, Shape, layout
+from adafactor.core.factoring import POLICIES, Shape
 from adafactor.core.files import PathLike, replacing
 from adafactor.core.untrusted import check_zip, reading
 from adafactor.torch.writers import recognise
@@ -176,14 +177,14 @@ class _Reader:
         statistics: dict[str, Shape] = {slot: slots[slot].shape for slot in STATISTICS if slot in slots}
         if not statistics:
             raise ValueError(f"{name} has no statistics")
-        its_layout = roles(name, statistics, self._choosers(name, group), shape=shape, axes=self.axes)
+        layout = roles(name, statistics, self._choosers(name, group), shape=shape, axes=self.axes)
         rms = float(values["RMS"]) if "RMS" in values else None
         dtype = None
         if param is not None:
             dtype = str(param.dtype).removeprefix("torch.")
             whole = param.full_tensor() if hasattr(param, "full_tensor") else param
             rms = rms_of(whole.detach().cpu().double().numpy())
-        return rows_first(Parameter(name, its_layout, slots, _count(values["step"], name), dtype, number, rms))
+        return rows_first(Parameter(name, layout, slots, _count(values["step"], name), dtype, number, rms))
 
     def _choosers(self, name: str, group: Mapping[str, Any]) -> list[Chooser]:
         """What may have chosen the axes. That they are factored is known."""
@@ -193,8 +194,8 @@ class _Reader:
             return [lambda shape, least=least: chosen(shape, least) for least in sides]  # type: ignore[misc]
         policy = group.get("factoring")
         if callable(policy):
-            return [partial(layout, factoring=policy, name=name)]
-        return [partial(layout, factoring=policy)] if policy in POLICIES else []
+            return [partial(factoring.layout, factoring=policy, name=name)]
+        return [partial(factoring.layout, factoring=policy)] if policy in POLICIES else []
 
 
 def _count(step: Any, name: str) -> int:
@@ -276,12 +277,12 @@ def write(
             report.dropped("Momentum", [p.name for p in members if p.momentum is None], adapt.STARTS)
         for key, name in zip(group["params"], listed, strict=True):
             if name in known:
-                its_layout = (
+                layout = (
                     last_two(known[name].shape)
                     if format != OUR_TORCH
-                    else layout(known[name].shape, *wanted, name=name)
+                    else factoring.layout(known[name].shape, *wanted, name=name)
                 )
-                saved[key] = _write_one(fitted(known[name], its_layout, report), format, report)
+                saved[key] = _write_one(fitted(known[name], layout, report), format, report)
     return {"state": saved, "param_groups": groups}
 
 
@@ -344,7 +345,7 @@ def _choose(format: str, group: Mapping[str, Any], told: Mapping[str, Any], memb
     if "factoring" in told and told.get("factoring") not in POLICIES:
         tried = tried[1:]
     for policy, side in tried:
-        if all(layout(parameter.shape, policy, side) == parameter.layout for parameter in members):
+        if all(factoring.layout(parameter.shape, policy, side) == parameter.layout for parameter in members):
             return policy, side
     return tried[0]
 

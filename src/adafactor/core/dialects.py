@@ -273,15 +273,15 @@ FORMATS: dict[str, Dialect] = {
 }
 
 
-def keras_order(name: str, its_layout: Layout, momentum: bool = False) -> list[str]:
+def keras_order(name: str, layout: Layout, momentum: bool = False) -> list[str]:
     """What Keras's files hold of one variable, in order: slots, and what is none.
 
     ``keras`` keeps a velocity of every matrix (the product of row and column, which nobody reads), and two placeholders
     before the second moment of every vector.
     """
     if name == OUR_KERAS:
-        return [*its_layout.slots, *(["momentum"] if momentum else [])]
-    return ["row", "column", "velocity"] if len(its_layout.shape) >= 2 else ["", "", "second_moment"]
+        return [*layout.slots, *(["momentum"] if momentum else [])]
+    return ["row", "column", "velocity"] if len(layout.shape) >= 2 else ["", "", "second_moment"]
 
 
 def in_our_words(name: str, group: Group, note: Note = lambda sentence: None) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from adafactor.core import factoring
 from adafactor.core.dialects import KERAS, keras_order, last_two
 from adafactor.core.errors import message
-from adafactor.core.factoring import Layout, layout
+from adafactor.core.factoring import Layout
 from adafactor.keras.variables import path_of
 
 #: Written beside the variables of every saved optimizer. Its absence marks a file of ``keras.optimizers.Adafactor``.
@@ -74,26 +75,26 @@ def _keras_positions(
     missing from a file written inside a ``LossScaleOptimizer``; the number of variables ``saved`` in the file tells.
     """
     pairs = [
-        (its_layout, keras_order(KERAS, last_two(tuple(variable.shape))))
-        for variable, its_layout in zip(variables, layouts, strict=True)
+        (layout, keras_order(KERAS, last_two(tuple(variable.shape))))
+        for variable, layout in zip(variables, layouts, strict=True)
     ]
-    own = sum(len(its_layout.slots) + momentum for its_layout in layouts if its_layout is not None)
+    own = sum(len(layout.slots) + momentum for layout in layouts if layout is not None)
     start = count - own
-    if saved == start + sum(len(list(filter(None, words))) for its_layout, words in pairs if its_layout is not None):
-        pairs = [(its_layout, list(filter(None, words))) for its_layout, words in pairs]
+    if saved == start + sum(len(list(filter(None, words))) for layout, words in pairs if layout is not None):
+        pairs = [(layout, list(filter(None, words))) for layout, words in pairs]
     position = start
     positions: list[int | None] = list(range(start))
-    for variable, (its_layout, words) in zip(variables, pairs, strict=True):
-        if its_layout is None:
+    for variable, (layout, words) in zip(variables, pairs, strict=True):
+        if layout is None:
             position += words.count("")
             continue
-        if its_layout.factored and its_layout != layout(its_layout.shape, "last_two"):
+        if layout.factored and layout != factoring.layout(layout.shape, "last_two"):
             remedy = 'Pass factoring="last_two" to load this file.'
             rule = "the last two axes, as in a file of keras.optimizers.Adafactor"
-            axes = (its_layout.rows, its_layout.columns)
+            axes = (layout.rows, layout.columns)
             raise ValueError(message(f"the factored axes of {path_of(variable)}", rule, axes, remedy))
         # The velocity of a matrix that we do not factor is its second moment, as far as Keras has one.
-        wanted = list(its_layout.slots) if its_layout.factored else words[-1:]
+        wanted = list(layout.slots) if layout.factored else words[-1:]
         positions += [position + words.index(word) for word in wanted]
         positions += [None] if momentum else []
         position += len(words)

@@ -15,7 +15,7 @@ from keras.src.backend import in_stateless_scope  # not public, and nothing publ
 
 from adafactor.core import factoring as _factoring
 from adafactor.core.errors import message
-from adafactor.core.factoring import Factoring, Layout, layout
+from adafactor.core.factoring import Factoring, Layout
 from adafactor.core.hyperparameters import Hyperparameters, RelativeStep, plain
 from adafactor.keras import arguments, checkpoint
 from adafactor.keras.step import Member, update_one
@@ -181,19 +181,19 @@ class Adafactor(keras.optimizers.Optimizer):
         momentum = self._hyperparameters.momentum is not None
         slots: list[dict[str, Any] | None] = []
         momentums: list[Any] = []
-        for variable, its_layout in zip(variables, layouts, strict=True):
-            if its_layout is None:  # float8 scales and the like are assigned, not trained
+        for variable, layout in zip(variables, layouts, strict=True):
+            if layout is None:  # float8 scales and the like are assigned, not trained
                 slots.append(None)
                 momentums.append(None)
                 continue
-            names = {name: self._add_statistic(variable, name, its_layout) for name in its_layout.slots}
+            names = {name: self._add_statistic(variable, name, layout) for name in layout.slots}
             slots.append(names)
-            momentums.append(self._add_statistic(variable, "momentum", its_layout) if momentum else None)
+            momentums.append(self._add_statistic(variable, "momentum", layout) if momentum else None)
         self._layouts, self._slots, self._momentums = layouts, slots, momentums
         recorded = self._records_diagnostics
         self._recorded = [
-            self._add_diagnostics(variable, its_layout) if recorded and its_layout is not None else None
-            for variable, its_layout in zip(variables, layouts, strict=True)
+            self._add_diagnostics(variable, layout) if recorded and layout is not None else None
+            for variable, layout in zip(variables, layouts, strict=True)
         ]
         if self._waiting:
             values, self._waiting = self._waiting, []
@@ -211,25 +211,23 @@ class Adafactor(keras.optimizers.Optimizer):
             rule = "of a fully known shape before the optimizer is built"
             raise ValueError(message(f"variable {path_of(variable)}", rule, shape, "Call the model on data first."))
         statistics_dtype(variable)  # refuses integers before anything is created
-        return layout(shape, self.factoring, self.min_dim_size_to_factor, name=path_of(variable))
+        return _factoring.layout(shape, self.factoring, self.min_dim_size_to_factor, name=path_of(variable))
 
-    def _add_statistic(self, variable: Any, name: str, its_layout: Layout) -> Any:
-        slots = its_layout.slots | {"momentum": its_layout.shape}
+    def _add_statistic(self, variable: Any, name: str, layout: Layout) -> Any:
+        slots = layout.slots | {"momentum": layout.shape}
         with self._beside(variable):
             return self.add_variable(
                 shape=slots[name],
                 dtype=statistics_dtype(variable),
-                layout=reduced_layout(
-                    getattr(variable, "_layout", None), len(its_layout.shape), its_layout.lacks(name)
-                ),
+                layout=reduced_layout(getattr(variable, "_layout", None), len(layout.shape), layout.lacks(name)),
                 name=f"{path_of(variable).replace('/', '_')}_{name}",
             )
 
-    def _add_diagnostics(self, variable: Any, its_layout: Layout) -> Any:
+    def _add_diagnostics(self, variable: Any, layout: Layout) -> Any:
         """RMS(u), clip factor and parameter scale of the last update, per slice of the batch axes."""
         with self._beside(variable):
             return self.add_variable(
-                shape=(*(its_layout.shape[axis] for axis in its_layout.batch), 3),
+                shape=(*(layout.shape[axis] for axis in layout.batch), 3),
                 dtype=statistics_dtype(variable),
                 name=f"{path_of(variable).replace('/', '_')}_diagnostics",
             )
@@ -375,12 +373,12 @@ class Adafactor(keras.optimizers.Optimizer):
         members = []
         for gradient, variable in zip(grads, variables, strict=True):
             place = self._get_variable_index(variable)
-            its_layout = self._layouts[place]
-            if its_layout is None or not its_layout.size:
+            layout = self._layouts[place]
+            if layout is None or not layout.size:
                 continue
             decay = self.weight_decay if decays and self._use_weight_decay(variable) else 0.0
             state = self._slots[place], self._momentums[place], self._recorded[place]
-            members.append(Member(place, variable, gradient, its_layout, *state, decay))
+            members.append(Member(place, variable, gradient, layout, *state, decay))
         return members
 
     def _get_current_learning_rate(self) -> Any:

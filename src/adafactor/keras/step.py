@@ -51,7 +51,7 @@ def update_one(
     optimizer: keras.optimizers.Optimizer, member: Member, learning_rate: Any, hp: Hyperparameters, scheduled: bool
 ) -> None:
     """Update the member's variable and state (``docs/algorithm.md``, eqs. 1 to 13), through ``optimizer.assign``."""
-    variable, its_layout = member.variable, member.layout
+    variable, layout = member.variable, member.layout
     dtype = statistics_dtype(variable)
     with _no_grad():
         x = ops.convert_to_tensor(variable)
@@ -64,7 +64,7 @@ def update_one(
             arrays.Constants.of(hp), *numbers, scale_after_decay=True, diagnostics=member.diagnostics is not None
         )
         tensor = arrays.Tensor(
-            its_layout,
+            layout,
             x,
             g,
             {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()},
@@ -76,7 +76,7 @@ def update_one(
             first, second = update.direction
             if member.weight_decay:
                 optimizer.assign(variable, ops.cast(ops.cast(x, dtype) * tensor.decay_factor, variable.dtype))
-            scale = ops.broadcast_to(first * (second * update.alpha), its_layout.shape)
+            scale = ops.broadcast_to(first * (second * update.alpha), layout.shape)
             step = ops.multiply(ops.cast(member.gradient, dtype), scale)
             optimizer.assign_sub(variable, ops.cast(step, variable.dtype))
         else:

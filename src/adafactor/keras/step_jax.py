@@ -80,7 +80,7 @@ def _tensor(member: Member, rate: jax.Array) -> arrays.Tensor:
 
 def _sharding_of(variable: Any) -> Any:
     """The ``NamedSharding`` that a Keras distribution gave the variable, or ``None``."""
-    its_layout = getattr(variable, "_layout", None)
-    if isinstance(its_layout, keras.distribution.TensorLayout):
-        its_layout = its_layout.backend_layout
-    return its_layout if isinstance(its_layout, jax.sharding.NamedSharding) else None
+    layout = getattr(variable, "_layout", None)
+    if isinstance(layout, keras.distribution.TensorLayout):
+        layout = layout.backend_layout
+    return layout if isinstance(layout, jax.sharding.NamedSharding) else None

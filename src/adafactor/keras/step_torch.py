@@ -80,18 +80,18 @@ class TorchStep:
         work = []
         for member, param, state, step in zip(members, params, states, steps.unbind(), strict=True):
             group = self._groups[member.weight_decay, scheduled]
-            its_layout, name = member.layout, member.variable.path
+            layout, name = member.layout, member.variable.path
             if param.device != step.device:
                 step = torch.zeros((), dtype=torch.int64, device=param.device)
             state["step"] = step
-            changed = checks.fit(param, its_layout, group.settings, state, name)
+            changed = checks.fit(param, layout, group.settings, state, name)
             if changed:
                 slot = next(iter(changed))
                 remedy = "Assign to optimizer variables, and leave their values' shapes, dtypes and devices alone."
                 got = f"{state[slot].dtype} of shape {tuple(state[slot].shape)} on {state[slot].device}"
                 raise RuntimeError(message(f"{slot} of {name}", "as the optimizer built it", got, remedy))
-            diagnostics = None if member.diagnostics is None else new_diagnostics(its_layout, param.device)
-            work.append(Work(param, state, its_layout, group, member.place, diagnostics, name))
+            diagnostics = None if member.diagnostics is None else new_diagnostics(layout, param.device)
+            work.append(Work(param, state, layout, group, member.place, diagnostics, name))
         plan = Plan(work, grads)
         if all(map(torch.Tensor.is_contiguous, grads)):
             self._plans[key] = plan, steps

@@ -66,14 +66,14 @@ def scalar(argument: str, value: Any) -> Any:
     return ops.reshape(ops.convert_to_tensor(value), ())
 
 
-def reduced_layout(its_layout: Any, rank: int, removed: Shape) -> Any:
+def reduced_layout(layout: Any, rank: int, removed: Shape) -> Any:
     """The distribution layout of a variable of ``rank`` axes less the axes that a statistic does not have."""
-    if its_layout is None or not removed:
-        return its_layout
-    sharding = not isinstance(its_layout, keras.distribution.TensorLayout)
-    axes = tuple(its_layout.spec if sharding else its_layout.axes)
+    if layout is None or not removed:
+        return layout
+    sharding = not isinstance(layout, keras.distribution.TensorLayout)
+    axes = tuple(layout.spec if sharding else layout.axes)
     axes += (None,) * (rank - len(axes))
     axes = tuple(name for axis, name in enumerate(axes) if axis not in removed)
     if sharding:
-        return type(its_layout)(its_layout.mesh, type(its_layout.spec)(*axes))
-    return keras.distribution.TensorLayout(axes, its_layout.device_mesh)
+        return type(layout)(layout.mesh, type(layout.spec)(*axes))
+    return keras.distribution.TensorLayout(axes, layout.device_mesh)

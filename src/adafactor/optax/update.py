@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
-from adafactor.core import finish
+from adafactor.core import factoring, finish
 from adafactor.core.errors import message
-from adafactor.core.factoring import Factored, Layout, Rule, Shape, layout, validate
+from adafactor.core.factoring import Factored, Layout, Rule, Shape, validate
 from adafactor.core.hyperparameters import Hyperparameters, is_traced
 from adafactor.engine.xla import arrays, primitives
 from adafactor.engine.xla import sharded as shards
@@ -60,13 +60,13 @@ class Roles:
             batch = tuple(int(axis) for axis in ((batch,) if isinstance(batch, Integral) else batch))
             if isinstance(rule, str):
                 least = self._least(None if factored is None else factored[k])
-                layouts.append(layout(shape, rule, least, name=name, batch_axes=batch))  # type: ignore[arg-type]
+                layouts.append(factoring.layout(shape, rule, least, name=name, batch_axes=batch))  # type: ignore[arg-type]
             else:
                 spec = rule(name, shape) if callable(rule) else rule
                 if batch and (spec is None or isinstance(spec, Factored)):
                     spec = spec or Factored()
                     spec = dataclasses.replace(spec, batch=tuple({*spec.batch, *batch}))
-                layouts.append(layout(shape, _always(spec), name=name))
+                layouts.append(factoring.layout(shape, _always(spec), name=name))
         return layouts
 
     def _least(self, factored: bool | None) -> int:
@@ -103,8 +103,8 @@ class Transformation:
         def zeros(name: str, dtype: Any = None) -> Tree:
             """A tree of zeros for every leaf that has something of this name."""
             made, removed = [], []
-            for leaf, its_layout, sharding in zip(leaves, layouts, placed, strict=True):
-                gone = None if its_layout is None else _removed(its_layout, name)
+            for leaf, layout, sharding in zip(leaves, layouts, placed, strict=True):
+                gone = None if layout is None else _removed(layout, name)
                 removed.append(gone or ())
                 made.append(None if gone is None else _zeros(leaf, dtype or _statistics_dtype(leaf), gone, sharding))
             return unflatten(treedef, made, removed)
@@ -179,14 +179,14 @@ class Transformation:
         leaves, treedef = flatten(params)
         settings, layouts = self._settings(state), self.roles.of(params)
 
-        def step_size(x: Any, its_layout: Layout) -> jax.Array:
+        def step_size(x: Any, layout: Layout) -> jax.Array:
             rho = jnp.asarray(settings.rho, _statistics_dtype(x))
             if not self.hp.scale_parameter:
                 return rho
-            axes = tuple(axis for axis in range(x.ndim) if axis not in its_layout.batch)
+            axes = tuple(axis for axis in range(x.ndim) if axis not in layout.batch)
             Q = jnp.sum(jnp.square(x.astype(rho.dtype)), axes)
-            scale = finish.parameter_scale(primitives.ops, Q, its_layout.slice_size, self.hp.epsilon_2)
-            size: jax.Array = (rho * scale).reshape(-1 if its_layout.batch else ())
+            scale = finish.parameter_scale(primitives.ops, Q, layout.slice_size, self.hp.epsilon_2)
+            size: jax.Array = (rho * scale).reshape(-1 if layout.batch else ())
             return size
 
         pairs = zip(leaves, layouts, strict=True)
@@ -209,19 +209,19 @@ class Transformation:
         layouts = self.roles.of(given, [row is not None for row in flat.slots["row"]])
         gradients = treedef.flatten_up_to(grads)
         where, tensors = [], []
-        for k, (x, g, its_layout) in enumerate(zip(leaves, gradients, layouts, strict=True)):
-            if its_layout is None:
+        for k, (x, g, layout) in enumerate(zip(leaves, gradients, layouts, strict=True)):
+            if layout is None:
                 continue
-            states.check(k, flat, its_layout, given)
-            if g is not None and tuple(g.shape) != its_layout.shape:
-                rule = f"of its parameter's shape {its_layout.shape}"
+            states.check(k, flat, layout, given)
+            if g is not None and tuple(g.shape) != layout.shape:
+                rule = f"of its parameter's shape {layout.shape}"
                 raise ValueError(message("a gradient", rule, tuple(g.shape), "Reshape or sum it before the update."))
-            if g is None or not its_layout.size:
+            if g is None or not layout.size:
                 continue
             where.append(k)
-            own = {name: jnp.asarray(flat.slots[name][k], _statistics_dtype(x)) for name in its_layout.slots}
+            own = {name: jnp.asarray(flat.slots[name][k], _statistics_dtype(x)) for name in layout.slots}
             momentum = flat.momentum[k] if flat.momentum else None
-            tensors.append(arrays.Tensor(its_layout, x, g, own, momentum=momentum))
+            tensors.append(arrays.Tensor(layout, x, g, own, momentum=momentum))
         return _Work(treedef, leaves, gradients, tensors, where, self._decays(given, state), self._placed(given), flat)
 
 
@@ -277,11 +277,11 @@ class _Work:
         return self.flat.state(optax.safe_increment(self.flat.old.count))
 
 
-def _removed(its_layout: Layout, name: str) -> Shape | None:
+def _removed(layout: Layout, name: str) -> Shape | None:
     """The parameter's axes that a part of the state lacks, ``None`` where there is no such part."""
-    if name in SLOTS and name not in its_layout.slots:
+    if name in SLOTS and name not in layout.slots:
         return None
-    return its_layout.whole if name == "diagnostics" else its_layout.lacks(name)
+    return layout.whole if name == "diagnostics" else layout.lacks(name)
 
 
 def _zeros(leaf: Any, dtype: Any, removed: Shape, sharding: Any) -> jax.Array:

@@ -168,9 +168,9 @@ def _choose(writer: str, found: Mapping[str, Any], members: Sequence[tuple[_Targ
     raise target.refused("the factored axes", rule, _axes(target.layout) or "none", remedy)
 
 
-def _axes(its_layout: Layout) -> list[Shape]:
+def _axes(layout: Layout) -> list[Shape]:
     """Rows and columns, the earlier first; of an unfactored parameter nothing."""
-    return sorted((its_layout.rows, its_layout.columns)) if its_layout.factored else []
+    return sorted((layout.rows, layout.columns)) if layout.factored else []
 
 
 def _their_layout(writer: str, found: Mapping[str, Any], target: _Target, values: State) -> Layout:
