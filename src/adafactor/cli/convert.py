@@ -104,10 +104,10 @@ def _shapes(path: Path | None) -> Any:
     if path.suffix == ".safetensors":
         return {tensor.name: tensor.shape for tensor in header(path)[0]}
     with reading(path, "JSON of names and shapes"):
-        found = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
-        if not all(type(n) is int and n >= 0 for shape in found.values() for n in shape):
+        shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+        if not all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape):
             raise ValueError("a shape must be a list of integers >= 0")
-    return found
+    return shapes
 
 
 def _axes(path: Path | None) -> Any:

@@ -166,13 +166,13 @@ def _native() -> tuple[bool, str]:
     if reason is not None:
         return (False, f"none. {reason}") if native.path() is None else (True, f"BROKEN: {reason}")
     try:
-        found = native.info()
+        info = native.info()
     except ValueError as error:  # ADAFACTOR_ISA or ADAFACTOR_NUM_THREADS asks for what there is not
         raise Refused(str(error)) from None
-    threads = "thread" if found.threads == 1 else "threads"
-    missing = [isa for isa in found.built if isa not in found.supported]
+    threads = "thread" if info.threads == 1 else "threads"
+    missing = [isa for isa in info.built if isa not in info.supported]
     lacking = f"; this processor lacks {', '.join(missing)}" if missing else ""
-    return False, f"{found.isa} (built: {', '.join(found.built)}{lacking}), {found.threads} {threads}, {found.path}"
+    return False, f"{info.isa} (built: {', '.join(info.built)}{lacking}), {info.threads} {threads}, {info.path}"
 
 
 def _probe(program: str) -> tuple[bool, str]:

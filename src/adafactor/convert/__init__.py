@@ -98,17 +98,17 @@ def read(
             raise Refused(message("a hyperparameter", f"one of {', '.join(sorted(KNOWN))}", name, "Check its name."))
     family = family_of(source)
     if family == STATE:
-        state, found = states.read(source), STATE
+        state, written_by = states.read(source), STATE
     elif family == "keras":
         from adafactor.convert import keras
 
         state = keras.read(source, report=report, shapes=shapes, axes=axes, hyperparameters=hyperparameters)
-        found = state.optimizer
+        written_by = state.optimizer
     else:
         state = _converter(family).read(os.fspath(source), report=report, shapes=shapes, axes=axes)
-        found = state.optimizer
-    if format not in (None, found):
-        raise Refused(message(f"{source}", f"of {format}", found, f"Leave --from out, or pass {found}."))
+        written_by = state.optimizer
+    if format not in (None, written_by):
+        raise Refused(message(f"{source}", f"of {format}", written_by, f"Leave --from out, or pass {written_by}."))
     return state.with_hyperparameters(hyperparameters) if hyperparameters else state
 
 

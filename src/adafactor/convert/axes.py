@@ -138,12 +138,10 @@ def roles(
         Refused: the statistics do not tell the shape or the axes, or do not fit them.
     """
     if "second_moment" in slots:
-        found = Layout(slots["second_moment"], (), ())
-        if shape is not None and shape != found.shape:
-            raise Refused(
-                message(f"second_moment of {name}", f"of its shape {shape}", found.shape, "Check the shapes.")
-            )
-        return found
+        told = Layout(slots["second_moment"], (), ())
+        if shape is not None and shape != told.shape:
+            raise Refused(message(f"second_moment of {name}", f"of its shape {shape}", told.shape, "Check the shapes."))
+        return told
     row, column = slots["row"], slots["column"]
 
     def fits(layout: Layout) -> bool:
@@ -153,11 +151,11 @@ def roles(
         if shape is None:
             raise Refused(message(f"the shape of {name}", "told where its axes are", None, "Pass shapes as well."))
         spec = axes[name]
-        found = factoring.layout(shape, lambda *_: spec, name=name)
-        if not fits(found):
+        told = factoring.layout(shape, lambda *_: spec, name=name)
+        if not fits(told):
             rule = f"those of row {row} and column {column}"
             raise Refused(message(f"the axes of {name}", rule, spec, f"Its shape is {shape}."))
-        return found
+        return told
     shapes = [shape] if shape is not None else list(dict.fromkeys(_shapes(row, column)))
     chosen = {layout for chooser in choose for layout in map(chooser, shapes) if fits(layout)}
     if len(chosen) == 1:

@@ -43,7 +43,7 @@ _COUNTS = ({"count"}, {"count", "ema"})  # members of optax's chain beside the s
 
 
 @dataclass
-class _Found:
+class _Index:
     """Where a tree keeps what.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Found:
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-def _states(tree: Any, path: str, around: _Found) -> Iterator[_Found]:
+def _states(tree: Any, path: str, around: _Index) -> Iterator[_Index]:
     """Every Adafactor state in a plain tree. ``around`` holds the parameters, counts and rates found on the way."""
     if not isinstance(tree, Mapping):
         return
@@ -85,38 +85,38 @@ def _states(tree: Any, path: str, around: _Found) -> Iterator[_Found]:
         counts = [*around.counts, *([joined(path, "count")] if {"count", "inner_state"} <= set(tree) else [])]
         around = replace(around, rates=rates, counts=counts)
     if {"count", *_STATISTICS} <= set(tree):
-        found = _found(OUR_OPTAX, tree, path, around)
+        index = _indexed(OUR_OPTAX, tree, path, around)
         for slot in (*_STATISTICS, *(["momentum"] if tree.get("momentum") is not None else [])):
-            found.add(slot, tree[slot], joined(path, slot))
-        yield found
+            index.add(slot, tree[slot], joined(path, slot))
+        yield index
         return
     if "param_states" in tree and "step" in tree:
-        found, at = _found(T5X, tree, path, around, "step"), joined(path, "param_states")
+        index, at = _indexed(T5X, tree, path, around, "step"), joined(path, "param_states")
         leaves = flat(tree["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
         _check_t5x(leaves)
         for word, slot in FORMATS[T5X].slots.items():
-            found.slots[slot] = {name: each[word] for name, each in leaves.items()}
-            found.paths[slot] = {name: joined(at, name, word) for name in leaves}
-        yield found
+            index.slots[slot] = {name: each[word] for name, each in leaves.items()}
+            index.paths[slot] = {name: joined(at, name, word) for name in leaves}
+        yield index
         return
     chain = {name: value for name, value in tree.items() if isinstance(value, Mapping)}
     words = FORMATS[OPTAX].slots
     for name, value in chain.items():
         if {"count", *(word for word, slot in words.items() if slot != "momentum")} <= set(value):
-            found = _found(OPTAX, value, joined(path, name), around)
+            index = _indexed(OPTAX, value, joined(path, name), around)
             for other, each in chain.items():
                 if set(each) in _COUNTS:
-                    found.counts.append(joined(path, other, "count"))
+                    index.counts.append(joined(path, other, "count"))
                 for word in set(each) & set(words) if each is value or set(each) == _COUNTS[1] else ():
-                    found.add(words[word], each[word], joined(path, other, word))
-            yield found
+                    index.add(words[word], each[word], joined(path, other, word))
+            yield index
         else:
             yield from _states(value, joined(path, name), around)
 
 
-def _found(format: str, tree: Mapping[str, Any], path: str, around: _Found, word: str = "count") -> _Found:
+def _indexed(format: str, tree: Mapping[str, Any], path: str, around: _Index, word: str = "count") -> _Index:
     counts = [joined(path, word), *around.counts]
-    return _Found(format, counts=counts, count=tree[word], params=around.params, rates=around.rates)
+    return _Index(format, counts=counts, count=tree[word], params=around.params, rates=around.rates)
 
 
 def _check_t5x(leaves: Flat) -> None:
@@ -130,12 +130,12 @@ def _check_t5x(leaves: Flat) -> None:
                 raise Refused(message(f"{word} of {path}", "an array", type(each[word]).__name__, remedy))
 
 
-def _find(tree: Any) -> _Found:
-    found = list(_states({"": tree}, "", _Found("")))
-    if len(found) != 1:
+def _find(tree: Any) -> _Index:
+    states = list(_states({"": tree}, "", _Index("")))
+    if len(states) != 1:
         remedy = "Pass the one optimizer state; parts behind optax.partition one by one."
-        raise Refused(message("the tree", "with the state of one Adafactor", f"{len(found)} of them", remedy))
-    return found[0]
+        raise Refused(message("the tree", "with the state of one Adafactor", f"{len(states)} of them", remedy))
+    return states[0]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -191,35 +191,35 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
     if isinstance(source, str | os.PathLike):
         source = load(source)
     with reading("the tree", "a state of Adafactor"):
-        found = _find(plain(source))
-        count = int(array(found.count))
+        index = _find(plain(source))
+        count = int(array(index.count))
         parameters = []
-        for name in found.slots["second_moment"]:
-            leaves = {slot: found.slots[slot].get(name) for slot in found.slots}
+        for name in index.slots["second_moment"]:
+            leaves = {slot: index.slots[slot].get(name) for slot in index.slots}
             if any(leaf is not None for leaf in leaves.values()):
-                parameters.append(_read_one(found, name, leaves, count, shapes, axes))
-    own = {name: np.asarray(value).item() for name, (_, value) in found.rates.items()}
-    return State(tuple(parameters), (in_our_words(found.format, own),), "jax", found.format)
+                parameters.append(_read_one(index, name, leaves, count, shapes, axes))
+    own = {name: np.asarray(value).item() for name, (_, value) in index.rates.items()}
+    return State(tuple(parameters), (in_our_words(index.format, own),), "jax", index.format)
 
 
 def _read_one(
-    found: _Found, name: str, leaves: Mapping[str, Any], count: int, shapes: Shapes | None, axes: Axes | None
+    index: _Index, name: str, leaves: Mapping[str, Any], count: int, shapes: Shapes | None, axes: Axes | None
 ) -> Parameter:
     slots = {slot: array(leaf) for slot, leaf in leaves.items() if leaf is not None}
     dtype, rms = None, None
     shape = tuple(shapes[name]) if shapes is not None and name in shapes else None
-    param = found.params.get(name)
+    param = index.params.get(name)
     if param is not None and hasattr(param, "shape"):
         values = array(param)
         shape, dtype = values.shape, str(values.dtype)
         rms = rms_of(values)
     momentum = slots.pop("momentum", None)
-    if found.format == T5X and momentum is not None and _placeholder(momentum):
+    if index.format == T5X and momentum is not None and _placeholder(momentum):
         single = shape == (1,) or (shape is None and all(map(_placeholder, slots.values())))
-        momentum = momentum if single and _has_momentum(found) else None
+        momentum = momentum if single and _has_momentum(index) else None
     if momentum is not None:
         shape = momentum.shape if shape is None else shape
-    if found.format != OUR_OPTAX:
+    if index.format != OUR_OPTAX:
         whole = _placeholder(slots["row"]) and _placeholder(slots["column"])
         whole = whole and (shape is None or slots["second_moment"].shape == shape)
         slots = {s: v for s, v in slots.items() if (s == "second_moment") == whole}
@@ -227,15 +227,15 @@ def _read_one(
         if value.dtype != np.float64:
             slots[slot] = value.astype(np.float32)
     statistics = {slot: value.shape for slot, value in slots.items()}
-    layout = roles(name, statistics, _choosers(found.format), shape=shape, axes=axes)
+    layout = roles(name, statistics, _choosers(index.format), shape=shape, axes=axes)
     if momentum is not None:
         slots["momentum"] = momentum
     return rows_first(Parameter(name, layout, slots, count, dtype, 0, rms))
 
 
-def _has_momentum(found: _Found) -> bool:
+def _has_momentum(index: _Index) -> bool:
     """Whether any momentum of a T5X tree is more than a placeholder."""
-    return any(leaf.shape != (1,) for leaf in found.slots["momentum"].values())
+    return any(leaf.shape != (1,) for leaf in index.slots["momentum"].values())
 
 
 def _placeholder(value: Array) -> bool:
@@ -277,10 +277,10 @@ def write(
         template = load(template)
     target = None
     if template is not None:
-        found = _find(plain(template))
-        if found.format != format:
-            raise Refused(message("the template", f"of {format}", found.format, "Make it with that optimizer."))
-        target = {name: _target_shape(found, name) for name in found.slots["second_moment"] if _exists(found, name)}
+        index = _find(plain(template))
+        if index.format != format:
+            raise Refused(message("the template", f"of {format}", index.format, "Make it with that optimizer."))
+        target = {name: _target_shape(index, name) for name in index.slots["second_moment"] if _exists(index, name)}
     state = adapt.momentum_as(rename(state, names, target, "jax", report), format, report)
     group = adapt.one_group(state, format, report)
     count = adapt.one_count(state, format, report)
@@ -289,13 +289,13 @@ def write(
         raise Refused(message("the count", "below 2**31 in JAX", count, "Start the state afresh."))
     if template is None:
         template = _make(state, format, own)
-        found = _find(plain(template))
+        index = _find(plain(template))
     known = state.named()
-    filled: Flat = dict.fromkeys(found.counts, count)
-    filled |= {at: own[name] for name, (at, _) in found.rates.items() if isinstance(own.get(name), int | float)}
+    filled: Flat = dict.fromkeys(index.counts, count)
+    filled |= {at: own[name] for name, (at, _) in index.rates.items() if isinstance(own.get(name), int | float)}
     for name in known:
-        new = _write_one(known[name], found, group, report)
-        for slot, leaves in found.slots.items():
+        new = _write_one(known[name], index, group, report)
+        for slot, leaves in index.slots.items():
             if leaves.get(name) is None:
                 continue
             old = np.asarray(leaves[name])
@@ -307,11 +307,11 @@ def write(
                 )
             if value.dtype.itemsize > old.dtype.itemsize:
                 report.note(f"{format} keeps statistics or momentum in {old.dtype.name}: they are rounded", lossy=True)
-            filled[found.paths[slot][name]] = value.astype(old.dtype)
-        if "momentum" in new and "momentum" not in found.slots:
+            filled[index.paths[slot][name]] = value.astype(old.dtype)
+        if "momentum" in new and "momentum" not in index.slots:
             report.dropped("Momentum", [name], "the template has none")
-        kept = found.slots.get("momentum", {}).get(name)
-        if "momentum" not in new and kept is not None and not (found.format == T5X and _placeholder(np.asarray(kept))):
+        kept = index.slots.get("momentum", {}).get(name)
+        if "momentum" not in new and kept is not None and not (index.format == T5X and _placeholder(np.asarray(kept))):
             report.dropped("Momentum", [name], adapt.STARTS)
     new = grafted(template, filled)
     if int(array(_find(plain(new)).count)) != count:
@@ -323,21 +323,21 @@ def write(
     return new
 
 
-def _exists(found: _Found, name: str) -> bool:
-    return any(leaves.get(name) is not None for leaves in found.slots.values())
+def _exists(index: _Index, name: str) -> bool:
+    return any(leaves.get(name) is not None for leaves in index.slots.values())
 
 
-def _target_shape(found: _Found, name: str) -> Shape | None:
-    param: Any = found.params.get(name)
+def _target_shape(index: _Index, name: str) -> Shape | None:
+    param: Any = index.params.get(name)
     return tuple(param.shape) if hasattr(param, "shape") else None
 
 
-def _write_one(parameter: Parameter, found: _Found, group: Mapping[str, Any], report: Report) -> dict[str, Array]:
+def _write_one(parameter: Parameter, index: _Index, group: Mapping[str, Any], report: Report) -> dict[str, Array]:
     """The slots of one parameter as the template's shapes ask for them."""
     shape, name = parameter.shape, parameter.name
-    leaves = {slot: np.asarray(found.slots[slot][name]).shape for slot in ("row", "column", "second_moment")
-              if found.slots[slot].get(name) is not None}  # fmt: skip
-    if found.format != OUR_OPTAX:
+    leaves = {slot: np.asarray(index.slots[slot][name]).shape for slot in ("row", "column", "second_moment")
+              if index.slots[slot].get(name) is not None}  # fmt: skip
+    if index.format != OUR_OPTAX:
         whole = leaves["second_moment"] == shape and (len(shape) < 2 or leaves["row"] == leaves["column"] == (1,))
         leaves = {slot: size for slot, size in leaves.items() if (slot == "second_moment") == whole}
     if "second_moment" in leaves:
@@ -345,13 +345,13 @@ def _write_one(parameter: Parameter, found: _Found, group: Mapping[str, Any], re
     else:
         own = parameter.layout
         liked: list[Layout] = [own, replace(own, rows=own.columns, columns=own.rows)]
-        if found.format != OUR_OPTAX:
+        if index.format != OUR_OPTAX:
             liked.insert(0, largest_two(shape))
         elif group.get("factoring") in POLICIES:
             liked.insert(0, factoring.layout(shape, group["factoring"]))
         told = (each for each in liked if each.factored)
         at_once = next((i for i in told if (i.row_shape, i.column_shape) == (leaves["row"], leaves["column"])), None)
-        wanted = roles(name, leaves, _choosers(found.format), shape=shape) if at_once is None else at_once
+        wanted = roles(name, leaves, _choosers(index.format), shape=shape) if at_once is None else at_once
     new = fitted(parameter, wanted, report)
     return dict(new.slots)
 

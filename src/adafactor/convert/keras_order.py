@@ -58,17 +58,17 @@ def order_of(saved: Saved, axes: Axes | None) -> Order:
     Raises:
         Refused: no reading fits, or several do.
     """
-    found = list(_orders(saved, axes))
-    if not found and saved.ours and saved.variables is None:
+    orders = list(_orders(saved, axes))
+    if not orders and saved.ours and saved.variables is None:
         remedy = "Pass the shapes of the model's trainable variables, in order (--shapes)."
         raise Refused(message("a file of adafactor.keras without a model", "read with shapes", None, remedy))
-    if len(found) != 1:
+    if len(orders) != 1:
         remedy = f"Check the shapes and their order; tell use_ema, {STEPS} and factoring (--set), or --axes."
-        got = f"{len(found)} of them"
+        got = f"{len(orders)} of them"
         raise Refused(
             message(f"the {len(saved.values)} variables of the optimizer", "readable in one way", got, remedy)
         )
-    return found[0]
+    return orders[0]
 
 
 def _orders(saved: Saved, axes: Axes | None) -> Iterator[Order]:

@@ -158,7 +158,7 @@ def _by_layer(state: State, target: Mapping[str, Shape | None] | None, framework
         )
     source = {_split(parameter.name, state.framework): parameter for parameter in state.parameters}
     here, there = _family(state.framework), _family(framework)
-    found = []
+    renamed = []
     for name in target:
         path, leaf = _split(name, framework)
         kinds = [kind for kind, words in _KINDS.items() if words[there] == leaf and (path, words[here]) in source]
@@ -173,8 +173,8 @@ def _by_layer(state: State, target: Mapping[str, Shape | None] | None, framework
         if turn is not None:
             back = tuple(turn.index(axis) for axis in range(len(turn)))
             parameter = permuted(parameter, turn if there == "torch" else back, report)
-        found.append(replace(parameter, name=name))
-    return replace(state, parameters=(*found, *source.values()))
+        renamed.append(replace(parameter, name=name))
+    return replace(state, parameters=(*renamed, *source.values()))
 
 
 def _family(framework: str) -> str:

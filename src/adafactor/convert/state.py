@@ -248,9 +248,9 @@ def _restore(told: dict[str, Any], tensors: dict[str, Array]) -> State:
 
 def _digest(told: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
     """Of the description and of every tensor's name, dtype, shape and bytes."""
-    found = hashlib.sha256(json.dumps(told, allow_nan=False, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(told, allow_nan=False, sort_keys=True).encode())
     for key in sorted(tensors):
         value = tensors[key]
-        found.update(f"\0{key}\0{value.dtype.name}\0{value.shape}\0".encode())
-        found.update(np.asarray(value, order="C").reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+        digest.update(f"\0{key}\0{value.dtype.name}\0{value.shape}\0".encode())
+        digest.update(np.asarray(value, order="C").reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -58,11 +58,11 @@ def find(content: Any) -> Mapping[str, Any]:
     Raises:
         Refused: there is none, or more than one.
     """
-    found = list(_find(content, 4))
-    if len(found) != 1:
+    states = list(_find(content, 4))
+    if len(states) != 1:
         remedy = "Save optimizer.state_dict() by itself."
-        raise Refused(message("the file", "with the state dict of one Adafactor", f"{len(found)} of them", remedy))
-    return found[0]
+        raise Refused(message("the file", "with the state dict of one Adafactor", f"{len(states)} of them", remedy))
+    return states[0]
 
 
 def _find(content: Any, depth: int) -> Iterator[Mapping[str, Any]]:
@@ -80,11 +80,11 @@ def format_of(content: Any) -> str:
     Raises:
         Refused: another optimizer's; the text names it.
     """
-    found = find(content)
+    state_dict = find(content)
     with reading("the state dict", "one of an optimizer"):
         formats = dict.fromkeys(
-            recognise([found["state"].get(key) or {} for key in group["params"]], group)
-            for group in found["param_groups"]
+            recognise([state_dict["state"].get(key) or {} for key in group["params"]], group)
+            for group in state_dict["param_groups"]
         )
         if len(formats) > 1:
             raise ValueError(f"its groups are of {' and '.join(formats)}")
@@ -128,10 +128,10 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
 
 
 def _read_group(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    found = in_our_words(format, {name: _plain(value) for name, value in group.items()}, report.note)
-    if callable(found.get("factoring")):
-        del found["factoring"]
-    return found
+    told = in_our_words(format, {name: _plain(value) for name, value in group.items()}, report.note)
+    if callable(told.get("factoring")):
+        del told["factoring"]
+    return told
 
 
 def _plain(value: Any) -> Any:
@@ -293,9 +293,9 @@ def _template(template: Any, format: str) -> list[dict[str, Any]]:
         template = template.state_dict()
     elif not isinstance(template, Mapping):
         template = load(template)
-    template, found = find(template), format_of(template)
-    if found != format:
-        raise Refused(message("the template", f"of {format}", found, "Make it with an optimizer of that class."))
+    template, written_by = find(template), format_of(template)
+    if written_by != format:
+        raise Refused(message("the template", f"of {format}", written_by, "Make it with an optimizer of that class."))
     groups = [{**_defaults(format), **group} for group in template["param_groups"]]
     for group, rule in zip(groups, callables, strict=False):
         if callable(rule):

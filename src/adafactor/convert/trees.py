@@ -48,10 +48,10 @@ def flat(tree: Any, prefix: str = "", stop: Callable[[Any], bool] = lambda value
     """Leaves by path; ``None`` counts as one."""
     if not isinstance(tree, Mapping) or stop(tree):
         return {prefix: tree}
-    found: Flat = {}
+    leaves: Flat = {}
     for name, value in tree.items():
-        found |= flat(value, joined(prefix, str(name)), stop)
-    return found
+        leaves |= flat(value, joined(prefix, str(name)), stop)
+    return leaves
 
 
 def array(value: Any) -> Array:

@@ -91,39 +91,39 @@ class Dialect:
     adjust: Callable[[Group, dict[str, Any], Note], None] | None = None
 
 
-def _floor(group: Group, found: dict[str, Any], note: Note) -> None:
-    if found.get("epsilon_1", 0.0) > NO_FLOOR:
+def _floor(group: Group, told: dict[str, Any], note: Note) -> None:
+    if told.get("epsilon_1", 0.0) > NO_FLOOR:
         note(
-            f"torch.optim.Adafactor used eps[0]={found['epsilon_1']} as a floor under the second moment; elsewhere it "
+            f"torch.optim.Adafactor used eps[0]={told['epsilon_1']} as a floor under the second moment; elsewhere it "
             "is added to g², which differs wherever g² is not much larger"
         )
 
 
-def _relative(group: Group, found: dict[str, Any], note: Note) -> None:
+def _relative(group: Group, told: dict[str, Any], note: Note) -> None:
     """fairseq and its descendants: without a learning rate it is 1e-2, or grows to that."""
     if group.get("relative_step"):
-        found["learning_rate"] = 1e-2
+        told["learning_rate"] = 1e-2
         if group.get("warmup_init"):
-            found["warmup_init"] = True
+            told["warmup_init"] = True
             note("warmup_init does not carry over: add the scheduler of docs/torch.md, or the learning rate is 1e-2")
 
 
-def _timm(group: Group, found: dict[str, Any], note: Note) -> None:
-    _relative(group, found, note)
-    found["scale_parameter"] = bool(group["scale_parameter"] and group["relative_step"])
-    found["min_dim_size_to_factor"] = group.get("min_dim_size_to_factor", 16) + 1  # it asks for more than that
-    _cautious(group, found, note)
+def _timm(group: Group, told: dict[str, Any], note: Note) -> None:
+    _relative(group, told, note)
+    told["scale_parameter"] = bool(group["scale_parameter"] and group["relative_step"])
+    told["min_dim_size_to_factor"] = group.get("min_dim_size_to_factor", 16) + 1  # it asks for more than that
+    _cautious(group, told, note)
 
 
-def _big_vision(group: Group, found: dict[str, Any], note: Note) -> None:
-    _cautious(group, found, note)
+def _big_vision(group: Group, told: dict[str, Any], note: Note) -> None:
+    _cautious(group, told, note)
     if group.get("corrected_weight_decay"):
         note("timm's corrected_weight_decay does not carry over: choose weight_decay anew")
     if group.get("unscaled_wd"):
-        found["weight_decay_of"] = "nothing"
+        told["weight_decay_of"] = "nothing"
 
 
-def _cautious(group: Group, found: dict[str, Any], note: Note) -> None:
+def _cautious(group: Group, told: dict[str, Any], note: Note) -> None:
     if group.get("caution"):
         note("timm's caution does not carry over: steps against the gradient are made here")
 
@@ -297,22 +297,22 @@ def in_our_words(name: str, group: Group, note: Note = lambda sentence: None) ->
             remedy = "(1e-30, 1e-3) is usual."
             raise Refused(message("eps", "a pair (added to g², least parameter scale)", group["eps"], remedy))
         told["eps[0]"], told["eps[1]"] = group["eps"]
-    found = {ours: told[word] for word, ours in dialect.words.items() if word in told}
-    if "beta_2_decay" in found:
-        found["beta_2_decay"] = dialect.decay_sign * found["beta_2_decay"]
-    if found.get("epsilon_1", 0.0) is None:
-        found["epsilon_1"] = 1e-30
-    clip = found.get("clip_threshold")
+    own = {ours: told[word] for word, ours in dialect.words.items() if word in told}
+    if "beta_2_decay" in own:
+        own["beta_2_decay"] = dialect.decay_sign * own["beta_2_decay"]
+    if own.get("epsilon_1", 0.0) is None:
+        own["epsilon_1"] = 1e-30
+    clip = own.get("clip_threshold")
     if isinstance(clip, float) and math.isinf(clip):
-        found["clip_threshold"] = None
-    if dialect.framework == "torch" and found.get("relative_step") is True:
-        found["relative_step"] = "always"  # a scheduler writes where the user does, so PyTorch's cap is on everything
-    found |= dialect.always
+        own["clip_threshold"] = None
+    if dialect.framework == "torch" and own.get("relative_step") is True:
+        own["relative_step"] = "always"  # a scheduler writes where the user does, so PyTorch's cap is on everything
+    own |= dialect.always
     if dialect.momentum_of:
-        found["momentum_of"] = dialect.momentum_of
+        own["momentum_of"] = dialect.momentum_of
     if dialect.adjust is not None:
-        dialect.adjust(group, found, note)
-    return found
+        dialect.adjust(group, own, note)
+    return own
 
 
 def step_size(group: Group, count: int, rms: float | None) -> tuple[float | None, bool]:

@@ -63,15 +63,15 @@ def header(path: Path, largest: int = MAX_HEADER, wanted: str = "") -> tuple[lis
         raise Refused(message(name, f"readable ({error.strerror})", cut(str(path)), "Check its rights.")) from None
     if data[:1] != b"{":
         raise Refused(message(f"the header of {name}", "a JSON object", cut(repr(data[:8])), damaged))
-    found: dict[str, Tensor] = {}
+    tensor_of: dict[str, Tensor] = {}
     reader = _Header(data, f"the header of {name}", wanted)
     for key, value in reader:
-        if key in found:
+        if key in tensor_of:
             raise Refused(message(f"a key in the header of {name}", "unique", cut(key), damaged))
-        if len(found) == MAX_TENSORS:
+        if len(tensor_of) == MAX_TENSORS:
             raise Refused(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", "more", damaged))
-        found[key] = _tensor(key, value, name)
-    tensors = sorted(found.values(), key=lambda tensor: (tensor.start, tensor.stop))
+        tensor_of[key] = _tensor(key, value, name)
+    tensors = sorted(tensor_of.values(), key=lambda tensor: (tensor.start, tensor.stop))
     end = 0
     for tensor in tensors:
         if tensor.start != end:
@@ -127,10 +127,10 @@ class _Header:
     def _string(self) -> str:
         self._mark('"')
         try:
-            found, self._at = scanstring(self._text, self._at, True)
+            text, self._at = scanstring(self._text, self._at, True)
         except ValueError as error:
             raise self._error(f"JSON ({cut(str(error))})") from None
-        return str(found)
+        return str(text)
 
     def _mark(self, allowed: str) -> str:
         mark = self._text[self._skip() : self._at + 1]

@@ -68,10 +68,10 @@ def parse(data: bytes, name: str) -> Any:
 
 
 def parse_text(text: str, name: str) -> Any:
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(found)
-        if len(made) != len(found):
-            twice = Counter(key for key, _ in found).most_common(1)[0][0]
+    def pairs(listed: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(listed)
+        if len(made) != len(listed):
+            twice = Counter(key for key, _ in listed).most_common(1)[0][0]
             raise Refused(message(f"a key in {name}", "unique", cut(twice), "The file is damaged."))
         return made
 

@@ -51,8 +51,8 @@ class Diagnostics(keras.callbacks.Callback):
             logs.update(self._largest)
 
     def _read(self) -> dict[str, float]:
-        found = self._optimizer().diagnostics()
-        values = {f"{name}/{path}": float(np.max(value)) for path, own in found.items() for name, value in own.items()}
+        named = self._optimizer().diagnostics()
+        values = {f"{name}/{path}": float(np.max(value)) for path, own in named.items() for name, value in own.items()}
         for key, value in values.items():
             self._largest[key] = float(np.maximum(value, self._largest.get(key, value)))  # NaN stays NaN
         return values

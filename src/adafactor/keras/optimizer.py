@@ -248,13 +248,13 @@ class Adafactor(keras.optimizers.Optimizer):
         if not self._records_diagnostics:
             raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
         rho = self._last_rho()
-        found: dict[str, dict[str, np.ndarray]] = {}
+        named: dict[str, dict[str, np.ndarray]] = {}
         for variable, recorded in zip(self._trainable_variables, self._recorded, strict=True):
             if recorded is not None:
                 values = np.moveaxis(np.asarray(ops.convert_to_numpy(recorded)), -1, 0)
                 of = dict(zip(DIAGNOSTICS, values, strict=True))
-                found[distinct(path_of(variable), found)] = {**of, "effective_lr": rho * of["parameter_scale"]}
-        return found
+                named[distinct(path_of(variable), named)] = {**of, "effective_lr": rho * of["parameter_scale"]}
+        return named
 
     def _last_rho(self) -> float:
         """The relative step size of the last update (eq. 8)."""

@@ -43,15 +43,15 @@ def broadcast(argument: str, prefix: Tree, tree: Tree, is_leaf: Callable[[Any], 
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(prefix, is_leaf=is_leaf)):
         return [prefix] * len(leaves)
     said = dict(_leaves(prefix, is_leaf))
-    found = []
+    values = []
     for path, leaf in zip(paths(tree), leaves, strict=True):
         above = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in said), None)
         if above is None and leaf is not None:
             given = ["/".join(place) for place in said][:5]
             rule = f"a tree like the parameters, with an entry for {'/'.join(path)}"
             raise ValueError(message(argument, rule, given, "A value may stand for a whole branch."))
-        found.append(None if above is None else said[above])
-    return found
+        values.append(None if above is None else said[above])
+    return values
 
 
 def is_function(value: Any, is_entry: Callable[[Any], bool] = lambda leaf: not callable(leaf)) -> bool:

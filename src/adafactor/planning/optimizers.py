@@ -221,21 +221,21 @@ class Adafactor(Optimizer):
         if self.framework == "torch" and not parameter.size:
             return {}  # it leaves empty tensors alone
         roles, itemsize = self.layout(parameter), 8 if parameter.dtype == "float64" else 4
-        found = {"step": 8} if self.framework == "torch" else {}
+        slots = {"step": 8} if self.framework == "torch" else {}
         for name, shape in roles.slots.items():
             # Dimension 0 is split where the statistic keeps it; a statistic that does not is replicated.
             local: Shape = shape if 0 in roles.lacks(name) else local_shape(shape, shards)
-            found[name] = itemsize * math.prod(local)
+            slots[name] = itemsize * math.prod(local)
         if self.momentum is not None:
             size = parameter.local(shards).size
             # "float32" is the default of PyTorch and Keras, which is: like the statistics.
             like = self.momentum == "float32" and self.framework != "jax"
-            found["momentum"] = size * (itemsize if like else BITS[self.momentum] // 8)
+            slots["momentum"] = size * (itemsize if like else BITS[self.momentum] // 8)
             if self.momentum == "int8":
-                found["momentum_scale"] = 4 * -(-size // BLOCK)
+                slots["momentum_scale"] = 4 * -(-size // BLOCK)
         if self.compensated and parameter.dtype in HALF:
-            found["residual"] = 2 * parameter.local(shards).size
-        return found
+            slots["residual"] = 2 * parameter.local(shards).size
+        return slots
 
     def shared(self, trained: Sequence[Parameter]) -> int:
         return {"torch": 0, "keras": 8, "jax": 4}[self.framework]

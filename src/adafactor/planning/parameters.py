@@ -87,7 +87,7 @@ def parameters(
         )
     patterns = tuple(frozen)
     pairs = tensors.items() if isinstance(tensors, Mapping) else ((None, tensor) for tensor in tensors)
-    found: list[Parameter] = []
+    described: list[Parameter] = []
     for position, (name, value) in enumerate(pairs):
         parameter = _parameter(f"tensor {position}" if name is None else name, value)
         if any(fnmatchcase(parameter.name, pattern) for pattern in patterns):
@@ -96,18 +96,18 @@ def parameters(
             parameter = replace(parameter, trained=False)
         elif dtype is not None:
             parameter = replace(parameter, dtype=dtype)
-        found.append(parameter)
-        if len(found) > MAX_TENSORS:
+        described.append(parameter)
+        if len(described) > MAX_TENSORS:
             raise ValueError(
                 message("the number of tensors", f"<= {MAX_TENSORS:,}", "more", "Plan one part at a time.")
             )
-    check_total(found)
-    return found
+    check_total(described)
+    return described
 
 
-def check_total(found: Iterable[Parameter]) -> None:
+def check_total(described: Iterable[Parameter]) -> None:
     """Refuse a model that no figure here could hold."""
-    total = sum(parameter.nbytes for parameter in found)
+    total = sum(parameter.nbytes for parameter in described)
     if total > MAX_BYTES:
         raise ValueError(message("the model", "of fewer than 2**63 bytes", f"{total:.3g}", "Check the shapes."))
 

@@ -99,10 +99,10 @@ class Plan:
         return sorted(self.parameters, key=lambda p: -p.nbytes)[:count]
 
 
-def _largest_layer(found: Iterable[Parameter], shards: int) -> int:
+def _largest_layer(tensors: Iterable[Parameter], shards: int) -> int:
     """Bytes that one rank holds of the layer of which it holds most."""
     layers: dict[str, int] = {}
-    for p in found:
+    for p in tensors:
         layer = layer_of(p.name)
         layers[layer] = layers.get(layer, 0) + p.local(shards).nbytes
     return max(layers.values(), default=0)
@@ -151,13 +151,13 @@ def plan(
         from adafactor.planning import files
 
         model = files.read(model)
-    found = parameters(model, dtype, frozen)
-    half = any(p.trained and p.dtype in HALF for p in found)
+    tensors = parameters(model, dtype, frozen)
+    half = any(p.trained and p.dtype in HALF for p in tensors)
     chosen = tuple(defaults(framework, half) if optimizers is None else optimizers)
     if shards > 1:
         chosen = tuple(one for one in chosen if one.sharded)
-    whole = [p for p in found if p.trained]
-    weights = sum(p.local(shards).nbytes for p in found)
+    whole = [p for p in tensors if p.trained]
+    weights = sum(p.local(shards).nbytes for p in tensors)
     each = [p.local(shards).nbytes for p in whole]
     released = max(each, default=0) if shards == 1 else _largest_layer(whole, shards)
     usages = tuple(
@@ -170,4 +170,4 @@ def plan(
         )
         for one in chosen
     )
-    return Plan(tuple(found), shards, usages)
+    return Plan(tuple(tensors), shards, usages)

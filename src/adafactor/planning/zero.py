@@ -32,26 +32,26 @@ def held(trained: Sequence[Parameter], stage: int, shards: int) -> Iterator[list
     at = 0
     for rank in range(shards):
         piece = rank * size, (rank + 1) * size
-        found: list[tuple[Parameter, Interval]] = []
+        pieces: list[tuple[Parameter, Interval]] = []
         while at > 0 and first[at] > piece[0]:
             at -= 1
         while at < len(trained) and first[at] < piece[1]:
             (interval,) = cuts(first[at], trained[at].size, [piece])
-            found.append((trained[at], interval))
+            pieces.append((trained[at], interval))
             at += 1
-        yield found
+        yield pieces
 
 
-def sizes(one: Optimizer, found: Iterable[Parameter], stage: int, shards: int) -> tuple[int, int, int, int]:
+def sizes(one: Optimizer, parameters: Iterable[Parameter], stage: int, shards: int) -> tuple[int, int, int, int]:
     """Weights, gradients, state and temporaries of the rank that keeps most, in bytes.
 
     Weights are the model's, whole before stage 3, and the float32 partition that is stepped; gradients are whole in
     stage 1. Of half precision, a step makes a float32 copy of the partition's gradients.
     """
-    found = list(found)
-    trained = [p for p in found if p.trained]
+    parameters = list(parameters)
+    trained = [p for p in parameters if p.trained]
     numbers = partition(trained, stage, shards)
-    weights = sum(-(-p.size // shards) * p.itemsize if stage == 3 else p.nbytes for p in found) + 4 * numbers
+    weights = sum(-(-p.size // shards) * p.itemsize if stage == 3 else p.nbytes for p in parameters) + 4 * numbers
     itemsize = max((p.itemsize for p in trained), default=4)
     gradients = sum(p.nbytes for p in trained) if stage == 1 else itemsize * numbers
     temporaries = 4 * numbers if any(p.dtype in HALF for p in trained) else 0

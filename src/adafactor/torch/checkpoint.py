@@ -103,11 +103,11 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Group], notes: Notes) -
         return dict(state_dict)  # torch has a sentence for that
     read_groups = []
     for old, group, writer in zip(saved, groups, writers, strict=True):
-        found: Mapping[str, Any] = {}
+        told: Mapping[str, Any] = {}
         if writer != OUR_TORCH:
             with reading("a group of the checkpoint", f"one of {writer}"):
-                found = in_our_words(writer, old, lambda note: notes.setdefault(f"{note}."))
-        new = {**{name: value for name, value in group.items() if name != "params"}, **_group(writer, old, found)}
+                told = in_our_words(writer, old, lambda note: notes.setdefault(f"{note}."))
+        new = {**{name: value for name, value in group.items() if name != "params"}, **_group(writer, old, told)}
         names = new.get("param_names") or [f"parameter {key}" for key in old["params"]]
         if len(names) != len(old["params"]):
             rule = f"{len(old['params'])}, one for each of its params"
@@ -118,44 +118,44 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Group], notes: Notes) -
             if state.get(key) and param.numel()
         ]
         if writer != OUR_TORCH:
-            _note(writer, found, notes)
-            _choose(writer, found, [(target, state[key]) for key, target in members], new)
+            _note(writer, told, notes)
+            _choose(writer, told, [(target, state[key]) for key, target in members], new)
         translate(new)
         for key, target in members:
-            state[key] = _state(_renamed(writer, state[key], found, target, notes), target)
+            state[key] = _state(_renamed(writer, state[key], told, target, notes), target)
         read_groups.append(new)
     return {**state_dict, "state": state, "param_groups": read_groups}
 
 
-def _group(writer: str, old: Group, found: Mapping[str, Any]) -> Group:
+def _group(writer: str, old: Group, told: Mapping[str, Any]) -> Group:
     """A group's arguments in our words; what the file does not know is left out."""
     if writer == OUR_TORCH:
         return {**old, **({"eps": tuple(old["eps"])} if isinstance(old.get("eps"), list) else {})}
     theirs = {word.partition("[")[0] for word in FORMATS[writer].words} | FORMATS[writer].others
     new = {name: value for name, value in old.items() if name not in theirs}
-    new |= {word: found[ours] for word, ours in FORMATS[OUR_TORCH].words.items() if ours in found}
+    new |= {word: told[ours] for word, ours in FORMATS[OUR_TORCH].words.items() if ours in told}
     new["eps"] = (new.pop("eps[0]"), new.pop("eps[1]", 1e-3))
     if new["relative_step"] == "always":
         new["relative_step"] = True
     return new
 
 
-def _note(writer: str, found: Mapping[str, Any], notes: Notes) -> None:
-    varies = found["relative_step"] or found["scale_parameter"]
+def _note(writer: str, told: Mapping[str, Any], notes: Notes) -> None:
+    varies = told["relative_step"] or told["scale_parameter"]
     by = {"step": varies and "the step size and the parameter's scale", "nothing": "nothing"}
-    if found.get("weight_decay") and by.get(found["weight_decay_of"]):
+    if told.get("weight_decay") and by.get(told["weight_decay_of"]):
         notes.setdefault(
-            f"{writer} multiplied weight_decay by {by[found['weight_decay_of']]}, here lr alone multiplies it: choose "
+            f"{writer} multiplied weight_decay by {by[told['weight_decay_of']]}, here lr alone multiplies it: choose "
             "weight_decay anew."
         )
-    if found.get("decay_offset"):
-        notes.setdefault(f"{writer}'s decay_offset={found['decay_offset']} does not carry over.")
+    if told.get("decay_offset"):
+        notes.setdefault(f"{writer}'s decay_offset={told['decay_offset']} does not carry over.")
 
 
-def _choose(writer: str, found: Mapping[str, Any], members: Sequence[tuple[_Target, State]], group: Group) -> None:
+def _choose(writer: str, told: Mapping[str, Any], members: Sequence[tuple[_Target, State]], group: Group) -> None:
     """Set the group's ``factoring`` to what keeps the statistics as they are: its own, or a policy that does."""
-    wanted = [(target, _their_layout(writer, found, target, values)) for target, values in members]
-    least = (group["min_dim_size_to_factor"], found.get("min_dim_size_to_factor", 1), 1)
+    wanted = [(target, _their_layout(writer, told, target, values)) for target, values in members]
+    least = (group["min_dim_size_to_factor"], told.get("min_dim_size_to_factor", 1), 1)
     own = (group["factoring"], group["min_dim_size_to_factor"])
     tried = [own, *((policy, side) for side in least for policy in POLICIES if not callable(own[0]))]
     for group["factoring"], group["min_dim_size_to_factor"] in tried:
@@ -173,21 +173,21 @@ def _axes(layout: Layout) -> list[Shape]:
     return sorted((layout.rows, layout.columns)) if layout.factored else []
 
 
-def _their_layout(writer: str, found: Mapping[str, Any], target: _Target, values: State) -> Layout:
+def _their_layout(writer: str, told: Mapping[str, Any], target: _Target, values: State) -> Layout:
     """What the writer factored a parameter over; whether it did, its state tells."""
     shape, dialect = tuple(target.param.shape), FORMATS[writer]
     if dialect.axes is None or any(dialect.slots.get(key) == "second_moment" for key in values):
         return Layout(shape, (), ())
-    theirs = dialect.axes(shape, found.get("min_dim_size_to_factor", 0))
+    theirs = dialect.axes(shape, told.get("min_dim_size_to_factor", 0))
     return theirs if theirs.factored else dialect.axes(shape, 0)
 
 
-def _renamed(writer: str, saved: State, found: Mapping[str, Any], target: _Target, notes: Notes) -> State:
+def _renamed(writer: str, saved: State, told: Mapping[str, Any], target: _Target, notes: Notes) -> State:
     """One parameter's state by our names, with our momentum, and statistics without axes of length 1."""
     if writer == OUR_TORCH:
         return dict(saved)
     dialect, roles, shape = FORMATS[writer], target.layout, tuple(target.param.shape)
-    theirs = _their_layout(writer, found, target, saved)
+    theirs = _their_layout(writer, told, target, saved)
     turned = {"row": "column", "column": "row"} if theirs.rows > theirs.columns else {}
     values = {dialect.slots.get(key, key): value for key, value in saved.items() if key != "RMS"}
     values = {turned.get(slot, slot): value for slot, value in values.items()}
@@ -200,14 +200,14 @@ def _renamed(writer: str, saved: State, found: Mapping[str, Any], target: _Targe
                     raise target.refused(slot, f"of shape {kept}", tuple(value.shape))
                 values[slot] = value.reshape(roles.slots[slot])
     if dialect.momentum_of == "step" and isinstance(values.get("momentum"), Tensor):
-        values["momentum"] = _momentum(writer, saved, found, target, notes)
+        values["momentum"] = _momentum(writer, saved, told, target, notes)
     return values
 
 
-def _momentum(writer: str, saved: State, found: Mapping[str, Any], target: _Target, notes: Notes) -> Tensor:
+def _momentum(writer: str, saved: State, told: Mapping[str, Any], target: _Target, notes: Notes) -> Tensor:
     """An average of steps, divided by the last step size."""
-    rate = found["learning_rate"]
-    number = {**found, "learning_rate": rate.item() if isinstance(rate, Tensor) else rate}
+    rate = told["learning_rate"]
+    number = {**told, "learning_rate": rate.item() if isinstance(rate, Tensor) else rate}
     rms = saved.get("RMS")
     if isinstance(rms, Tensor) and (rms.is_meta or rms.numel() != 1):
         raise target.refused("RMS", "a number", f"a tensor of shape {tuple(rms.shape)} on {rms.device}")
@@ -277,11 +277,11 @@ def _state(values: State, target: _Target) -> State:
 def _statistics(values: State, target: _Target, tensors: int) -> list[State]:
     """What `gather` has written of so many tensors."""
     with reading("statistics of the checkpoint", target.name):
-        found: list[State] = torch.load(io.BytesIO(values["statistics"]), map_location="cpu", weights_only=True)
-    if len(found) != tensors:
+        states: list[State] = torch.load(io.BytesIO(values["statistics"]), map_location="cpu", weights_only=True)
+    if len(states) != tensors:
         remedy = "Wrap the model as it was when it was saved."
-        raise target.refused("statistics", f"of {tensors} tensors", len(found), remedy)
-    return found
+        raise target.refused("statistics", f"of {tensors} tensors", len(states), remedy)
+    return states
 
 
 def _flat(values: State, target: _Target, spans: Spans) -> State:

@@ -109,5 +109,5 @@ def logged(values: Mapping[str, Tensor], tensors: bool) -> dict[str, float]:
     largest = torch.stack([value.max().to(first, torch.float32) for value in values.values()]).cpu()
     if tensors:
         return {f"effective_lr/{name}": float(value) for name, value in zip(values, largest, strict=True)}
-    found = {"min": largest.min(), "median": largest.median(), "max": largest.max()}
-    return {f"effective_lr/{name}": float(value) for name, value in found.items()}
+    summary = {"min": largest.min(), "median": largest.median(), "max": largest.max()}
+    return {f"effective_lr/{name}": float(value) for name, value in summary.items()}

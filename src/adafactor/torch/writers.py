@@ -48,10 +48,10 @@ def recognise(state: Sequence[Mapping[str, Any]], group: Mapping[str, Any]) -> s
     Raises:
         Refused: another optimizer wrote it, or several did; the text names them.
     """
-    found = dict.fromkeys(_one(set(values), set(group)) for values in state if values)
-    if len(found) > 1:
-        raise _refused(" and ".join(found))
-    name = next(iter(found)) if found else _one(set(), set(group))
+    writers = dict.fromkeys(_one(set(values), set(group)) for values in state if values)
+    if len(writers) > 1:
+        raise _refused(" and ".join(writers))
+    name = next(iter(writers)) if writers else _one(set(), set(group))
     lacks = sorted(READ[name].marks - set(group))
     if lacks and name != OUR_TORCH:  # in a group of ours they are what the optimizer was made with
         remedy = "Save the optimizer's state_dict() as it is."

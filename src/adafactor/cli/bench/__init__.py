@@ -117,8 +117,8 @@ def _measure(suite: str, repeats: int, deadline: float, extent: str) -> Iterator
         try:
             for line in process.stdout or ():
                 if line.startswith("{"):
-                    found = json.loads(line)
-                    yield Case(**found) if "title" in found else found["left_out"]
+                    answer = json.loads(line)
+                    yield Case(**answer) if "title" in answer else answer["left_out"]
             if process.wait() != 0:
                 errors.seek(0)
                 said = errors.read().strip().splitlines()

@@ -56,19 +56,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan, then print, write and draw."""
     if arguments.plot:
         need(("matplotlib",), "adafactor plan --plot", "pip install matplotlib")
-    name, found = _plan(arguments)
+    name, planned = _plan(arguments)
     if arguments.json == "-":
-        print(report.json_text(name, found, arguments.gpu_memory, arguments.top, arguments.host))
+        print(report.json_text(name, planned, arguments.gpu_memory, arguments.top, arguments.host))
     else:
-        print(report.text(name, found, arguments.gpu_memory, arguments.top, arguments.host))
+        print(report.text(name, planned, arguments.gpu_memory, arguments.top, arguments.host))
     try:
         if arguments.json not in (None, "-"):
-            data = report.json_text(name, found, arguments.gpu_memory, arguments.top, arguments.host)
+            data = report.json_text(name, planned, arguments.gpu_memory, arguments.top, arguments.host)
             Path(arguments.json).write_text(data + "\n", encoding="utf-8")
         if arguments.plot:
             from adafactor.cli.plan import picture
 
-            picture.draw(name, found, arguments.gpu_memory, Path(arguments.plot))
+            picture.draw(name, planned, arguments.gpu_memory, Path(arguments.plot))
     except (OSError, ValueError) as error:
         raise Refused(message("--json and --plot", "files that can be written", str(error), "Pass others.")) from None
     return 0
@@ -88,10 +88,10 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Plan]:
         else:
             remedy = "Separate shapes by spaces, and give one file at a time."
             raise Refused(message("MODEL", "one file, one folder or shapes only", " ".join(words), remedy))
-        found = plan(
+        planned = plan(
             model, dtype=arguments.dtype, shards=arguments.shards, frozen=arguments.frozen, framework=framework
         )
-        found = found.under_zero(arguments.zero) if arguments.zero else found
-        return name, found.without_triton() if arguments.no_triton else found
+        planned = planned.under_zero(arguments.zero) if arguments.zero else planned
+        return name, planned.without_triton() if arguments.no_triton else planned
     except ValueError as error:
         raise Refused(str(error)) from None

@@ -31,8 +31,8 @@ def functions(library: Any, **others: Any) -> SimpleNamespace:
     ``others`` are those that the library has under another name. ``barrier`` returns its arguments behind a barrier
     of the compiler, if it needs one.
     """
-    found = {name: getattr(library, name) for name in _NAMES if name not in others}
-    return SimpleNamespace(**{"barrier": _identity} | found | others)
+    functions = {name: getattr(library, name) for name in _NAMES if name not in others}
+    return SimpleNamespace(**{"barrier": _identity} | functions | others)
 
 
 def _identity(*arrays: Array) -> tuple[Array, ...]:

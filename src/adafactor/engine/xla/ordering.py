@@ -30,7 +30,7 @@ class Writer(NamedTuple):
 def waits(writers: Sequence[Writer]) -> list[list[Value]]:
     """For each call the further operands that make it wait for all other readers of its parameters."""
     program = _Program([gradient for writer in writers for gradient in writer.gradients])
-    found = []
+    operands = []
     for writer in writers:
         own = program.mask(writer.gradients)
         tokens: dict[Value, None] = {}
@@ -42,8 +42,8 @@ def waits(writers: Sequence[Writer]) -> list[list[Value]]:
                 token = program.gradients[_lowest(leads_to)] if leads_to else program.end(reader)
                 if token is not None:
                     tokens[token] = None
-        found.append(list(tokens))
-    return found
+        operands.append(list(tokens))
+    return operands
 
 
 class _Program:

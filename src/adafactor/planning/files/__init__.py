@@ -51,7 +51,7 @@ def read(path: str | os.PathLike[str]) -> list[Parameter]:
         rule = f"a folder, or a file that ends in {', '.join(SUFFIXES)}"
         raise Refused(message("the model", rule, str(path), "Or give shapes: 4096x4096*32 4096."))
     regular(path)
-    found = SUFFIXES[suffix](path)
-    if not found:
+    parameters = SUFFIXES[suffix](path)
+    if not parameters:
         raise Refused(message(path.name, "a file with tensors", "none", "Check that it is the right file."))
-    return found
+    return parameters

@@ -49,16 +49,16 @@ def read_index(path: Path) -> list[Parameter]:
     wanted: dict[str, set[str]] = {}
     for tensor, file in weights.items():
         wanted.setdefault(inside(path.parent, file, source).name, set()).add(tensor)
-    found: list[Parameter] = []
+    parameters: list[Parameter] = []
     for file, names in wanted.items():
         here = [parameter for parameter in _read(path.parent / file) if parameter.name in names]
         missing = names - {parameter.name for parameter in here}
         if missing:
             rule = f"in {cut(file)}, as {source} says"
             raise Refused(message(f"{cut(min(missing))}", rule, "nothing there", "Fetch the folder again."))
-        found += here
-    check_total(found)
-    return found
+        parameters += here
+    check_total(parameters)
+    return parameters
 
 
 def _read(path: Path) -> list[Parameter]:

@@ -83,11 +83,11 @@ class Window(io.RawIOBase):
 
 def _only(archive: zipfile.ZipFile, member: str, name: str) -> zipfile.ZipInfo:
     """The one member of a name; two would let one reader see what another does not."""
-    found = [info for info in archive.infolist() if info.filename == member]
-    if len(found) != 1 or stat.S_ISLNK(found[0].external_attr >> 16):
+    members = [info for info in archive.infolist() if info.filename == member]
+    if len(members) != 1 or stat.S_ISLNK(members[0].external_attr >> 16):
         remedy = "The file is damaged or not Keras's."
-        raise Refused(message(f"{member} in {name}", "there once, as a file", f"{len(found)} times", remedy))
-    return found[0]
+        raise Refused(message(f"{member} in {name}", "there once, as a file", f"{len(members)} times", remedy))
+    return members[0]
 
 
 def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
@@ -117,7 +117,7 @@ def _variables(file: Any, name: str, known: dict[str, Layer]) -> list[Parameter]
         shape = tuple(int(n) for n in item.shape)
         groups.setdefault(group, []).append((place, Parameter(path, shape, dtype)))
 
-    found: list[Parameter] = []
+    parameters: list[Parameter] = []
     try:
         with h5py.File(file, "r") as opened:
             opened.visititems(visit)
@@ -125,13 +125,13 @@ def _variables(file: Any, name: str, known: dict[str, Layer]) -> list[Parameter]
                 layer = _layer_of(group, opened, known)
                 members.sort(key=lambda member: member[0])
                 for position, (_, p) in enumerate(members):
-                    found.append(Parameter(p.name, p.shape, p.dtype, layer.trains(position, len(members))))
+                    parameters.append(Parameter(p.name, p.shape, p.dtype, layer.trains(position, len(members))))
                 for matrix, shape in zip("ab", layer.adapters(members[0][1].shape), strict=False):
-                    found.append(Parameter(f"{group}/lora_{matrix}", shape, "float32", layer.trainable))
+                    parameters.append(Parameter(f"{group}/lora_{matrix}", shape, "float32", layer.trainable))
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         remedy = "The file is damaged or not Keras's."
         raise Refused(message(name, f"HDF5 as Keras writes it ({cut(str(error))})", "something else", remedy)) from None
-    return found
+    return parameters
 
 
 def _layer_of(group: str, opened: Any, known: dict[str, Layer]) -> Layer:

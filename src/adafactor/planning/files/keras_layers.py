@@ -53,7 +53,7 @@ class Layer:
 
 def layers(config: Any) -> dict[str, Layer]:
     """Every layer by name; where a name stands for different ones, nothing is known of them."""
-    found: dict[str, Layer] = {}
+    known: dict[str, Layer] = {}
     waiting = [config]
     while waiting:
         value = waiting.pop()
@@ -67,8 +67,8 @@ def layers(config: Any) -> dict[str, Layer]:
             name = its.get("name", value.get("name"))  # some say it beside
             if isinstance(name, str):
                 said = _layer(value["class_name"], its, value.get("build_config"))
-                found[name] = said if found.get(name, said) == said else Layer()
-    return found
+                known[name] = said if known.get(name, said) == said else Layer()
+    return known
 
 
 def _layer(kind: str, config: dict[str, Any], built: Any) -> Layer:

@@ -42,15 +42,15 @@ def read(path: Path) -> list[Parameter]:
     if tensors is None:
         rule = f"a state dict, or one under {', '.join(_MODELS)}"
         raise Refused(message(name, rule, type(loaded).__name__, remedy))
-    found, seen = list[Parameter](), set[tuple[Any, ...]]()
+    parameters, seen = list[Parameter](), set[tuple[Any, ...]]()
     for key, tensor in tensors.items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and place in seen:
             continue  # tied weights are one parameter
         seen.add(place)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        found.append(Parameter(str(key), tuple(tensor.shape), "float8" if dtype.startswith("float8") else dtype))
-    return found
+        parameters.append(Parameter(str(key), tuple(tensor.shape), "float8" if dtype.startswith("float8") else dtype))
+    return parameters
 
 
 def _tensors(loaded: Any) -> dict[str, Any] | None:

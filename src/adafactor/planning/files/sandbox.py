@@ -65,10 +65,10 @@ def main() -> None:
     _limit(kind, path)
     reader = {"pytorch": pytorch.read, "keras": keras.open_archive, "weights_h5": keras.open_weights}[kind]
     try:
-        found = reader(path)
-        if len(found) > MAX_TENSORS:
-            raise Refused(message(cut(path.name), f"at most {MAX_TENSORS:,} tensors", len(found), "Plan one part."))
-        answer: dict[str, Any] = {"tensors": [(p.name, p.shape, p.dtype, p.trained) for p in found]}
+        tensors = reader(path)
+        if len(tensors) > MAX_TENSORS:
+            raise Refused(message(cut(path.name), f"at most {MAX_TENSORS:,} tensors", len(tensors), "Plan one part."))
+        answer: dict[str, Any] = {"tensors": [(p.name, p.shape, p.dtype, p.trained) for p in tensors]}
     except ValueError as error:  # Refused, or a shape or dtype that Parameter refuses
         answer = {"refused": str(error)}
     except (MemoryError, RecursionError) as error:

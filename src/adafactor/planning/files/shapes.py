@@ -23,18 +23,18 @@ def is_shape(word: str) -> bool:
 
 def parse_words(words: Iterable[str]) -> list[Parameter]:
     """Tensors of the shapes, named by what was written."""
-    found: list[Parameter] = []
+    tensors: list[Parameter] = []
     for word in words:
         match = _WORD.fullmatch(word)
         if match is None:
             raise Refused(message("a shape", _RULE, cut(word), "Separate shapes by spaces."))
         shape = tuple(int(n) for n in (match["shape"] or "").split("x") if n)
         count = int(match["count"] or 1)
-        if len(found) + count > MAX_TENSORS:
+        if len(tensors) + count > MAX_TENSORS:
             remedy = "Plan one part at a time."
-            raise Refused(message("the shapes", f"at most {MAX_TENSORS:,}", f"{len(found) + count:,}", remedy))
-        found += [Parameter(f"shape {len(found) + i} ({match['shape'] or 'scalar'})", shape) for i in range(count)]
-    return found
+            raise Refused(message("the shapes", f"at most {MAX_TENSORS:,}", f"{len(tensors) + count:,}", remedy))
+        tensors += [Parameter(f"shape {len(tensors) + i} ({match['shape'] or 'scalar'})", shape) for i in range(count)]
+    return tensors
 
 
 def read_text(path: Path) -> list[Parameter]:

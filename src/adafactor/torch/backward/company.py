@@ -85,16 +85,16 @@ class Modules:
 def _buckets(model: Module) -> dict[Tensor, _Bucket]:
     """The FSDP2 module of every sharded parameter."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    found: dict[Tensor, _Bucket] = {}
+    bucket_of: dict[Tensor, _Bucket] = {}
 
     def visit(module: Module, bucket: _Bucket | None) -> None:
         if fsdp is not None and isinstance(module, fsdp):
             bucket = _Bucket()
         for param in module.parameters(recurse=False):
             if bucket is not None and is_sharded(param):
-                found.setdefault(param, bucket)
+                bucket_of.setdefault(param, bucket)
         for child in module.children():
             visit(child, bucket)
 
     visit(model, None)
-    return found
+    return bucket_of

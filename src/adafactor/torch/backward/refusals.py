@@ -78,24 +78,24 @@ def wrappers(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
 
 
 def check_replicas(
-    params: Iterable[Tensor], found: list[DistributedDataParallel], group: ProcessGroup | None, sharded: bool
+    params: Iterable[Tensor], wrappers: list[DistributedDataParallel], group: ProcessGroup | None, sharded: bool
 ) -> None:
     """Refuse what cannot be averaged one parameter at a time.
 
     Raises:
         ValueError, RuntimeError: with the argument or the wrapper that does not fit.
     """
-    if group is not None and (found or sharded):
-        there = "DistributedDataParallel" if found else "sharded parameters"
+    if group is not None and (wrappers or sharded):
+        there = "DistributedDataParallel" if wrappers else "sharded parameters"
         remedy = "Leave it out: they bring their own."
         raise ValueError(message("process_group", f"None beside {there}", "a group", remedy))
     inside: set[int] = set()
-    for wrapper in found:
+    for wrapper in wrappers:
         own = {
             "static_graph": wrapper.static_graph,
             "mixed_precision": wrapper.mixed_precision is not None,
             "a communication hook": bool(wrapper._comm_hooks),
-            "a process group of its own": wrapper.process_group != found[0].process_group,
+            "a process group of its own": wrapper.process_group != wrappers[0].process_group,
         }
         for name, there_is in own.items():
             if there_is:
@@ -103,7 +103,7 @@ def check_replicas(
                 raise RuntimeError(message("DistributedDataParallel", "without ways of its own", name, remedy))
         ignored = wrapper.parameters_to_ignore
         inside |= {id(p) for name, p in wrapper.module.named_parameters() if name not in ignored}
-    for param in params if found else ():
+    for param in params if wrappers else ():
         if id(param) not in inside:
             remedy = "Wrap a module that holds all of them, or make the optimizer without it."
             got = f"one of shape {tuple(param.shape)} outside of it"
@@ -161,8 +161,8 @@ def second_gradient(name: str, param: Tensor, used: str, got: str) -> RuntimeErr
 
 def shared(model: Module) -> set[int]:
     """Parameters that the model has in more than one place, by id."""
-    found: set[int] = set()
+    seen: set[int] = set()
     again: set[int] = set()
     for _, param in model.named_parameters(remove_duplicate=False):
-        (again if id(param) in found else found).add(id(param))
+        (again if id(param) in seen else seen).add(id(param))
     return again

@@ -119,18 +119,18 @@ class Replicas:
 
 def _together(order: Iterable[Tensor]) -> list[list[Tensor]]:
     """What is averaged in one call: neighbours of one dtype and device, up to ``LARGE``."""
-    found: list[list[Tensor]] = []
+    buckets: list[list[Tensor]] = []
     size = 0
     for param in order:
         if not param.requires_grad:
             continue
         size += param.nbytes
-        last = found[-1][0] if found else None
+        last = buckets[-1][0] if buckets else None
         if last is None or size > LARGE or (param.dtype, param.device) != (last.dtype, last.device):
-            found.append([])
+            buckets.append([])
             size = param.nbytes
-        found[-1].append(param)
-    return found
+        buckets[-1].append(param)
+    return buckets
 
 
 class _NoReducer:

@@ -23,7 +23,7 @@ def gather(params: Sequence[FlatParam]) -> list[list[Whole]]:
     A collective: all processes of the groups call it with the same parameters in the same order. What several of them
     have is the same number, and no statistic is negative: the greatest is what one of them has.
     """
-    found: list[list[Whole]] = []
+    states: list[list[Whole]] = []
     groups: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[Whole]]] = {}
     for param in params:
         rooms: list[Whole] = []
@@ -35,13 +35,13 @@ def gather(params: Sequence[FlatParam]) -> list[list[Whole]]:
                 for box, w in zip(flat.boxes, works, strict=True):
                     room[box.place(lacks)] = w.state[_side(flat, slot)].view(kept(box, lacks)).cpu()
             rooms.append(whole)
-        found.append(rooms)
+        states.append(rooms)
         if (group := param.spans.group) is not None and group.size() > 1:
             groups.setdefault(tuple(dist.get_process_group_ranks(group)), (group, []))[1].extend(rooms)
     for group, wholes in groups.values():
         _greatest([whole["step"] for whole in wholes], group)
         _greatest([whole[slot] for whole in wholes for slot in whole if slot != "step"], group)
-    return [rooms if any(bool(whole["step"]) for whole in rooms) else [] for rooms in found]
+    return [rooms if any(bool(whole["step"]) for whole in rooms) else [] for rooms in states]
 
 
 def cut(param: FlatParam, wholes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
