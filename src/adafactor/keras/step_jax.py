@@ -13,7 +13,7 @@ from keras import ops
 from adafactor.core.hyperparameters import Hyperparameters
 from adafactor.engine.xla import arrays, primitives
 from adafactor.engine.xla import sharded as shards
-from adafactor.keras.step import Member
+from adafactor.keras.step import Member, assign, operand
 
 
 def update(
@@ -38,7 +38,7 @@ def update(
     ema_weight, rho = arrays.schedule(primitives.ops, t, rate, hp, scheduled)
     asked = any(member.diagnostics is not None for member in members)
     settings = arrays.Settings(arrays.Constants.of(hp), ema_weight, rho, True, asked)
-    tensors = [_tensor(member, rate) for member in members]
+    tensors = [operand(member, rate) for member in members]
     shardings = [_sharding_of(member.variable) for member in members]
     split = [sharding is not None and sharding.mesh.size > 1 for sharding in shardings]
     if any(split) and not all(split):
@@ -57,25 +57,8 @@ def update(
             for tensor, each in zip(tensors, measured, strict=True)
         ]
     for member, (tensor, diagnostics) in zip(members, moved, strict=True):
-        optimizer.assign(member.variable, tensor.x)
-        for name, slot in member.slots.items():
-            optimizer.assign(slot, tensor.slots[name])
-        if member.momentum is not None:
-            optimizer.assign(member.momentum, tensor.momentum)
-        if member.diagnostics is not None:
-            optimizer.assign(member.diagnostics, diagnostics)
+        assign(optimizer, member, tensor, diagnostics)
     return True
-
-
-def _tensor(member: Member, rate: jax.Array) -> arrays.Tensor:
-    return arrays.Tensor(
-        member.layout,
-        ops.convert_to_tensor(member.variable),
-        ops.convert_to_tensor(member.gradient, sparse=False),
-        {name: ops.convert_to_tensor(slot) for name, slot in member.slots.items()},
-        1 - rate * member.weight_decay if member.weight_decay else 1.0,
-        None if member.momentum is None else ops.convert_to_tensor(member.momentum),
-    )
 
 
 def _sharding_of(variable: Any) -> Any:

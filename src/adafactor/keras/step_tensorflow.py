@@ -12,7 +12,7 @@ from keras import ops
 from adafactor.core.hyperparameters import Hyperparameters
 from adafactor.engine.tensorflow import op, xla
 from adafactor.engine.xla import arrays
-from adafactor.keras.step import Member
+from adafactor.keras.step import Member, array_ops, assign
 from adafactor.keras.variables import dense
 
 #: Numbers from which a variable has an op of its own. The small ones share one; in one op for all, the first gradient
@@ -38,19 +38,24 @@ def update(
     rate = tf.cast(ops.convert_to_tensor(learning_rate), tf.float64)
     t = tf.cast(ops.convert_to_tensor(iterations), tf.float64) + 1
     numbers = rate, *arrays.schedule(ops, t, rate, hp, scheduled)
-    step = xla.step if op.in_xla() else op.step
+    step = _step_in_xla if op.in_xla() else op.step
     for group in _groups(taken):
         with tf.device(_native(group[0].variable).device):
             results = step([_operand(member) for member in group], hp, *numbers)
         for member, result in zip(group, results, strict=True):
-            optimizer.assign(member.variable, result.x)
-            for name, slot in member.slots.items():
-                optimizer.assign(slot, result.slots[name])
-            if member.momentum is not None:
-                optimizer.assign(member.momentum, result.momentum)
-            if member.diagnostics is not None:
-                optimizer.assign(member.diagnostics, result.diagnostics)
+            assign(optimizer, member, result, result.diagnostics)
     return others
+
+
+def _step_in_xla(operands: Sequence[op.Operand], hp: Hyperparameters, *numbers: Any) -> list[op.Result]:
+    """`op.step`, of which XLA makes what follows measure."""
+    results = []
+    for o, (decay_factor, out, diagnostics) in zip(operands, xla.measure(operands, hp, *numbers), strict=True):
+        tensor = arrays.Tensor(o.layout, o.x, o.g, o.slots, decay_factor, o.momentum)
+        update = arrays.measured(array_ops, tensor, out, hp.epsilon_1)
+        moved = arrays.apply(array_ops, tensor, update, hp.momentum)
+        results.append(op.Result(moved.x, moved.slots, moved.momentum, diagnostics))
+    return results
 
 
 def distributed() -> bool:

@@ -19,7 +19,7 @@ from adafactor.core import native
 from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.hyperparameters import Hyperparameters
 from adafactor.engine.tensorflow import op
-from adafactor.engine.tensorflow.op import Operand, Result, Tensor
+from adafactor.engine.tensorflow.op import Operand, Tensor
 
 _CALL = "adafactor_xla_measure"
 _MLIR = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
@@ -32,10 +32,16 @@ def why_not() -> str | None:
     return op.why_not() or _register()
 
 
-def step(
+def measure(
     operands: Sequence[Operand], hp: Hyperparameters, learning_rate: Tensor, ema_weight: Tensor, rho: Tensor
-) -> list[Result]:
-    """As ``op.step``, traced for XLA."""
+) -> list[tuple[Tensor, list[Tensor], Tensor | None]]:
+    """What ``op.step`` computes before it moves anything, traced for XLA. The arguments are its.
+
+    Returns:
+        For each, in the dtype of the statistics, what weight decay multiplies x by; what the kernels give: row, column,
+        their factors and the step size, or if unfactored 1 - beta(t), the second factor and the step size; and its
+        diagnostics.
+    """
     statistics = next(iter(operands[0].slots.values())).dtype
     clip = np.inf if hp.clip_threshold is None else hp.clip_threshold
     constants = tf.constant([hp.epsilon_1, hp.epsilon_2, clip, 0.0], tf.float64)
@@ -59,30 +65,13 @@ def step(
         if operand.diagnostics is not None:
             results.append((operand.diagnostics.shape, statistics))
     out = iter(_call(arguments, results, aliases, forms, hp, operands[0].diagnostics is not None))
-    moved = []
+    measured = []
     for k, (operand, form) in enumerate(zip(operands, forms, strict=True)):
-        layout, g = operand.layout, tf.cast(operand.g, statistics)
-        if form.factored:
-            slots = {name: next(out) for name in form.slots}
-            factor = {name: next(out) for name in form.slots}
-            first = tf.reshape(factor["row"], [1 if a in layout.columns else n for a, n in enumerate(layout.shape)])
-            second = tf.reshape(factor["column"], [1 if a in layout.rows else n for a, n in enumerate(layout.shape)])
-        else:
-            weight, second = next(out), next(out)
-            v = (1 - weight) * operand.slots["second_moment"] + weight * (tf.square(g) + hp.epsilon_1)  # eq. 11
-            slots, first = {"second_moment": v}, tf.where(v == 0, tf.zeros_like(v), tf.math.rsqrt(v))
-        alpha, average = next(out), None
-        diagnostics = None if operand.diagnostics is None else next(out)
-        if operand.momentum is None or hp.momentum is None:
-            step = (
-                g * (first * alpha) * second
-            )  # with second, which may be huge where no gradient was, it could overflow
-        else:
-            average = hp.momentum * operand.momentum + (1 - hp.momentum) * (g * first * second)  # eq. 12
-            step = alpha * average
-        x = tf.cast(operand.x, statistics) * factors[k] - step
-        moved.append(Result(tf.cast(x, operand.x.dtype), slots, average, diagnostics))
-    return moved
+        values = [next(out) for _ in range(5 if form.factored else 3)]
+        if form.transposed:  # the kernel's row is our column
+            values[:4] = values[1], values[0], values[3], values[2]
+        measured.append((factors[k], values, None if operand.diagnostics is None else next(out)))
+    return measured
 
 
 def _slices(operand: Operand) -> tuple[int, ...]:

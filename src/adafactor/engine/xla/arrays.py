@@ -22,7 +22,10 @@ from adafactor.core.hyperparameters import Hyperparameters
 
 Array = Any  # of whatever library ``ops`` belongs to
 
-_NAMES = ("absolute", "maximum", "minimum", "power", "reshape", "rsqrt", "cast", "sqrt", "square", "sum", "where")
+_NAMES = (
+    *("absolute", "broadcast_to", "cast", "maximum", "minimum", "power", "reshape", "rsqrt", "sqrt", "square"),
+    *("stack", "sum", "where"),
+)
 
 
 def functions(library: Any, **others: Any) -> SimpleNamespace:
@@ -225,6 +228,32 @@ def measuring(ops: Any, tensor: Tensor, settings: Settings, transposed: bool = F
     column, row = (second, first) if transposed else (first, second)
     slots = {name: ops.reshape(a, slots[name].shape) for name, a in (("row", row), ("column", column))}
     return update(slots, finish.inverse_sqrt(ops, row), ops.sqrt(mu) * finish.inverse_sqrt(ops, column))
+
+
+def measured(ops: Any, tensor: Tensor, out: list[Array], epsilon_1: Any) -> Update:
+    """What a call of the kernels' measure has returned for a tensor, so that it broadcasts to x.
+
+    Args:
+        out: row, column, their factors and alpha; if unfactored 1 - beta, the second factor and alpha.
+    """
+    layout = tensor.layout
+    if layout.factored:
+        row, column, first, second, alpha = out
+        slots = {"row": row, "column": column}
+        return Update(slots, (spread(ops, first, layout.columns), spread(ops, second, layout.rows)), alpha)
+    # The weight has come through the call: what reads it, and writes v, comes after the call has read v.
+    weight, second, alpha = out
+    v = tensor.slots["second_moment"]
+    v = finish.statistic(v, ops.square(ops.cast(tensor.g, v.dtype)), weight, epsilon_1)  # eq. 11
+    return Update({"second_moment": v}, (finish.inverse_sqrt(ops, v), second), alpha)
+
+
+def diagnosed(ops: Any, update: Update, layout: Layout) -> Array:
+    """The diagnostics of an update as one array, of the lengths of the batch axes and 3."""
+    assert update.diagnostics is not None
+    rms_u = update.diagnostics[0]
+    columns = [ops.broadcast_to(ops.cast(a, rms_u.dtype), rms_u.shape) for a in update.diagnostics]
+    return ops.reshape(ops.stack(columns, -1), (*(rms_u.shape[axis] for axis in layout.batch), 3))
 
 
 def apply(ops: Any, tensor: Tensor, update: Update, beta_1: Any = None) -> Tensor:

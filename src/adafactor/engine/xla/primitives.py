@@ -23,7 +23,6 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from adafactor.core import finish
 from adafactor.core.factoring import Layout
 from adafactor.engine.xla import arrays, custom_call
 from adafactor.engine.xla.arrays import Settings, Tensor
@@ -87,19 +86,9 @@ def compiled_alone(function: Callable[..., Any], static: tuple[int, ...] = ()) -
 
 @compiled_alone
 def _measured(tensor: Tensor, out: list[jax.Array], settings: Settings) -> Measured:
-    """What measure has returned for a tensor, so that it broadcasts to x."""
-    layout = tensor.layout
-    if layout.factored:
-        row, column, first, second, alpha, *diagnostics = out
-        slots = {"row": row, "column": column}
-        first, second = arrays.spread(ops, first, layout.columns), arrays.spread(ops, second, layout.rows)
-    else:
-        # The weight has come through the call: what reads it, and writes v, comes after the call has read v.
-        weight, second, alpha, *diagnostics = out
-        v = tensor.slots["second_moment"]
-        v = finish.statistic(v, jnp.square(tensor.g.astype(v.dtype)), weight, settings.hp.epsilon_1)  # eq. 11
-        slots, first = {"second_moment": v}, finish.inverse_sqrt(ops, v)
-    return Measured(arrays.Update(slots, (first, second), alpha), diagnostics[0] if diagnostics else None)
+    count = 5 if tensor.layout.factored else 3
+    update = arrays.measured(ops, tensor, out[:count], settings.hp.epsilon_1)
+    return Measured(update, out[count] if settings.diagnostics else None)
 
 
 def step(tensors: Sequence[Tensor], settings: Settings) -> list[tuple[Tensor, jax.Array | None]]:
@@ -210,21 +199,13 @@ def _measure_jnp(
             out += [jnp.broadcast_to(settings.ema_weight, slices), jnp.broadcast_to(second, slices)]
         out.append(jnp.broadcast_to(update.alpha, slices))
         if settings.diagnostics:
-            out.append(diagnosed(update, layout))
+            out.append(arrays.diagnosed(ops, update, layout))
     return out
 
 
 def _slices(layout: Layout) -> tuple[int, ...]:
     """One value per slice, in a shape that broadcasts to the parameter."""
     return tuple(n if axis in layout.batch else 1 for axis, n in enumerate(layout.shape))
-
-
-def diagnosed(update: arrays.Update, layout: Layout) -> jax.Array:
-    """``Measured.diagnostics`` of an update."""
-    assert update.diagnostics is not None
-    rms_u = update.diagnostics[0]
-    columns = [jnp.broadcast_to(jnp.asarray(a, rms_u.dtype), rms_u.shape) for a in update.diagnostics]
-    return jnp.stack(columns, axis=-1).reshape(*(rms_u.shape[axis] for axis in layout.batch), 3)
 
 
 def _step_jnp(
@@ -247,7 +228,7 @@ def _step_jnp(
         moved = arrays.apply(ops, tensor, update, settings.hp.beta_1)
         out += [moved.x, *_slots(moved), *([] if moved.momentum is None else [moved.momentum])]
         if settings.diagnostics:
-            out.append(diagnosed(update, layout))
+            out.append(arrays.diagnosed(ops, update, layout))
     return out
 
 

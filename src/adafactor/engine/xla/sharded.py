@@ -20,7 +20,7 @@ from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
 from adafactor.engine.xla import arrays
 from adafactor.engine.xla.arrays import Settings, Tensor
-from adafactor.engine.xla.primitives import Measured, diagnosed, ops
+from adafactor.engine.xla.primitives import Measured, ops
 
 MeshAxes = tuple[str, ...]
 
@@ -87,7 +87,7 @@ def measure(
             (
                 update.slots,
                 *_factors(update, layout, x),
-                diagnosed(update, layout) if settings.diagnostics else None,
+                arrays.diagnosed(ops, update, layout) if settings.diagnostics else None,
             )
             for update, layout, (x, _, _) in zip(updates, layouts, shards, strict=True)
         ]
