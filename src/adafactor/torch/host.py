@@ -22,7 +22,7 @@ from torch.nn import Module, Parameter
 from adafactor.core.errors import message
 from adafactor.engine.torch.sharded import spans_of
 from adafactor.engine.torch.work import DTYPES, is_sharded
-from adafactor.torch.members import Positions
+from adafactor.torch.members import Place, Positions
 from adafactor.torch.optimizer import Adafactor
 
 Words = dict[str, Any]  # a group, without its parameters
@@ -176,7 +176,7 @@ class HostStep:
             if twin.dtype != param.dtype:
                 state["master"] = twin.detach()
 
-    def _guarded(self, place: tuple[int, int], grad: Tensor, ready: Any, words: list[Words]) -> None:
+    def _guarded(self, place: Place, grad: Tensor, ready: Any, words: list[Words]) -> None:
         """`_step` in the thread; after an error nothing more is stepped until somebody was told."""
         if self._error is None:
             try:
@@ -185,7 +185,7 @@ class HostStep:
                 self._error = error
 
     @torch.no_grad()
-    def _step(self, place: tuple[int, int], grad: Tensor, ready: Any, words: list[Words]) -> None:
+    def _step(self, place: Place, grad: Tensor, ready: Any, words: list[Words]) -> None:
         """Copy a gradient to the host, step, and copy the weights back."""
         number, position = place
         param = self._device_optimizer.param_groups[number]["params"][position]

@@ -17,6 +17,7 @@ from adafactor.torch.arguments import layout_of
 if TYPE_CHECKING:
     from adafactor.engine.torch.sharded.flat import FlatParam, Spans
 
+Place = tuple[int, int]  # group, and position in the group
 Positions = Sequence[tuple[int, Sequence[int] | None]]  # in groups, by number; None is all of a group
 
 

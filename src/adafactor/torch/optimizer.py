@@ -19,14 +19,12 @@ from adafactor.core.factoring import Factoring
 from adafactor.core.hyperparameters import RelativeStep
 from adafactor.torch import checkpoint, compiled, diagnostics
 from adafactor.torch.arguments import translate
-from adafactor.torch.members import Chosen, Positions
+from adafactor.torch.members import Chosen, Place, Positions
 from adafactor.torch.prepare import Preparation, Prepared
 
 if TYPE_CHECKING:
     from adafactor.torch.backward import StepInBackward
     from adafactor.torch.host import HostStep
-
-Place = tuple[int, int]  # group, and position in the group
 
 
 class Adafactor(Optimizer):

@@ -24,7 +24,7 @@ from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded import check_origin, spans_of
 from adafactor.engine.torch.work import Group, Work, is_sharded, new_diagnostics
 from adafactor.torch.arguments import STRUCTURE, check_lr, translate, values_of
-from adafactor.torch.members import Chosen, Members, Positions
+from adafactor.torch.members import Chosen, Members, Place, Positions
 
 if TYPE_CHECKING:
     from adafactor.engine.torch.sharded.flat import FlatParam
@@ -155,7 +155,7 @@ class Preparation:
                     chosen.grads[k] = gradient(param, each.name(position))  # type: ignore[arg-type]
         return chosen
 
-    def alone(self, groups: list[dict[str, Any]], place: tuple[int, int], grad: Tensor) -> Chosen:
+    def alone(self, groups: list[dict[str, Any]], place: Place, grad: Tensor) -> Chosen:
         """One parameter and a gradient for it, which may be of another dtype than ``.grad`` can."""
         members = self.members(groups, place[0])
         return Chosen([members.params[place[1]]], [members.places[place[1]]], [grad])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from adafactor.engine.torch.work import is_sharded
-from adafactor.torch.optimizer import Place
+from adafactor.torch.members import Place
 
 
 class Company(Protocol):

@@ -22,7 +22,8 @@ from adafactor.torch.backward.company import Company, Modules
 from adafactor.torch.backward.hooks import register, unregister
 from adafactor.torch.backward.norms import Clipping
 from adafactor.torch.backward.passes import Passes
-from adafactor.torch.optimizer import Adafactor, Place
+from adafactor.torch.members import Place
+from adafactor.torch.optimizer import Adafactor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

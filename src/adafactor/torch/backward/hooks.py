@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor.torch.optimizer import Place
+from adafactor.torch.members import Place
 
 
 class _Hook:

@@ -13,7 +13,7 @@ from torch import Tensor
 from adafactor.core.errors import message
 from adafactor.core.hyperparameters import in_range
 from adafactor.engine.torch.work import is_sharded
-from adafactor.torch.optimizer import Place
+from adafactor.torch.members import Place
 
 Clip = Literal["global", "tensor"]
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adafactor.core.errors import message
 from adafactor.engine.torch.sharded.rank_check import check
-from adafactor.torch.optimizer import Place
+from adafactor.torch.members import Place
 
 LARGE = 1 << 20  # bytes of what is sent together, at most, or one tensor
 _END = -1  # in place of a parameter's number: the first rank's pass has ended
