@@ -19,16 +19,16 @@ from adafactor.core.dialects import FORMATS, OUR_TORCH, in_our_words, step_size
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Layout, Shape
 from adafactor.core.untrusted import reading
-from adafactor.engine.torch import int8, work
+from adafactor.engine.torch import int8
 from adafactor.engine.torch.sharded import spans_of
-from adafactor.engine.torch.work import Work, is_sharded, math_dtype
+from adafactor.engine.torch.work import Group, Settings, Work, is_sharded, slot_dtype
 from adafactor.torch.arguments import layout_of, translate
 from adafactor.torch.writers import recognise
 
 if TYPE_CHECKING:
     from adafactor.engine.torch.sharded.flat import FlatParam, Spans
 
-Group = dict[str, Any]
+Words = dict[str, Any]  # a group
 State = dict[str, Any]
 Notes = dict[str, None]  # sentences, each once, in order
 
@@ -52,7 +52,7 @@ class _Target:
 
     param: Tensor
     name: str
-    group: Group
+    group: Words
 
     @property
     def layout(self) -> Layout:
@@ -80,7 +80,7 @@ def gather(state: dict[Any, State], flat: Mapping[int, FlatParam]) -> None:
 
 
 @torch.no_grad()
-def read(state_dict: Mapping[str, Any], groups: Sequence[Group], notes: Notes) -> dict[str, Any]:
+def read(state_dict: Mapping[str, Any], groups: Sequence[Words], notes: Notes) -> dict[str, Any]:
     """A ``state_dict`` in our words, its tensors copied to where the parameters are, and ``Held``.
 
     Args:
@@ -120,14 +120,14 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Group], notes: Notes) -
         if writer != OUR_TORCH:
             _note(writer, told, notes)
             _choose(writer, told, [(target, state[key]) for key, target in members], new)
-        translate(new)
+        settings = translate(new)
         for key, target in members:
-            state[key] = _state(_renamed(writer, state[key], told, target, notes), target)
+            state[key] = _state(_renamed(writer, state[key], told, target, notes), target, settings)
         read_groups.append(new)
     return {**state_dict, "state": state, "param_groups": read_groups}
 
 
-def _group(writer: str, old: Group, told: Mapping[str, Any]) -> Group:
+def _group(writer: str, old: Words, told: Mapping[str, Any]) -> Words:
     """A group's arguments in our words; what the file does not know is left out."""
     if writer == OUR_TORCH:
         return {**old, **({"eps": tuple(old["eps"])} if isinstance(old.get("eps"), list) else {})}
@@ -152,7 +152,7 @@ def _note(writer: str, told: Mapping[str, Any], notes: Notes) -> None:
         notes.setdefault(f"{writer}'s decay_offset={told['decay_offset']} does not carry over.")
 
 
-def _choose(writer: str, told: Mapping[str, Any], members: Sequence[tuple[_Target, State]], group: Group) -> None:
+def _choose(writer: str, told: Mapping[str, Any], members: Sequence[tuple[_Target, State]], group: Words) -> None:
     """Set the group's ``factoring`` to what keeps the statistics as they are: its own, or a policy that does."""
     wanted = [(target, _their_layout(writer, told, target, values)) for target, values in members]
     least = (group["min_dim_size_to_factor"], told.get("min_dim_size_to_factor", 1), 1)
@@ -225,11 +225,11 @@ def _momentum(writer: str, saved: State, told: Mapping[str, Any], target: _Targe
     return average / alpha if alpha else torch.zeros_like(average)
 
 
-def _state(values: State, target: _Target) -> State:
+def _state(values: State, target: _Target, settings: Settings) -> State:
     """One parameter's state as the kernels need it. Other keys stay, for torch to treat as it does."""
-    param, group, dtype = target.param, target.group, math_dtype(target.param.dtype)
+    param = target.param
     if (spans := spans_of(param)) is not None:
-        return _flat(values, target, spans)
+        return _flat(values, target, spans, settings)
     roles, shape = target.layout, tuple(param.shape)
     if "statistics" in values:
         values = {**values, **_statistics(values, target, 1)[0]}
@@ -243,21 +243,18 @@ def _state(values: State, target: _Target) -> State:
             f"{target.name} of shape {shape} needs the statistics {needs}, got {had or 'none'}. "
             "Construct the optimizer with the checkpoint's factoring."
         )
-    coded = group["momentum_dtype"] == torch.int8 and not is_sharded(param)
-    scale = (int8.scales(param.numel()),)
-    wanted: dict[str, tuple[Shape, torch.dtype]] = {slot: (of, dtype) for slot, of in roles.slots.items()}
+    coded = settings.momentum_dtype == torch.int8 and not is_sharded(param)
+    shapes = {**roles.slots, "momentum": shape, "residual": shape}
+    if coded:
+        shapes["momentum_scale"] = (int8.scales(param.numel()),)
     if "momentum_scale" in values and "momentum" not in values:
         raise target.refused("momentum", "there beside momentum_scale", "none")
     if "momentum" in values:
-        for slot, of in (("momentum", shape), ("momentum_scale", scale)):
+        for slot, of in (("momentum", shape), ("momentum_scale", (int8.scales(param.numel()),))):
             if slot in values:
                 values[slot] = _checked(values[slot], of, slot, target)
         _recode(values, coded)
-        wanted["momentum"] = (shape, group["momentum_dtype"] or dtype)
-        if coded:
-            wanted["momentum_scale"] = (scale, torch.float32)
-    if "residual" in values:
-        wanted["residual"] = (shape, torch.bfloat16)
+    wanted = {s: (of, slot_dtype(s, settings, param.dtype)) for s, of in shapes.items() if s in values}
     if "master" in values:  # of HostStep
         wanted["master"] = (shape, _checked(values["master"], shape, "master", target).dtype)
     read: State = {**values, "step": Held(_step(values.get("step"), target))}
@@ -284,13 +281,13 @@ def _statistics(values: State, target: _Target, tensors: int) -> list[State]:
     return states
 
 
-def _flat(values: State, target: _Target, spans: Spans) -> State:
+def _flat(values: State, target: _Target, spans: Spans, settings: Settings) -> State:
     """The same of a flat parameter, of whose tensors this rank takes its intervals."""
     from adafactor.engine.torch.sharded import flat_state
     from adafactor.engine.torch.sharded.flat import flat_param
 
-    param, group = target.param, work.Group(translate(target.group), target.group["lr"])
-    draft = Work(param, {}, Layout((), (), ()), group, 0, None, target.name)
+    group = Group(settings, target.group["lr"])
+    draft = Work(target.param, {}, Layout((), (), ()), group, 0, None, target.name)
     fresh = flat_param(draft, spans, partial(layout_of, target.group), {})
     read: State = {slot: value for slot, value in values.items() if slot not in (*fresh.state, "statistics")}
     if "statistics" not in values:

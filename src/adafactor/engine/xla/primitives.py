@@ -180,18 +180,11 @@ def _settings(numbers: jax.Array, rank: int, flags: dict[str, bool]) -> Settings
 # -- the primitives on jax.numpy ---------------------------------------------------------------------------------------
 
 
-def _measure_jnp(
-    numbers: jax.Array, decay_factors: jax.Array, *operands: jax.Array, layouts: tuple[Layout, ...], **flags: bool
-) -> list[jax.Array]:
-    rest = iter(operands)
+def _measure_jnp(*operands: jax.Array, layouts: tuple[Layout, ...], **flags: bool) -> list[jax.Array]:
     out = []
-    for k, layout in enumerate(layouts):
-        rank = len(layout.shape)
-        g, x, slots = next(rest), next(rest), {name: next(rest) for name in layout.slots}
-        settings = _settings(numbers, rank, flags)
-        update = arrays.measure(ops, Tensor(layout, x, g, slots, _number_of(decay_factors, k, rank)), settings)
+    for tensor, settings in _unpacked(operands, layouts, False, flags):
+        layout, update, slices = tensor.layout, arrays.measure(ops, tensor, settings), _slices(tensor.layout)
         first, second = update.direction
-        slices = _slices(layout)
         if layout.factored:
             out += [update.slots["row"], update.slots["column"]]
             out += [first.reshape(layout.row_shape), second.reshape(layout.column_shape)]
@@ -203,33 +196,34 @@ def _measure_jnp(
     return out
 
 
-def _slices(layout: Layout) -> tuple[int, ...]:
-    """One value per slice, in a shape that broadcasts to the parameter."""
-    return tuple(n if axis in layout.batch else 1 for axis, n in enumerate(layout.shape))
-
-
-def _step_jnp(
-    numbers: jax.Array,
-    decay_factors: jax.Array,
-    *operands: jax.Array,
-    layouts: tuple[Layout, ...],
-    momentum: bool,
-    **flags: bool,
-) -> list[jax.Array]:
-    rest = iter(operands)
+def _step_jnp(*operands: jax.Array, layouts: tuple[Layout, ...], momentum: bool, **flags: bool) -> list[jax.Array]:
     out = []
-    for k, layout in enumerate(layouts):
-        rank = len(layout.shape)
-        g, x, slots = next(rest), next(rest), {name: next(rest) for name in layout.slots}
-        average = next(rest) if momentum else None
-        tensor = Tensor(layout, x, g, slots, _number_of(decay_factors, k, rank), average)
-        settings = _settings(numbers, rank, flags)
+    for tensor, settings in _unpacked(operands, layouts, momentum, flags):
         update = arrays.measure(ops, tensor, settings)
         moved = arrays.apply(ops, tensor, update, settings.hp.beta_1)
         out += [moved.x, *_slots(moved), *([] if moved.momentum is None else [moved.momentum])]
         if settings.diagnostics:
-            out.append(arrays.diagnosed(ops, update, layout))
+            out.append(arrays.diagnosed(ops, update, tensor.layout))
     return out
+
+
+def _unpacked(
+    operands: Sequence[jax.Array], layouts: tuple[Layout, ...], momentum: bool, flags: dict[str, bool]
+) -> Iterator[tuple[Tensor, Settings]]:
+    """The operands of a primitive, tensor by tensor."""
+    numbers, decay_factors, *rest = operands
+    following = iter(rest)
+    for k, layout in enumerate(layouts):
+        g, x, *slots = (next(following) for _ in range(2 + len(layout.slots)))
+        average, rank = next(following) if momentum else None, len(layout.shape)
+        own = dict(zip(layout.slots, slots, strict=True))
+        tensor = Tensor(layout, x, g, own, _number_of(decay_factors, k, rank), average)
+        yield tensor, _settings(numbers, rank, flags)
+
+
+def _slices(layout: Layout) -> tuple[int, ...]:
+    """One value per slice, in a shape that broadcasts to the parameter."""
+    return tuple(n if axis in layout.batch else 1 for axis, n in enumerate(layout.shape))
 
 
 # -- their results -----------------------------------------------------------------------------------------------------
