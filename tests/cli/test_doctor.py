@@ -5,18 +5,28 @@ import re
 import subprocess
 import sys
 
+import pytest
 from native_support import need
 
 from adafactor.cli import doctor
 from adafactor.core import native
 
+NO_TRITON = "print('not looked at')"
+
+
+@pytest.fixture(autouse=True)
+def _no_triton(monkeypatch):
+    """In this process; asking for it imports PyTorch."""
+    monkeypatch.setattr(doctor, "TRITON", NO_TRITON)
+
 
 def run(only="", **environment):
-    """The command in a process of its own; ``only`` the front ends whose name begins so."""
+    """The command in a process of its own; ``only`` the front ends whose name begins so, and not Triton."""
     code = f"""
 import sys
 from adafactor.cli import doctor, main
 doctor.PROBES = {{name: probe for name, probe in doctor.PROBES.items() if name.startswith({only!r})}}
+if {only!r}: doctor.TRITON = {NO_TRITON!r}
 sys.exit(main(["doctor"]))
 """
     command = [sys.executable, "-c", code]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import needed
 import pytest
 
 import adafactor
@@ -39,14 +40,14 @@ def loaded_by(statement):
 
 
 def test_the_torch_front_end_loads_torch_at_most():
-    pytest.importorskip("torch")
+    needed.packages("torch")
     own, frameworks = loaded_by("import adafactor.torch")
     assert {name for name in own if name.partition(".")[0] != "torch"} <= {"engine", "engine.torch"}
     assert frameworks - {"triton"} == {"torch"}  # which imports Triton where that is installed
 
 
 def test_the_check_of_the_torch_front_end_can_fail():
-    pytest.importorskip("torch")
+    needed.packages("torch")
     assert "convert.state" in loaded_by("import adafactor.torch; import adafactor.convert")[0]
 
 
@@ -54,7 +55,7 @@ def test_the_check_of_the_torch_front_end_can_fail():
     ("front_end", "own"), [("torch", {"torch", "triton"}), ("optax", {"jax", "jaxlib", "optax"}), ("keras", None)]
 )
 def test_a_front_end_imports_neither_another_framework_nor_what_converts(front_end, own):
-    pytest.importorskip(front_end)
+    needed.packages(front_end)
     found = imported_by(f"import adafactor.{front_end}")
     assert own is None or found & FRAMEWORKS <= own  # Keras imports its backend, and TensorFlow where there is one
     assert f"adafactor.{front_end}" in found

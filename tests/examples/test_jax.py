@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import needed
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_examples(program, said):
     if "flax" in program[0]:
-        pytest.importorskip("flax")
+        needed.packages("flax")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, ROOT / "examples" / program[0], *program[1:]]
