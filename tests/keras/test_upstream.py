@@ -33,10 +33,10 @@ def outcomes(tmp_path_factory):
     (folder / "pytest.ini").write_text("[pytest]\n")
     root = Path(optimizers.__file__).parent
     files = [root / f"{subject}_test.py" for subject in SUBJECTS]
-    environment = os.environ | {"KERAS_BACKEND": BACKEND, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "jax")} | os.environ
+    environment |= {"KERAS_BACKEND": BACKEND, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment |= {  # one device, as in Keras's own runs; and JAX compiles each eager operation once
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

@@ -140,10 +140,16 @@ def test_what_a_frozen_layer_contains_is_frozen(tmp_path):
     assert len(described(found, False)) == 2
 
 
+@pytest.fixture(scope="module")
+def with_adapters(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapted") / "good.keras"
+    adapted(2, "int4").save(path)
+    return path
+
+
 @pytest.mark.parametrize("rank", [-1, 2.0, True, "4", None, [4], 2**62])
-def test_a_rank_that_is_none(rank, tmp_path):
-    adapted(2, "int4").save(tmp_path / "good.keras")
-    with zipfile.ZipFile(tmp_path / "good.keras") as good, zipfile.ZipFile(tmp_path / "bad.keras", "w") as bad:
+def test_a_rank_that_is_none(rank, with_adapters, tmp_path):
+    with zipfile.ZipFile(with_adapters) as good, zipfile.ZipFile(tmp_path / "bad.keras", "w") as bad:
         for name in good.namelist():
             content = good.read(name)
             if name == "config.json":
