@@ -22,13 +22,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 FILES := $(sort $(shell find src -name '*.py'))
 MODULES := $(shell echo $(FILES) | cksum | cut -d' ' -f1)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
-# Two workers with a thread each; a file stays with one of them, for the sake of its fixtures.
-PYTEST := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile
+# What XLA compiles is kept for the other tests and for the next time: many compile the same.
+KEPT := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+# Workers with a thread each; a file stays with one of them, for the sake of its fixtures.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3 $(KEPT) $(BIN)/python -m pytest --quiet -n $(WORKERS) --dist loadfile
 ARGS ?=
 
+# The longest first.
+PARTS := test-sharded test-torch test-robustness test-core test-keras-tensorflow test-keras-jax test-optax test-convert \
+         test-keras-torch test-docs
+
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor paper test test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert \
-        test-docs test-robustness test-zero lint format docs bench gpu wheel sanitize clean
+.PHONY: help demo doctor paper test $(PARTS) test-zero lint format docs bench gpu wheel sanitize clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,14 +46,18 @@ demo: $(VENV)/demo.$(MODULES)
 doctor: $(VENV)/test.$(MODULES)
 	$(BIN)/adafactor doctor
 
-test: test-core test-torch test-optax test-keras-jax test-keras-tensorflow test-keras-torch test-convert test-docs \
-      test-robustness
+# Two parts at a time, each in one process: with workers a part imports its frameworks three times.
+test: $(VENV)/docs.$(MODULES)
+	@$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) WORKERS=0 $(PARTS)
 
 test-core: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/core tests/cli tests/examples
 
 test-torch: $(VENV)/test.$(MODULES)
-	$(PYTEST) tests/torch tests/engine/torch tests/hosts
+	$(PYTEST) tests/torch tests/engine/torch tests/hosts --ignore tests/engine/torch/sharded
+
+test-sharded: $(VENV)/test.$(MODULES)
+	$(PYTEST) tests/engine/torch/sharded
 
 test-optax: $(VENV)/test.$(MODULES)
 	$(PYTEST) tests/optax tests/engine/xla
