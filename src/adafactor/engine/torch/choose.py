@@ -73,6 +73,7 @@ class Plan:
         self.witness = Witness(work)
         self._params, self._states = [w.param for w in work], [w.state for w in work]
         self.backends: list[tuple[Backend, list[int]]] = []
+        self._grads: Sequence[Tensor] = ()
         for places in _apart(work):
             lists: dict[tuple[torch.device, type[Backend]], list[int]] = {}
             for k in places:
@@ -99,7 +100,8 @@ class Plan:
             self.release()
 
     def measure(self, grads: Sequence[Tensor]) -> list[Sums]:
-        """The sums of all the work, to be completed in place."""
+        """The sums of all the work, to be completed in place. The gradients, read again to apply, live until `release`."""
+        self._grads = grads
         sums: dict[int, Sums] = {}
         for backend, places in self.backends:
             sums |= zip(places, backend.measure([grads[k] for k in places]), strict=True)
@@ -131,6 +133,7 @@ class Plan:
 
     def release(self) -> None:
         """Let go of the gradients, so that they can be freed."""
+        self._grads = ()
         for backend, _ in self.backends:
             backend.release()
 

@@ -1,5 +1,7 @@
 """Flat parameters, wherever they are cut, against the single process."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import flat_cases
@@ -8,6 +10,7 @@ import ranks
 import simulated
 import torch
 
+from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded.flat import Span, Spans
 from adafactor.engine.torch.sharded.origins import record
 from adafactor.torch import Adafactor
@@ -20,6 +23,33 @@ def test_random_cuts_agree_with_the_whole_and_send_what_the_formula_says():
         found = flat_cases.compared(case, seed)
         assert found["worst"] <= (1e-14 if case.dtype.itemsize == 8 else 1e-6), (seed, case)
         assert found["reduced"] == [flat_cases.formula(case) * found["steps"]] * len(case.pieces), (seed, case)
+
+
+def test_the_gradients_that_are_measured_live_until_they_are_applied(monkeypatch):
+    """Kernels hold addresses; a gradient of zeros where there is none has nobody else who holds it."""
+    alive, measure, apply = [], Plan.measure, Plan.apply
+
+    def measured(plan, grads):
+        alive.append([weakref.ref(grad) for grad in grads])
+        return measure(plan, grads)
+
+    def applied(plan, *arguments):
+        gc.collect()
+        assert all(grad() is not None for grad in alive[-1])
+        apply(plan, *arguments)
+
+    monkeypatch.setattr(Plan, "measure", measured)
+    monkeypatch.setattr(Plan, "apply", applied)
+    param = torch.nn.Parameter(torch.arange(24.0))
+    record(param, Spans((Span("w", (24,), ((0, 24),), 0),), None))
+    other = torch.nn.Parameter(torch.ones(1))
+    record(other, Spans((Span("b", (1,), ((0, 1),), 0),), None))
+    optimizer = Adafactor([param, other])
+    param.grad = torch.ones(24)
+    optimizer.step()
+    gc.collect()
+    assert len(alive) == 1
+    assert [grad() for grad in alive[0]] == [None, None]
 
 
 @pytest.mark.parametrize("at_first", [True, False])
