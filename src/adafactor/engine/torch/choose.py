@@ -100,7 +100,7 @@ class Plan:
             self.release()
 
     def measure(self, grads: Sequence[Tensor]) -> list[Sums]:
-        """The sums of all the work, to be completed in place. `apply` reads the gradients: they live until `release`."""
+        """The sums of all the work, to be completed in place. The gradients live until `release`, for `apply`."""
         self._grads = grads
         sums: dict[int, Sums] = {}
         for backend, places in self.backends:
