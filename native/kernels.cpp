@@ -634,13 +634,11 @@ Squares apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit
       const T *x = at<T>(t.param, r * m), *g = static_cast<const T*>(t.grad) + r * m;
       T* moved = at<T>(target_of(t), r * m);
       Lanes<T> squares;
-      T s[4][kLanes] = {}, factors[kTile / (4 * kLanes)];
+      T s[4][kLanes] = {};
       if (known) Q.before += double(sum<Square>(x, runs * m));
-      if (!turned) memcpy(row + r, finished + r, runs * sizeof(T));
-      for (size_t q = 0; q < runs; ++q) factors[q] = turned ? finished[r + q] : inverse_root(finished[r + q]);
       for (size_t q = 0; q < runs; ++q, cursor.next())
-        descend_lanes(g + q * m, scaled + cursor.columns(), factors[q] * step.normalised, step.decay_factor, x + q * m,
-                      moved + q * m, m, s);
+        descend_lanes(g + q * m, scaled + cursor.columns(), factor(r + q), step.decay_factor, x + q * m, moved + q * m,
+                      m, s);
       memcpy(squares.group, s, sizeof(s));
       Q.after += double(squares.total());
       r += runs;

@@ -87,6 +87,31 @@ inline void ask(const void* address) {
 #endif
 }
 
+// Adds f(x) of n elements to four groups of lanes.
+template <class F, class T>
+inline void add_lanes(const T* x, size_t n, T* a, T* b, T* c, T* d) {
+  size_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+    for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
+    for (size_t k = 0; k < kLanes; ++k) b[k] += F::of(x[j + kLanes + k]);
+    for (size_t k = 0; k < kLanes; ++k) c[k] += F::of(x[j + 2 * kLanes + k]);
+    for (size_t k = 0; k < kLanes; ++k) d[k] += F::of(x[j + 3 * kLanes + k]);
+  }
+  for (; j + kLanes <= n; j += kLanes)
+    for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
+  if (j == n) return;
+  T rest[kLanes] = {};  // an index that is not constant would take `a` out of its register
+  for (size_t k = 0; j + k < n; ++k) rest[k] = F::of(x[j + k]);
+  for (size_t k = 0; k < kLanes; ++k) a[k] += rest[k];
+}
+
+template <class T>
+inline T total_of_lanes(const T* a, const T* b, const T* c, const T* d) {
+  T sums[kLanes];
+  for (size_t k = 0; k < kLanes; ++k) sums[k] = (a[k] + b[k]) + (c[k] + d[k]);
+  return tree(sums);
+}
+
 template <class T>
 struct Lanes {
   T group[4][kLanes] = {};
@@ -96,24 +121,11 @@ struct Lanes {
   void add(const T* x, size_t n) {
     T a[kLanes], b[kLanes], c[kLanes], d[kLanes];
     for (size_t k = 0; k < kLanes; ++k) a[k] = group[0][k], b[k] = group[1][k], c[k] = group[2][k], d[k] = group[3][k];
-    size_t j = 0;
-    for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-      for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
-      for (size_t k = 0; k < kLanes; ++k) b[k] += F::of(x[j + kLanes + k]);
-      for (size_t k = 0; k < kLanes; ++k) c[k] += F::of(x[j + 2 * kLanes + k]);
-      for (size_t k = 0; k < kLanes; ++k) d[k] += F::of(x[j + 3 * kLanes + k]);
-    }
-    for (; j + kLanes <= n; j += kLanes)
-      for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
+    add_lanes<F>(x, n, a, b, c, d);
     for (size_t k = 0; k < kLanes; ++k) group[0][k] = a[k], group[1][k] = b[k], group[2][k] = c[k], group[3][k] = d[k];
-    for (size_t k = 0; j + k < n; ++k) group[0][k] += F::of(x[j + k]);
   }
 
-  T total() const {
-    T sums[kLanes];
-    for (size_t k = 0; k < kLanes; ++k) sums[k] = (group[0][k] + group[1][k]) + (group[2][k] + group[3][k]);
-    return tree(sums);
-  }
+  T total() const { return total_of_lanes(group[0], group[1], group[2], group[3]); }
 };
 
 // What `Lanes` finds of one call, in registers. Called, not copied into the loops around it, where compilers lose them.
@@ -125,22 +137,8 @@ ADAFACTOR_CALLED T sum(const T* x, size_t n) {
     return s;
   }
   T a[kLanes] = {}, b[kLanes] = {}, c[kLanes] = {}, d[kLanes] = {};
-  size_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
-    for (size_t k = 0; k < kLanes; ++k) b[k] += F::of(x[j + kLanes + k]);
-    for (size_t k = 0; k < kLanes; ++k) c[k] += F::of(x[j + 2 * kLanes + k]);
-    for (size_t k = 0; k < kLanes; ++k) d[k] += F::of(x[j + 3 * kLanes + k]);
-  }
-  for (; j + kLanes <= n; j += kLanes)
-    for (size_t k = 0; k < kLanes; ++k) a[k] += F::of(x[j + k]);
-  if (j < n) {
-    T rest[kLanes] = {};
-    for (size_t k = 0; j + k < n; ++k) rest[k] = F::of(x[j + k]);
-    for (size_t k = 0; k < kLanes; ++k) a[k] += rest[k];
-  }
-  for (size_t k = 0; k < kLanes; ++k) a[k] = (a[k] + b[k]) + (c[k] + d[k]);
-  return tree(a);
+  add_lanes<F>(x, n, a, b, c, d);
+  return total_of_lanes(a, b, c, d);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@ import pytest
 import torch
 import triton_support
 
-from adafactor.core import native
 from adafactor.engine.torch.checks import Witness
 from adafactor.torch import Adafactor
 from adafactor.torch.prepare import Preparation
@@ -12,16 +11,6 @@ from adafactor.torch.prepare import Preparation
 triton_support.interpret()
 SHAPES = [(12, 8), (9,), (2, 6, 5), (4, 4), (8, 12), (3, 3)]
 OPTIONS = {"lr": 0.1, "relative_step": False, "diagnostics": True}
-
-
-@pytest.fixture(params=["native", "torch", "triton"])
-def fused(request, monkeypatch):
-    if request.param == "native" and native.why_not() is not None:
-        pytest.skip(native.why_not())
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        triton_support.use(monkeypatch)
-    return False if request.param == "torch" else None
 
 
 def pair(fused):

@@ -11,23 +11,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from adafactor.core import native
 from adafactor.engine.torch import checks
 from adafactor.torch import Adafactor
 
 triton_support.interpret()
-BACKENDS = ["native", "torch", "triton"]
-
-
-@pytest.fixture(params=BACKENDS)
-def fused(request, monkeypatch):
-    """The constructor's word for a backend."""
-    if request.param == "native" and native.why_not() is not None:
-        pytest.skip(native.why_not())
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        triton_support.use(monkeypatch)
-    return False if request.param == "torch" else None
 
 
 def trained(fused, steps=2, dtype=torch.float32, **options):
