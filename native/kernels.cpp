@@ -182,11 +182,6 @@ void finish_rows(const adafactor_tensor& t, const T* ADAFACTOR_RESTRICT row, T* 
 }
 
 template <class T>
-void weights_of(const T* ADAFACTOR_RESTRICT rows, T* ADAFACTOR_RESTRICT weights, size_t n) {
-  for (size_t k = 0; k < n; ++k) weights[k] = weight(rows[k]);
-}
-
-template <class T>
 void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b, size_t begin, size_t end) {
   const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner), stride = inner * m;
   const bool summed = t.flags & ADAFACTOR_ROWS_SUMMED, sum_only = t.flags & ADAFACTOR_ROW_SUMS;
@@ -203,12 +198,11 @@ void measure_block(const adafactor_tensor& t, T* finished, T* S, T* W, size_t b,
     if (!sum_only) finish_rows(t, at<const T>(t.row, first), finished + first, last - first, length);
     for (size_t k_inner = 0; k_inner < inner; ++k_inner) {
       T of_rows[kMostRows] = {};
-      if (inner == 1 && !sum_only) weights_of(finished + first, of_rows, i_end - i);
+      for (size_t k = 0; k < i_end - i && !sum_only; ++k) of_rows[k] = weight(finished[first + k * inner + k_inner]);
       for (size_t k = i; k < i_end;) {
         const size_t count = i_end - k >= 8 ? 8 : i_end - k >= 4 ? 4 : 1;
         const size_t run = (b * n + k) * inner + k_inner;
-        T* weights = of_rows + (k - i);
-        for (size_t q = 0; q < count && inner > 1 && !sum_only; ++q) weights[q] = weight(finished[run + q * inner]);
+        const T* weights = of_rows + (k - i);
         T *s = S + k_inner * m, *w = W + k_inner * m;
         if (count == 8) add_columns<8>(t, run * m, stride, weights, s, w);
         else if (count == 4) add_columns<4>(t, run * m, stride, weights, s, w);
