@@ -165,11 +165,11 @@ Squares apply_factored(const adafactor_tensor& t, const Workspace& w, const Unit
   const size_t n = size_t(t.rows), m = size_t(t.columns), inner = size_t(t.inner);
   const Step<T> step(t, w, unit.slice);
   // Where columns come first, commit has done both sides: the rows are in S and the columns in finished.
-  const bool turned = columns_first(t);
-  const T *finished = at<T>(turned ? w.S : w.finished, 0), *scaled = at<T>(turned ? w.finished : w.S, 0);
+  const bool transposed = columns_first(t);
+  const T *finished = at<T>(transposed ? w.S : w.finished, 0), *scaled = at<T>(transposed ? w.finished : w.S, 0);
   T* row = at<T>(t.row, 0);
-  const auto factor = [turned, finished, row, &step](size_t r) {
-    if (turned) return finished[r] * step.normalised;
+  const auto factor = [transposed, finished, row, &step](size_t r) {
+    if (transposed) return finished[r] * step.normalised;
     row[r] = finished[r];
     return inverse_root(finished[r]) * step.normalised;
   };

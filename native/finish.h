@@ -102,10 +102,10 @@ bool finish(const adafactor_tensor& t, const Workspace& w) {
       if (totals) {
         mu = t.mu[k];
       } else {
-        const MatrixSums found = finish_columns(t, statistic + k * m, S + k * m, W + k * m, m, divisor);
-        if (t.matrix_sums) t.matrix_sums[2 * k] = found.columns, t.matrix_sums[2 * k + 1] = found.weighted;
-        mu = found.columns / global_m;
-        u2 += mu * found.weighted;  // eq. 7
+        const MatrixSums matrix = finish_columns(t, statistic + k * m, S + k * m, W + k * m, m, divisor);
+        if (t.matrix_sums) t.matrix_sums[2 * k] = matrix.columns, t.matrix_sums[2 * k + 1] = matrix.weighted;
+        mu = matrix.columns / global_m;
+        u2 += mu * matrix.weighted;  // eq. 7
       }
       if (t.flags & ADAFACTOR_MATRIX_SUMS) continue;
       const T root_mu = T(root(mu));

@@ -195,8 +195,8 @@ template <class T>
 void measure_factored(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   const bool whole = w.parts == 1;
   for (size_t b = size_t(unit.b); b < size_t(unit.b_end); ++b) {
-    const size_t place = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * sums_of_a_block(t);
-    T *S = at<T>(whole ? w.S : w.partial_S, place), *W = at<T>(whole ? w.W : w.partial_W, place);
+    const size_t offset = (whole ? b : b * size_t(w.parts) + size_t(unit.part)) * sums_of_a_block(t);
+    T *S = at<T>(whole ? w.S : w.partial_S, offset), *W = at<T>(whole ? w.W : w.partial_W, offset);
     if (!columns_first(t))
       measure_block(t, at<T>(w.finished, 0), S, W, b, size_t(unit.begin), size_t(unit.end));
     else if (unit.column < unit.column_end)
@@ -229,7 +229,7 @@ void measure(const adafactor_tensor& t, const Workspace& w, const Unit& unit) {
   } else {
     const size_t begin = size_t(unit.b * t.columns + unit.begin), end = size_t(unit.b * t.columns + unit.end);
     measure_whole<T>(t, w, unit, begin, end);
-    if (reads_x(t)) w.Q[unit.index] = sum_squares<T>(t, begin, end);
+    if (reads_x(t)) add_squares<T>(t, begin, end, w.Q[unit.index] = 0);
   }
 }
 

@@ -40,31 +40,25 @@ inline size_t sums_of_a_block(const adafactor_tensor& t) {
 // A tile of a factored parameter is a piece of one long run, or several short runs: how many of them.
 inline size_t runs_of_a_tile(size_t m, size_t left) { return m < kTile ? least(kTile / m, left) : 1; }
 
-// Sum of x^2 over runs [first, last) of m elements, in the tiles of `apply`: its sums of the new x and the sums found
-// here in the next update have the same bits, so it does not matter which of them a run uses.
+// Adds x^2 over [begin, end), in the tiles of `apply`: its sums of the new x and the sums found here in the next update
+// have the same bits, so it does not matter which of them a step uses.
 template <class T>
-double sum_squares(const adafactor_tensor& t, size_t first, size_t last, size_t m) {
+void add_squares(const adafactor_tensor& t, size_t begin, size_t end, double& total) {
   T tile[kTile];
-  double total = 0;
-  for (size_t r = first; r < last;) {
-    const size_t runs = runs_of_a_tile(m, last - r);
-    for (size_t j = 0; j < m; j += kTile) {
-      const size_t n = runs * least(kTile, m - j);
-      total += double(sum<Square>(load(t.param_dtype, t.param, r * m + j, tile, n), n));
-    }
-    r += runs;
-  }
-  return total;
-}
-
-// The same over [begin, end) of a parameter that is not factored.
-template <class T>
-double sum_squares(const adafactor_tensor& t, size_t begin, size_t end) {
-  T tile[kTile];
-  double total = 0;
   for (size_t j = begin; j < end; j += kTile) {
     const size_t n = least(kTile, end - j);
     total += double(sum<Square>(load(t.param_dtype, t.param, j, tile, n), n));
+  }
+}
+
+// The same over runs [first, last) of m elements, whose tiles begin anew with every run that is as long as one.
+template <class T>
+double sum_squares(const adafactor_tensor& t, size_t first, size_t last, size_t m) {
+  double total = 0;
+  for (size_t r = first; r < last;) {
+    const size_t runs = runs_of_a_tile(m, last - r);
+    add_squares<T>(t, r * m, (r + runs) * m, total);
+    r += runs;
   }
   return total;
 }
