@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from adafactor import Factored, Hyperparameters, layout
+from adafactor import Factored, Hyperparameters
+from adafactor import layout as layout_of
 from adafactor.core import reference
 
 SHAPES = [(6, 5), (1, 5), (6, 1), (1, 1), (3, 6, 5), (2, 3, 4, 5)]
@@ -23,8 +24,8 @@ def problem(shape, steps=5, seed=0):
     return rng.normal(size=shape), [scale * rng.normal(size=shape) for _ in range(steps)]
 
 
-def run(x, gradients, its_layout, hp=PLAIN, learning_rate=0.1, **options):
-    optimizer = reference.Adafactor(its_layout, hp, **options)
+def run(x, gradients, layout, hp=PLAIN, learning_rate=0.1, **options):
+    optimizer = reference.Adafactor(layout, hp, **options)
     for g in gradients:
         x = optimizer.step(x, g, learning_rate)
     return x, optimizer.state
@@ -33,11 +34,11 @@ def run(x, gradients, its_layout, hp=PLAIN, learning_rate=0.1, **options):
 def sums_and_update(shape, policy="last_two"):
     """The sums after a few updates, and the update they belong to, formed element by element."""
     x, gradients = problem(shape)
-    its_layout = layout(shape, policy)
-    _, state = run(x, gradients[:-1], its_layout)
-    sums = reference.measure(x, gradients[-1], state, its_layout, PLAIN, state.t + 1)
-    moved, after = reference.apply(x, gradients[-1], sums, state, its_layout, PLAIN, state.t + 1, 1.0)
-    return its_layout, sums, after, x - moved
+    layout = layout_of(shape, policy)
+    _, state = run(x, gradients[:-1], layout)
+    sums = reference.measure(x, gradients[-1], state, layout, PLAIN, state.t + 1)
+    moved, after = reference.apply(x, gradients[-1], sums, state, layout, PLAIN, state.t + 1, 1.0)
+    return layout, sums, after, x - moved
 
 
 # -- the paper's identities ------------------------------------------------------------------------------------
@@ -46,12 +47,12 @@ def sums_and_update(shape, policy="last_two"):
 @pytest.mark.parametrize("policy", ["last_two", "largest_two", "smallest"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weighted_column_sums_give_the_sum_of_squared_updates(shape, policy):
-    its_layout, sums, after, u = sums_and_update(shape, policy)
-    if not its_layout.factored:
+    layout, sums, after, u = sums_and_update(shape, policy)
+    if not layout.factored:
         assert np.sum(sums.W) == pytest.approx(np.sum(u * u), rel=1e-9)
         return
-    column = np.expand_dims(after.second_moment["column"], its_layout.rows)
-    mu = np.mean(column, axis=its_layout.columns, keepdims=True)
+    column = np.expand_dims(after.second_moment["column"], layout.rows)
+    mu = np.mean(column, axis=layout.columns, keepdims=True)
     assert np.sum(mu * sums.W / column) == pytest.approx(np.sum(u * u), rel=1e-9)
 
 
@@ -65,7 +66,7 @@ def test_rows_and_columns_have_the_same_mean(shape):
 def test_the_estimate_keeps_row_and_column_sums_of_the_averaged_squares():
     x, gradients = problem((6, 5))
     hp = dataclasses.replace(PLAIN, epsilon_1=0.0)
-    _, state = run(x, gradients, layout((6, 5)), hp)
+    _, state = run(x, gradients, layout_of((6, 5)), hp)
     average = np.zeros((6, 5))
     for t, g in enumerate(gradients, start=1):
         average += hp.decay(t) * (g * g - average)
@@ -77,8 +78,8 @@ def test_the_estimate_keeps_row_and_column_sums_of_the_averaged_squares():
 
 def test_factoring_is_exact_for_a_gradient_of_rank_one():
     g = np.outer([1.0, -2.0, 30.0], [5.0, 0.1])
-    factored, _ = run(np.ones((3, 2)), [g], layout((3, 2)))
-    unfactored, _ = run(np.ones((3, 2)), [g], layout((3, 2), min_dim_size_to_factor=4))
+    factored, _ = run(np.ones((3, 2)), [g], layout_of((3, 2)))
+    unfactored, _ = run(np.ones((3, 2)), [g], layout_of((3, 2), min_dim_size_to_factor=4))
     np.testing.assert_allclose(factored, unfactored, rtol=1e-12)
 
 
@@ -87,7 +88,7 @@ def test_factoring_is_exact_for_a_gradient_of_rank_one():
 def test_no_update_is_larger_than_the_clip_threshold(shape, d):
     x, gradients = problem(shape)
     hp = dataclasses.replace(PLAIN, clip_threshold=d)
-    optimizer = reference.Adafactor(layout(shape), hp)
+    optimizer = reference.Adafactor(layout_of(shape), hp)
     for g in gradients:
         after = optimizer.step(x, g, 1.0)
         assert np.sqrt(np.mean((after - x) ** 2)) <= d * (1 + 1e-9)
@@ -97,38 +98,40 @@ def test_no_update_is_larger_than_the_clip_threshold(shape, d):
 def test_clipping_leaves_a_small_update_alone():
     x, gradients = problem((6, 5))
     wide = dataclasses.replace(PLAIN, clip_threshold=1e6)
-    np.testing.assert_array_equal(run(x, gradients, layout((6, 5)), wide)[0], run(x, gradients, layout((6, 5)))[0])
+    np.testing.assert_array_equal(
+        run(x, gradients, layout_of((6, 5)), wide)[0], run(x, gradients, layout_of((6, 5)))[0]
+    )
 
 
 def test_transposing_the_problem_transposes_the_step():
     x, gradients = problem((6, 5))
     hp = Hyperparameters(relative_step=False)
-    moved, _ = run(x, gradients, layout((6, 5)), hp)
-    transposed, _ = run(x.T, [g.T for g in gradients], layout((5, 6)), hp)
+    moved, _ = run(x, gradients, layout_of((6, 5)), hp)
+    transposed, _ = run(x.T, [g.T for g in gradients], layout_of((5, 6)), hp)
     np.testing.assert_allclose(transposed, moved.T, rtol=1e-10)
 
 
 def test_a_step_does_not_depend_on_the_scale_of_the_gradient():
     x, gradients = problem((6, 5))
     hp = dataclasses.replace(PLAIN, epsilon_1=0.0)
-    moved, _ = run(x, gradients, layout((6, 5)), hp)
-    scaled, _ = run(x, [1e6 * g for g in gradients], layout((6, 5)), hp)
+    moved, _ = run(x, gradients, layout_of((6, 5)), hp)
+    scaled, _ = run(x, [1e6 * g for g in gradients], layout_of((6, 5)), hp)
     np.testing.assert_allclose(scaled, moved, rtol=1e-10)
 
 
 def test_a_step_scales_with_the_parameter():
     x, gradients = problem((6, 5))
     hp = Hyperparameters(relative_step=False, epsilon_2=0.0)
-    moved, _ = run(x, gradients, layout((6, 5)), hp)
-    scaled, _ = run(1000 * x, gradients, layout((6, 5)), hp)
+    moved, _ = run(x, gradients, layout_of((6, 5)), hp)
+    scaled, _ = run(1000 * x, gradients, layout_of((6, 5)), hp)
     np.testing.assert_allclose(scaled, 1000 * moved, rtol=1e-10)
 
 
 def test_permuting_rows_permutes_the_step():
     x, gradients = problem((6, 5))
     order = np.array([3, 1, 5, 0, 2, 4])
-    moved, _ = run(x, gradients, layout((6, 5)))
-    permuted, _ = run(x[order], [g[order] for g in gradients], layout((6, 5)))
+    moved, _ = run(x, gradients, layout_of((6, 5)))
+    permuted, _ = run(x[order], [g[order] for g in gradients], layout_of((6, 5)))
     np.testing.assert_allclose(permuted, moved[order], rtol=1e-10)
 
 
@@ -142,7 +145,7 @@ def test_a_zero_row_stays_beside_large_gradients(large, epsilon_1):
     g = np.full((4, 3), large)
     g[1] = 0
     hp = dataclasses.replace(PLAIN, epsilon_1=epsilon_1)
-    moved, _ = run(x, [g] * 3, layout((4, 3)), hp, dtype=np.float32)
+    moved, _ = run(x, [g] * 3, layout_of((4, 3)), hp, dtype=np.float32)
     np.testing.assert_array_equal(moved[1], x[1].astype(np.float32))
     assert np.isfinite(moved).all()
 
@@ -152,7 +155,7 @@ def test_a_zero_row_stays_beside_large_gradients(large, epsilon_1):
 def test_no_gradient_is_no_step(shape, epsilon_1):
     x, _ = problem(shape)
     hp = Hyperparameters(epsilon_1=epsilon_1)
-    moved, _ = run(x, [np.zeros(shape)] * 3, layout(shape), hp)
+    moved, _ = run(x, [np.zeros(shape)] * 3, layout_of(shape), hp)
     np.testing.assert_array_equal(moved, x)
 
 
@@ -160,7 +163,7 @@ def test_a_nan_stays_in_its_slice_of_the_batch():
     x, (g, *_) = problem((3, 4, 5))
     g[1, 2, 3] = np.nan
     hp = Hyperparameters(relative_step=False)
-    moved, _ = run(x, [g], layout((3, 4, 5), batch_axes=(0,)), hp)
+    moved, _ = run(x, [g], layout_of((3, 4, 5), batch_axes=(0,)), hp)
     assert np.isfinite(moved[[0, 2]]).all()
     assert not np.isfinite(moved[1]).any()
 
@@ -168,12 +171,12 @@ def test_a_nan_stays_in_its_slice_of_the_batch():
 def test_a_nan_shows_in_the_whole_parameter_without_batch():
     x, (g, *_) = problem((3, 4))
     g[0, 0] = np.nan
-    moved, _ = run(x, [g], layout((3, 4)), Hyperparameters())
+    moved, _ = run(x, [g], layout_of((3, 4)), Hyperparameters())
     assert np.isnan(moved).all()
 
 
 def test_an_empty_parameter_counts_its_updates():
-    moved, state = run(np.zeros((0, 3)), [np.zeros((0, 3))] * 2, layout((0, 3)), Hyperparameters())
+    moved, state = run(np.zeros((0, 3)), [np.zeros((0, 3))] * 2, layout_of((0, 3)), Hyperparameters())
     assert moved.shape == (0, 3)
     assert state.t == 2
 
@@ -188,11 +191,11 @@ def test_an_empty_parameter_counts_its_updates():
 def test_shards_of_rows_move_like_the_whole(pieces, hp):
     shape = (6, 5)
     x, gradients = problem(shape)
-    whole, _ = run(x, gradients, layout(shape), hp)
+    whole, _ = run(x, gradients, layout_of(shape), hp)
 
     # Each shard holds its rows and their statistic; the column statistic is on all of them.
     xs = np.split(x, pieces)
-    layouts = [layout(part.shape) for part in xs]
+    layouts = [layout_of(part.shape) for part in xs]
     # n, N and the parameter scale are the whole parameter's, so a shard is applied with the whole's sums.
     rows = [np.zeros(part.shape[0]) for part in xs]
     momenta = [np.zeros(part.shape) for part in xs] if hp.momentum else [None] * pieces
@@ -234,13 +237,13 @@ KERAS = Hyperparameters(relative_step="always")
 
 def test_one_step_of_a_vector():
     # x - 0.5 sqrt(7.5): the update is all ones, RMS(x) = sqrt(7.5).
-    moved, _ = run([1, 2, 3, 4], [[1, 6, 7, 2]], layout((4,)), KERAS, 0.5)
+    moved, _ = run([1, 2, 3, 4], [[1, 6, 7, 2]], layout_of((4,)), KERAS, 0.5)
     np.testing.assert_allclose(moved, [-0.3693, 0.6307, 1.6307, 2.6307], atol=1e-4)
 
 
 def test_one_step_of_a_matrix():
     # row = [18.5, 26.5], column = [25, 20], RMS(u) = 1.00894, alpha = 1.36931.
-    moved, state = run([[1, 2], [3, 4]], [[[1, 6], [7, 2]]], layout((2, 2)), KERAS, 0.5)
+    moved, state = run([[1, 2], [3, 4]], [[[1, 6], [7, 2]]], layout_of((2, 2)), KERAS, 0.5)
     np.testing.assert_allclose(state.second_moment["row"], [18.5, 26.5])
     np.testing.assert_allclose(state.second_moment["column"], [25, 20])
     np.testing.assert_allclose(moved, [[0.7007, -0.0081], [1.2492, 3.4407]], atol=1e-4)
@@ -252,7 +255,7 @@ def test_five_steps_of_ones():
     hp = Hyperparameters(
         beta_2_decay=-0.65, epsilon_1=1e-15, epsilon_2=1e-4, clip_threshold=0.9, relative_step="always"
     )
-    optimizer = reference.Adafactor(layout((10,)), hp)
+    optimizer = reference.Adafactor(layout_of((10,)), hp)
     x, ends = np.ones(10), []
     for g in (first, rest, rest, rest, rest):
         x = optimizer.step(x, g, 0.5)
@@ -263,33 +266,33 @@ def test_five_steps_of_ones():
 
 def test_momentum_is_not_corrected_for_its_start():
     hp = dataclasses.replace(PLAIN, beta_1=0.9)
-    moved, _ = run(np.zeros(3), [np.ones(3)], layout((3,)), hp, 1.0)
+    moved, _ = run(np.zeros(3), [np.ones(3)], layout_of((3,)), hp, 1.0)
     np.testing.assert_allclose(moved, -0.1)
 
 
 def test_a_shape_that_is_not_the_layouts_is_refused():
     with pytest.raises(ValueError, match=r"must have shape \(2, 3\), got \(2, 3\) and \(3, 2\)"):
-        run(np.zeros((2, 3)), [np.zeros((3, 2))], layout((2, 3)))
+        run(np.zeros((2, 3)), [np.zeros((3, 2))], layout_of((2, 3)))
 
 
 def test_the_state_before_a_step_is_left_as_it_was():
-    its_layout = layout((2, 3))
-    state = reference.init(its_layout, PLAIN)
-    reference.step(np.ones((2, 3)), np.ones((2, 3)), state, its_layout, PLAIN, 0.1)
+    layout = layout_of((2, 3))
+    state = reference.init(layout, PLAIN)
+    reference.step(np.ones((2, 3)), np.ones((2, 3)), state, layout, PLAIN, 0.1)
     assert state.t == 0
     assert not state.second_moment["row"].any()
 
 
 def test_slices_of_a_batch_move_as_if_they_were_alone():
     x, gradients = problem((3, 6, 5))
-    stacked, _ = run(x, gradients, layout((3, 6, 5), batch_axes=(0,)), KERAS)
-    alone = [run(x[i], [g[i] for g in gradients], layout((6, 5)), KERAS)[0] for i in range(3)]
+    stacked, _ = run(x, gradients, layout_of((3, 6, 5), batch_axes=(0,)), KERAS)
+    alone = [run(x[i], [g[i] for g in gradients], layout_of((6, 5)), KERAS)[0] for i in range(3)]
     np.testing.assert_allclose(stacked, alone, rtol=1e-12)
 
 
 def test_several_row_axes_act_as_one():
     x, gradients = problem((2, 3, 5))
-    spec = layout((2, 3, 5), lambda name, shape: Factored((0, 1), (2,)))
+    spec = layout_of((2, 3, 5), lambda name, shape: Factored((0, 1), (2,)))
     moved, _ = run(x, gradients, spec, KERAS)
-    flat, _ = run(x.reshape(6, 5), [g.reshape(6, 5) for g in gradients], layout((6, 5)), KERAS)
+    flat, _ = run(x.reshape(6, 5), [g.reshape(6, 5) for g in gradients], layout_of((6, 5)), KERAS)
     np.testing.assert_allclose(moved, flat.reshape(2, 3, 5), rtol=1e-12)

@@ -15,7 +15,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import conversion_runs as runs
 import numpy as np
 
-from adafactor import Factored, Hyperparameters, layout
+from adafactor import Factored, Hyperparameters
+from adafactor import layout as layout_of
 from adafactor.convert.axes import fitted
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter
@@ -50,13 +51,13 @@ def other_axes(steps):
         "first two": Factored((0,), (1,)),
         "smallest": Factored((0, 1, 2), (3,)),
     }
-    layouts = {name: layout(shape, lambda *_, spec=spec: spec) for name, spec in policies.items()}
-    found = {name: reference.init(its_layout, Hyperparameters()) for name, its_layout in layouts.items()}
+    layouts = {name: layout_of(shape, lambda *_, spec=spec: spec) for name, spec in policies.items()}
+    found = {name: reference.init(layout, Hyperparameters()) for name, layout in layouts.items()}
     scale = np.exp(rng.normal(size=shape))  # of every weight's gradient, which no rank-1 matrix has
     for _ in range(steps):
         g = scale * rng.normal(size=shape)
-        for name, its_layout in layouts.items():
-            _, found[name] = reference.step(g, g, found[name], its_layout, Hyperparameters(), 1e-2)
+        for name, layout in layouts.items():
+            _, found[name] = reference.step(g, g, found[name], layout, Hyperparameters(), 1e-2)
     print("| from \\ to, factored over | how | estimate moved by | statistics off by |\n|---|---|---|---|")
     for source, old in layouts.items():
         for target, new in layouts.items():

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 from tolerances import ONE_ROUNDING, TOLERANCES
 
-from adafactor import Factored, Hyperparameters, layout
+from adafactor import Factored, Hyperparameters
+from adafactor import layout as layout_of
 from adafactor.core import reference
 
 OPTIONS = {
@@ -49,9 +50,9 @@ class Trajectory:
     def __init__(self, implementation, shape, dtype, options):
         self.tolerance, self.dtype = TOLERANCES[implementation][dtype], np.dtype(getattr(ml_dtypes, dtype, dtype))
         self.around = {name: options.get(name, value) for name, value in AROUND.items()}
-        its_layout = layout(shape, self.around["factoring"], self.around["min_dim_size_to_factor"])
+        layout = layout_of(shape, self.around["factoring"], self.around["min_dim_size_to_factor"])
         numbers = {name: value for name, value in options.items() if name not in AROUND}
-        self.oracle = reference.Adafactor(its_layout, Hyperparameters(**numbers))
+        self.oracle = reference.Adafactor(layout, Hyperparameters(**numbers))
         self.rng = rng = np.random.default_rng(0)
         # Rows and columns of very different size, and a column without gradient.
         self.scale = np.exp(rng.normal(size=shape) * 0.1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton_support import DEVICE, use
 
-from adafactor import layout
+from adafactor import layout as layout_of
 from adafactor.core.factoring import Factored, Part
 from adafactor.engine.torch import cuda
 from adafactor.engine.torch.work import Group, Work
@@ -17,16 +17,16 @@ from adafactor.torch.arguments import translate
 STEPS = 3
 
 
-def work_of(x, its_layout, **options):
+def work_of(x, layout, **options):
     """One item of work on ``x``, with a state of zeros."""
     param = torch.nn.Parameter(x.to(DEVICE))
     optimizer = Adafactor([param], **options)
     group = optimizer.param_groups[0]
     state = {"step": torch.zeros((), dtype=torch.int64, device=DEVICE)}
-    state |= {name: torch.zeros(shape, device=DEVICE) for name, shape in its_layout.slots.items()}
+    state |= {name: torch.zeros(shape, device=DEVICE) for name, shape in layout.slots.items()}
     if options.get("beta1"):
         state["momentum"] = torch.zeros(x.shape, device=DEVICE)
-    return Work(param, state, its_layout, Group(translate(group), group["lr"]), 0)
+    return Work(param, state, layout, Group(translate(group), group["lr"]), 0)
 
 
 def cut(whole, lengths, axis=0):
@@ -72,7 +72,7 @@ def test_parts_cut_along_one_axis(monkeypatch, shape, axis, options):
     dtype = torch.bfloat16 if options.get("stochastic_rounding") else torch.float32
     x = torch.randn(shape, generator=generator).to(dtype)
     rows = len(shape) - 1
-    whole = layout(shape, lambda name, shape: Factored(tuple(range(rows)), (rows,)) if rows else None)
+    whole = layout_of(shape, lambda name, shape: Factored(tuple(range(rows)), (rows,)) if rows else None)
     one = work_of(x.clone(), whole, **options)
     length = shape[axis]
     places, parts = zip(*cut(whole, (length // 2, length // 3, length - length // 2 - length // 3), axis), strict=True)
@@ -104,7 +104,7 @@ def test_parts_cut_along_one_axis(monkeypatch, shape, axis, options):
 
 def test_a_part_that_is_not_finite_elsewhere_is_left_alone(monkeypatch):
     use(monkeypatch)
-    whole = layout((6, 20))
+    whole = layout_of((6, 20))
     ((place, part), *_) = cut(whole, (3, 3))
     x = torch.ones(3, 20)
     w = work_of(x.clone(), part)
@@ -123,7 +123,7 @@ def test_a_part_that_is_not_finite_elsewhere_is_left_alone(monkeypatch):
 def test_a_tensor_without_a_gradient_is_left_alone(monkeypatch):
     """One table for all parameters: an address of 0 is no gradient."""
     use(monkeypatch)
-    work = [work_of(torch.ones(shape), layout(shape), beta1=0.9) for shape in [(6, 20), (300,), (2, 600), (9, 3, 3)]]
+    work = [work_of(torch.ones(shape), layout_of(shape), beta1=0.9) for shape in [(6, 20), (300,), (2, 600), (9, 3, 3)]]
     backend, skipped = cuda.Triton(work), torch.zeros((), dtype=torch.int64, device=DEVICE)
     with torch.no_grad():
         for absent in (range(0), (0, 2), (1, 3), range(4)):
