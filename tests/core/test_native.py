@@ -61,7 +61,7 @@ class Model:
         self.state = [{name: np.zeros(shape, wide) for name, shape in one.slots.items()} for one in self.layouts]
         self.momentum = [np.zeros(one.shape, DTYPE[self.momentum_dtype]) for one in self.layouts]
         for k, x in enumerate(self.x):
-            self.table.place(
+            self.table.bind(
                 k,
                 param=x.ctypes.data,
                 param_dtype=self.dtype,

@@ -91,7 +91,7 @@ class Problem:
     def in_place(self):
         table = native.Table([native.canonical(one) for one in LAYOUTS])
         for k in range(len(table)):
-            table.place(
+            table.bind(
                 k,
                 param=self.x[k].ctypes.data,
                 param_dtype=self.dtype,

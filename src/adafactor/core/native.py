@@ -151,7 +151,7 @@ def use_openmp(file: str) -> bool:
 class Table:
     """The descriptors of a list of tensors, kept from step to step.
 
-    ``records`` is a NumPy array of ``adafactor_tensor``, one per tensor. Set what never changes once, with `place`,
+    ``records`` is a NumPy array of ``adafactor_tensor``, one per tensor. Set what never changes once, with `bind`,
     and every step only what does: ``table.records["grad"] = addresses``, and `configure` for the numbers of a group.
 
     Args:
@@ -187,7 +187,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.forms)
 
-    def place(
+    def bind(
         self,
         k: int,
         *,
@@ -360,16 +360,16 @@ def _library() -> _Library:
 
 def path() -> Path | None:
     """The library file, whether it can be loaded or not; ``None`` where there is none."""
-    return next((place for place in _places() if place.is_file()), None)
+    return next((file for file in _candidates() if file.is_file()), None)
 
 
-def _places() -> list[Path]:
+def _candidates() -> list[Path]:
     name = {"win32": "libadafactor.dll", "darwin": "libadafactor.dylib"}.get(sys.platform, "libadafactor.so")
     chosen = os.environ.get("ADAFACTOR_LIBRARY")
     import adafactor.core
 
     # An editable install keeps the sources in one place and what was built in another: both are on __path__.
-    return [Path(chosen)] if chosen else [Path(place) / name for place in adafactor.core.__path__]
+    return [Path(chosen)] if chosen else [Path(folder) / name for folder in adafactor.core.__path__]
 
 
 @cache
@@ -378,7 +378,7 @@ def _load() -> _Library | str:
     file = path()
     if file is None:
         return (
-            f"The native kernels are not built: there is no {' or '.join(map(str, _places()))}. "
+            f"The native kernels are not built: there is no {' or '.join(map(str, _candidates()))}. "
             "Install a wheel, or install from source with a C++17 compiler and CMake."
         )
     try:

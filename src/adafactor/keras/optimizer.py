@@ -372,13 +372,13 @@ class Adafactor(keras.optimizers.Optimizer):
         decays = self.weight_decay and not self._is_extended()
         members = []
         for gradient, variable in zip(grads, variables, strict=True):
-            place = self._get_variable_index(variable)
-            layout = self._layouts[place]
+            position = self._get_variable_index(variable)
+            layout = self._layouts[position]
             if layout is None or not layout.size:
                 continue
             decay = self.weight_decay if decays and self._use_weight_decay(variable) else 0.0
-            state = self._slots[place], self._momentums[place], self._recorded[place]
-            members.append(Member(place, variable, gradient, layout, *state, decay))
+            state = self._slots[position], self._momentums[position], self._recorded[position]
+            members.append(Member(position, variable, gradient, layout, *state, decay))
         return members
 
     def _get_current_learning_rate(self) -> Any:

@@ -25,14 +25,14 @@ class Member(NamedTuple):
     """One variable of an update.
 
     Attributes:
-        place: the variable's place among those the optimizer was built on.
+        position: the variable's, among those the optimizer was built on.
         variable, gradient: the variable and its gradient, dense or sparse.
         layout: the role of every axis; the variable has elements.
         slots, momentum, diagnostics: the optimizer's variables for it; no momentum and no diagnostics are ``None``.
         weight_decay: 0 where it does not decay.
     """
 
-    place: int
+    position: int
     variable: Any
     gradient: Any
     layout: Layout

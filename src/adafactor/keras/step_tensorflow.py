@@ -86,7 +86,7 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
     """The members of each op."""
     groups: dict[Any, list[Member]] = {}
     for member in members:
-        alone = member.place if member.layout.size >= LARGE else None
+        alone = member.position if member.layout.size >= LARGE else None
         key = alone, _native(member.variable).device, _dtypes(member)
         groups.setdefault(key, []).append(member)
     return list(groups.values())

@@ -61,7 +61,7 @@ class TorchStep:
 
     def _plan(self, members: Sequence[Member], grads: Sequence[Tensor], scheduled: bool) -> tuple[Plan, Tensor]:
         """What updates the members: what there is, as long as nothing it knows has moved."""
-        key = tuple(member.place for member in members)
+        key = tuple(member.position for member in members)
         known = self._plans.get(key)
         params = [member.variable.value for member in members]
         states = [_state(member) for member in members]
@@ -91,7 +91,7 @@ class TorchStep:
                 got = f"{state[slot].dtype} of shape {tuple(state[slot].shape)} on {state[slot].device}"
                 raise RuntimeError(message(f"{slot} of {name}", "as the optimizer built it", got, remedy))
             diagnostics = None if member.diagnostics is None else new_diagnostics(layout, param.device)
-            work.append(Work(param, state, layout, group, member.place, diagnostics, name))
+            work.append(Work(param, state, layout, group, member.position, diagnostics, name))
         plan = Plan(work, grads)
         if all(map(torch.Tensor.is_contiguous, grads)):
             self._plans[key] = plan, steps

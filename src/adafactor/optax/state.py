@@ -94,11 +94,11 @@ def of(state: Any, params: Tree, momentum: bool, diagnostics: bool) -> Flat:
         if asked != (getattr(state, name) is not None):
             rule = f"there, as {argument} asks for it" if asked else f"None without {argument}"
             raise ValueError(message(f"state.{name}", rule, "None" if asked else "a tree", _REMEDY))
-    places = flatten(params)[1]
+    structure = flatten(params)[1]
     return Flat(
-        {name: _beside(f"state.{name}", getattr(state, name), params, places) for name in SLOTS},
-        _beside("state.momentum", state.momentum, params, places) if momentum else [],
-        [_beside("state.diagnostics", tree, params, places) for tree in state.diagnostics or ()],
+        {name: _beside(f"state.{name}", getattr(state, name), params, structure) for name in SLOTS},
+        _beside("state.momentum", state.momentum, params, structure) if momentum else [],
+        [_beside("state.diagnostics", tree, params, structure) for tree in state.diagnostics or ()],
         state,
     )
 
@@ -119,10 +119,10 @@ def check(k: int, flat: Flat, layout: Layout, params: Tree) -> None:
         raise ValueError(message(f"the state of parameter {path!r}", f"of the shapes {expected}", shapes, _REMEDY))
 
 
-def _beside(name: str, tree: Tree, params: Tree, places: Any) -> list[Any]:
+def _beside(name: str, tree: Tree, params: Tree, structure: Any) -> list[Any]:
     """The leaves of a tree like the parameters, in their order."""
     leaves, treedef = flatten(tree)
-    if treedef != places and paths(tree) != paths(params):  # in boxes, or out of them, it is the same tree
+    if treedef != structure and paths(tree) != paths(params):  # in boxes, or out of them, it is the same tree
         remedy = f"Pass the parameters that the state was made for. {_REMEDY}"
         given = ["/".join(path) for path in paths(tree)]
         rule = f"a tree like the parameters, with {len(paths(params))} leaves of their names"

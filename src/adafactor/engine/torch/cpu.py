@@ -51,7 +51,7 @@ class Native:
         self._params = [w.param for w in work]
         for k, w in enumerate(work):
             momentum = w.state.get("momentum") if w.settings.hyperparameters.momentum is not None else None
-            table.place(
+            table.bind(
                 k,
                 param=w.param.data_ptr(),
                 param_dtype=_DTYPES[w.param.dtype],

@@ -150,9 +150,9 @@ def _packed(values: Sequence[Any], dtype: Any) -> jax.Array:
     if all(isinstance(value, int | float) for value in values):
         return jnp.asarray(np.array(values, dtype))
     distinct = {id(value): value for value in values}
-    places = {key: place for place, key in enumerate(distinct)}
+    indices = {key: index for index, key in enumerate(distinct)}
     packed = jnp.stack([jnp.asarray(value, dtype) for value in distinct.values()])
-    return packed if len(places) == len(values) else packed[np.array([places[id(value)] for value in values])]
+    return packed if len(indices) == len(values) else packed[np.array([indices[id(value)] for value in values])]
 
 
 def _slots(tensor: Tensor) -> list[jax.Array]:

@@ -131,11 +131,11 @@ def _together(
                 if axes:
                     packs.setdefault((axes, partial.sum.dtype), []).append((k, i))
         totals = [[partial.sum for partial in partials] for partials in waiting]
-        for (axes, _dtype), places in packs.items():
-            pieces = [totals[k][i] for k, i in places]
+        for (axes, _dtype), members in packs.items():
+            pieces = [totals[k][i] for k, i in members]
             packed = jax.lax.psum(jnp.concatenate([piece.ravel() for piece in pieces]), axes)
             at = 0
-            for (k, i), piece in zip(places, pieces, strict=True):
+            for (k, i), piece in zip(members, pieces, strict=True):
                 totals[k][i] = packed[at : at + piece.size].reshape(piece.shape)
                 at += piece.size
         waiting = []
