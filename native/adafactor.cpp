@@ -123,6 +123,18 @@ void adafactor_use_openmp(void* parallel, void* most_threads) {
                          reinterpret_cast<decltype(adafactor::OpenMP::most_threads)>(most_threads)});
 }
 
+int adafactor_ask(int (*const* functions)(void*, int64_t*), int64_t function_count, char* const* objects, int64_t count,
+                  int64_t offset, const void* none, int64_t* answers) {
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t f = 0; f < function_count; ++f) {
+      int64_t& answer = answers[f * count + k] = 0;
+      if (objects[k] == none) continue;
+      if (const int error = functions[f](objects[k] + offset, &answer)) return error;
+    }
+  }
+  return 0;
+}
+
 int64_t adafactor_abi(void) { return ADAFACTOR_ABI * 65536 + int64_t(sizeof(adafactor_tensor)); }
 int adafactor_built(int64_t isa) { return isa >= 0 && isa < ADAFACTOR_ISAS && kernels[isa]; }
 int adafactor_supported(int64_t isa) { return adafactor_built(isa) && runs(isa); }

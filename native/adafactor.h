@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define ADAFACTOR_ABI 4
+#define ADAFACTOR_ABI 5
 
 enum { ADAFACTOR_FLOAT32, ADAFACTOR_BFLOAT16, ADAFACTOR_FLOAT16, ADAFACTOR_FLOAT64 };
 
@@ -117,6 +117,11 @@ ADAFACTOR_API void adafactor_number(adafactor_tensor* tensors, int64_t count);
 /* The addresses of GOMP_parallel and omp_get_max_threads in the OpenMP runtime that this process computes with: calls
  * that want no more threads than it has use those. Two null pointers: threads of our own, as before. */
 ADAFACTOR_API void adafactor_use_openmp(void* parallel, void* most_threads);
+
+/* answers[f][k] = what function f, of the C interface of a framework that returns 0, says of what is `offset` bytes
+ * behind objects[k]; 0 where that is `none`. Returns what it returned instead of 0, if it did: not all is answered then. */
+ADAFACTOR_API int adafactor_ask(int (*const* functions)(void*, int64_t*), int64_t function_count, char* const* objects,
+                                int64_t count, int64_t offset, const void* none, int64_t* answers);
 
 ADAFACTOR_API int64_t adafactor_abi(void);            /* ADAFACTOR_ABI * 65536 + sizeof(adafactor_tensor) */
 ADAFACTOR_API int adafactor_built(int64_t isa);       /* whether the library holds this instruction set */

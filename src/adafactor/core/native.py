@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -62,7 +63,7 @@ RECORD = np.dtype(
     + [(name, np.float64) for name in _SCALARS]
     + [("seed", np.uint64), ("step", np.uint64), ("rng_stream", np.uint64), ("skipped", np.int64)]
 )
-_ABI = 4 * 65536 + RECORD.itemsize
+_ABI = 5 * 65536 + RECORD.itemsize
 
 Verb = Literal["measure", "finish", "apply", "step"]
 
@@ -84,6 +85,7 @@ class _Library:
     verbs: dict[str, Any]
     number: Any
     use_openmp: Any
+    ask: Any
     built: tuple[str, ...]
     supported: tuple[str, ...]
 
@@ -146,6 +148,29 @@ def use_openmp(file: str) -> bool:
         return False
     _library().use_openmp(*functions)
     return True
+
+
+class Asked:
+    """Functions of a framework's C interface, to be asked about many of its objects in one call.
+
+    Args:
+        functions: their addresses. Each takes an object's address and a place for an int64, and returns 0.
+        offset: what they take is so many bytes behind an object of Python.
+    """
+
+    def __init__(self, functions: Sequence[int], offset: int) -> None:
+        self._functions, self._offset = (ctypes.c_void_p * len(functions))(*functions), offset
+
+    def about(self, ids: array[int]) -> NDArray[np.int64] | None:
+        """[functions, objects]: the answers, 0 for ``None``; ``None`` where a function failed. ``ids``: of "q".
+
+        The interpreter's lock is kept: nobody changes the objects meanwhile.
+        """
+        answers: Any = (ctypes.c_int64 * (len(self._functions) * len(ids)))()
+        error = _library().ask(
+            self._functions, len(self._functions), ids.buffer_info()[0], len(ids), self._offset, id(None), answers
+        )
+        return None if error else np.frombuffer(answers, np.int64).reshape(len(self._functions), -1)
 
 
 class Table:
@@ -398,7 +423,10 @@ def _load() -> _Library | str:
     number.argtypes, number.restype = (ctypes.c_void_p, ctypes.c_int64), None
     use_openmp = library.adafactor_use_openmp
     use_openmp.argtypes, use_openmp.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    ask = ctypes.PyDLL(str(file)).adafactor_ask
+    address, number_of = ctypes.c_void_p, ctypes.c_int64
+    ask.argtypes = (address, number_of, address, number_of, number_of, address, address)
     library.adafactor_built.argtypes = library.adafactor_supported.argtypes = (ctypes.c_int64,)
     built = tuple(name for code, name in enumerate(ISAS) if library.adafactor_built(code))
     supported = tuple(name for code, name in enumerate(ISAS) if library.adafactor_supported(code))
-    return _Library(str(file), verbs, number, use_openmp, built, supported)
+    return _Library(str(file), verbs, number, use_openmp, ask, built, supported)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import add, attrgetter, is_, le, mul
+from operator import attrgetter, is_
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +19,12 @@ from torch import Tensor
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
 from adafactor.engine.torch import int8
+from adafactor.engine.torch.memory import Memory
 from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, is_sharded, slot_dtype, slots_of
 
 AFRESH = "Delete optimizer.state[parameter] to start it afresh"
 
 _dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
-_bytes_of: Any = len  # of an untyped storage
 
 
 @cache
@@ -58,9 +58,10 @@ class Witness:
         self._tensors = self._now()
         self._plain = [tensor for tensor in self._tensors if _is_plain(type(tensor))]
         self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
-        self._memory, self._form = self._in_memory(), self._look()
+        self._memory = Memory(self._plain)
+        self._places, self._form = self._memory.look().tobytes(), self._look()
         self._alike, self._grads_alike = _alike(self._tensors), _never
-        self._reach: tuple[list[Any], ...] = ()
+        self._reach = b""
 
     def moved(self) -> bool:
         """Whether a tensor was replaced, or has got another place, dtype, shape or order in memory."""
@@ -68,7 +69,7 @@ class Witness:
             now = self._now()
         except KeyError:
             return True
-        if not all(map(is_, now, self._tensors)) or self._in_memory() != self._memory:
+        if not all(map(is_, now, self._tensors)) or self._memory.look().tobytes() != self._places:
             return True
         if not self._alike(*now):  # or asked in another mode of autograd or autocast
             if self._look() != self._form:
@@ -78,10 +79,6 @@ class Witness:
 
     def _now(self) -> list[Tensor]:
         return self._params + [state[name] for state, names in self._entries for name in names]
-
-    def _in_memory(self) -> tuple[list[int], ...]:
-        plain = self._plain
-        return list(map(Tensor.data_ptr, plain)), list(map(_bytes_of, map(Tensor.untyped_storage, plain)))
 
     def _look(self) -> tuple[list[Any], ...]:
         return (
@@ -105,7 +102,7 @@ class Witness:
         there = [grads[k] for k in here]
         if not self._fit(there, [self._params[k] for k in here]):
             return False
-        self._grads_alike, self._reach = _alike(grads), ()
+        self._grads_alike, self._reach = _alike(grads), b""
         return self._are_backed(there)
 
     def _fit(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
@@ -123,11 +120,11 @@ class Witness:
 
     def _are_backed(self, grads: Sequence[Tensor]) -> bool:
         """Whether their storages hold all of the gradients: computed once for each list of places in storages."""
-        stored = list(map(_bytes_of, map(Tensor.untyped_storage, grads)))
-        reach = stored, list(map(Tensor.storage_offset, grads))
+        _, stored, offsets = looked = Memory(grads).look()
+        reach = looked[1:].tobytes()
         if reach != self._reach:
-            ends = map(mul, map(add, reach[1], map(Tensor.numel, grads)), map(Tensor.element_size, grads))
-            if not all(map(le, ends, stored)):
+            sizes, widths = list(map(Tensor.numel, grads)), list(map(Tensor.element_size, grads))
+            if ((offsets + sizes) * widths > stored).any():
                 return False
             self._reach = reach
         return True

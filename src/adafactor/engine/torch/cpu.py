@@ -22,6 +22,7 @@ from adafactor.core import native
 from adafactor.core.canonical import canonical
 from adafactor.core.factoring import Layout, Part, Shape
 from adafactor.engine.torch.blocks import kept
+from adafactor.engine.torch.memory import addresses_of
 from adafactor.engine.torch.work import MOST_UPDATES, Group, Settings, Sums, Work, math_dtype
 
 _DTYPES = {getattr(torch, name): name for name in native.DTYPES}
@@ -151,8 +152,7 @@ class Native:
     def _begin(self, grads: Sequence[Tensor | None], known: bool | NDArray[np.bool_]) -> None:
         """Hand over the gradients and the numbers of this update; ``known``: whose ``table.Q`` is still true."""
         record = self.table.records
-        addresses, dtypes = addresses_of(grads, self._dtypes)
-        record["grad"] = addresses
+        record["grad"], dtypes = addresses_of(grads), dtypes_of(grads, self._dtypes)
         if dtypes != self._dtypes:
             record["grad_dtype"], self._dtypes = [_CODES.get(dtype, 0) for dtype in dtypes], dtypes
         self._groups.configure(self.table)
@@ -168,14 +168,11 @@ class Native:
             skipped.add_(left_alone)
 
 
-def addresses_of(
-    grads: Sequence[Tensor | None], last: list[torch.dtype | None]
-) -> tuple[list[int], list[torch.dtype | None]]:
-    """Their addresses and dtypes; 0 and the last known for those that are not there."""
+def dtypes_of(grads: Sequence[Tensor | None], last: list[torch.dtype | None]) -> list[torch.dtype | None]:
+    """Their dtypes; the last known of those that are not there."""
     if any(map(is_, grads, repeat(None))):
-        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-        return addresses, [old if grad is None else grad.dtype for grad, old in zip(grads, last, strict=True)]
-    return list(map(Tensor.data_ptr, grads)), list(map(_dtype_of, grads))  # type: ignore[arg-type]
+        return [old if grad is None else grad.dtype for grad, old in zip(grads, last, strict=True)]
+    return list(map(_dtype_of, grads))
 
 
 class _Groups:

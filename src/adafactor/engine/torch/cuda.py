@@ -25,8 +25,9 @@ from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Cut, Part
 from adafactor.engine.torch import triton_table
 from adafactor.engine.torch.blocks import kept
-from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered, addresses_of
+from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered, dtypes_of
 from adafactor.engine.torch.int8 import BLOCK
+from adafactor.engine.torch.memory import addresses_of
 from adafactor.engine.torch.triton_table import FIELDS, FLAGS, NUMBERS, Launch, Tables
 from adafactor.engine.torch.work import Sums, Work
 
@@ -149,7 +150,7 @@ class Triton:
         self.work = work
         self._params = [w.param for w in work]
         self.device = work[0].param.device
-        self._aligned = [True] * len(work)
+        self._aligned = np.ones(len(work), bool)
         self._dtypes: list[Any] = [w.param.dtype for w in work]
         self._absent: set[int] = set()
         self._sums: list[Sums] | None = None
@@ -207,7 +208,7 @@ class Triton:
         self.roots, self.found = buffer(plan.roots), buffer(3 * len(plan.slices))
         self.moves = buffer(2 * len(plan.slices))
         self.varying = buffer(count + len(groups), torch.int64)  # addresses of gradients, then learning rates
-        self.sent: tuple[list[int], list[float]] | None = None  # what it holds
+        self.sent: tuple[bytes, list[float]] | None = None  # what it holds
         self._versions: list[int] | None = None
         self._before: list[int] | None = None  # what they are in a step
         self._all_known = frozenset(launch for launch in plan.members if launch.keeps_squares)
@@ -408,19 +409,18 @@ class Triton:
             group.settings is said for group, said in zip(self._groups, self._settings, strict=True)
         ):
             self._build()
-        addresses, dtypes = addresses_of(grads, self._dtypes)
-        self._absent = {k for k, address in enumerate(addresses) if not address} if 0 in addresses else set()
+        addresses, dtypes = addresses_of(grads), dtypes_of(grads, self._dtypes)
+        everywhere = np.count_nonzero(addresses) == count
+        self._absent = set() if everywhere else set(np.flatnonzero(addresses == 0).tolist())
         lrs = [group.lr for group in self._groups]
         on_device = {k: lr for k, lr in enumerate(lrs) if isinstance(lr, Tensor) and lr.device.type != "cpu"}
         rates = [0.0 if k in on_device else float(lr) for k, lr in enumerate(lrs)]
-        told = addresses, rates
+        told = addresses.tobytes(), rates
         if capturing or told != self.sent or dtypes != self._dtypes:
-            values = np.concatenate([np.array(addresses, np.int64), np.array(rates).view(np.int64)])
-            aligned = self._aligned
-            if (values[:count] & 15).any():
-                # A tensor that was once read in narrow words is from then on: buckets of gradients stay where they are.
-                aligned = [seen and address % 16 == 0 for seen, address in zip(aligned, addresses, strict=True)]
-            if dtypes != self._dtypes or aligned != self._aligned:
+            values = np.concatenate([addresses, np.array(rates).view(np.int64)])
+            # A tensor that was once read in narrow words is from then on: buckets of gradients stay where they are.
+            aligned = self._aligned & (addresses % 16 == 0)
+            if dtypes != self._dtypes or not np.array_equal(aligned, self._aligned):
                 self._dtypes, self._aligned = dtypes, aligned
                 self._build()
         varying = self.varying
