@@ -36,7 +36,7 @@ import adafactor.torch
 from adafactor.cli.bench import pytorch
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, Shapes, parameters
 from adafactor.cli.bench.timing import ratio, seconds, take_turns
-from adafactor.engine.torch import cuda
+from adafactor.engine.torch import accelerator
 
 Tensors = list[torch.Tensor]
 SLEEP = 2_000_000  # cycles, about a millisecond: the host is ahead of the device when the first kernel starts
@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well, one line each")
     arguments = parser.parse_args()
-    reason = cuda.why_not(torch.device("cuda"))
+    reason = accelerator.why_not(torch.device("cuda"))
     if reason is not None:
         print(f"Nothing was run. {reason}")
         return 1

@@ -97,7 +97,9 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = []
     for capability, device in DEVICES.items():
-        gpu_static.compiling.cuda._shared = lambda device, capability=capability: gpu_static.SHARED[capability]
+        gpu_static.compiling.accelerator.shared_memory = lambda device, capability=capability: gpu_static.SHARED[
+            capability
+        ]
         print(f"\n{device.name}: ESTIMATES of a model, nothing was measured")
         for mix, shapes in MIXES.items():
             for dtype in (torch.float32, torch.bfloat16):

@@ -110,7 +110,7 @@ def row(capability: int, kernel: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 
 def rows(capability: int) -> list[dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {}
-    compiling.cuda._shared = lambda device: SHARED[capability]
+    compiling.accelerator.shared_memory = lambda device: SHARED[capability]
     for label, (dtype, options) in OPTIONS.items():
         for kernel, args, kwargs in compiling.launched(dtype, steps=2, **options):
             key = f"{kernel.fn.__name__} {[kwargs[word] for word in kernel.arg_names if word in kwargs]}"

@@ -85,9 +85,9 @@ class Graph:
 
 @contextlib.contextmanager
 def capture(graph, **options):
-    from adafactor.engine.torch import cuda
+    from adafactor.engine.torch import accelerator
 
-    before, cuda.is_capturing = cuda.is_capturing, lambda: True
+    before, accelerator.is_capturing = accelerator.is_capturing, lambda: True
     health, torch.optim.Optimizer._accelerator_graph_capture_health_check = (
         torch.optim.Optimizer._accelerator_graph_capture_health_check,
         capturable,
@@ -95,7 +95,7 @@ def capture(graph, **options):
     try:
         yield
     finally:
-        cuda.is_capturing, torch.optim.Optimizer._accelerator_graph_capture_health_check = before, health
+        accelerator.is_capturing, torch.optim.Optimizer._accelerator_graph_capture_health_check = before, health
 
 
 def capturable(optimizer):
@@ -106,10 +106,10 @@ def capturable(optimizer):
 
 def install():
     """Put the device in place."""
-    from adafactor.engine.torch import choose, cuda
+    from adafactor.engine.torch import accelerator, choose, cuda
     from adafactor.torch import Adafactor
 
-    cuda.why_not = choose.why_not = lambda device: None
+    accelerator.why_not = choose.why_not = lambda device: None
     choose.kernels_on = lambda device: cuda.Triton
     init = Adafactor.__init__
 

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from adafactor import Factored, layout
 from adafactor.core.factoring import Part
-from adafactor.engine.torch import choose, cuda
+from adafactor.engine.torch import accelerator, choose
 from adafactor.engine.torch.cuda import Triton
 from adafactor.engine.torch.work import Group, Work
 from adafactor.torch import Adafactor
@@ -153,7 +153,7 @@ def nvidia(wrong):
 
 def amd(wrong):
     for arch, lanes in (("gfx942", 64), ("gfx1100", 32)):
-        cuda._lanes = lambda device, lanes=lanes: lanes
+        accelerator.lanes = lambda device, lanes=lanes: lanes
         seen = set()
         for kernel, args, kwargs in [*launched(torch.float32, beta1=0.9), *launched_for_parts(torch.float32)]:
             told = [kwargs.get(key) for key in ("NP", "M", "ALIGNED", "SCALE", "ROWS", "TRANSPOSED")]

@@ -2,7 +2,7 @@
 
 from triton.runtime import interpreter
 
-from adafactor.engine.torch import cuda
+from adafactor.engine.torch import accelerator
 
 
 class Graph:
@@ -14,14 +14,14 @@ class Graph:
     def __enter__(self):
         self._context = self._patch.context()
         patch = self._context.__enter__()
-        self.launch, self.copy = interpreter.InterpretedFunction.run, cuda.send
-        patch.setattr(cuda, "is_capturing", lambda: True)
+        self.launch, self.copy = interpreter.InterpretedFunction.run, accelerator.send
+        patch.setattr(accelerator, "is_capturing", lambda: True)
         patch.setattr(
             interpreter.InterpretedFunction,
             "run",
             lambda kernel, *args, **kwargs: self.recorded.append((self.launch, (kernel, *args), kwargs)),
         )
-        patch.setattr(cuda, "send", lambda *args: self.recorded.append((self.copy, args, {})))
+        patch.setattr(accelerator, "send", lambda *args: self.recorded.append((self.copy, args, {})))
         return self
 
     def __exit__(self, *error):

@@ -105,9 +105,9 @@ print(f"works; {why if reason is None else f'TensorFlow operations, no native ke
 #: The same for CUDA tensors of PyTorch.
 TRITON = """
 import torch
-from adafactor.engine.torch import cuda
+from adafactor.engine.torch import accelerator
 from adafactor.torch import Adafactor
-reason = cuda.why_not(torch.device("cuda"))
+reason = accelerator.why_not(torch.device("cuda"))
 if reason is None:
     p = torch.nn.Parameter(torch.ones(4, 4, device="cuda")); p.grad = torch.ones(4, 4, device="cuda")
     Adafactor([p], lr=0.01, fused=True).step()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adafactor.core.errors import message
 from adafactor.core.factoring import Layout
-from adafactor.engine.torch import checks, choose, cuda
+from adafactor.engine.torch import accelerator, checks, choose
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded import check_origin, spans_of
 from adafactor.engine.torch.work import Group, Work, is_sharded, new_diagnostics
@@ -284,7 +284,7 @@ class Preparation:
                 drafts.append(replace(draft, diagnostics=diagnostics_of(param, draft.layout)))
                 at.append(place)
         changes = [checks.fit(w.param, w.layout, w.settings, state.get(w.param, {}), w.name) for w in drafts]
-        if cuda.is_capturing() and any(changes):
+        if accelerator.is_capturing() and any(changes):
             remedy = "Call step once before the capture, so that no replay makes the state anew."
             raise RuntimeError(message("the state of a captured step", "complete", "none for some parameters", remedy))
         written = [{**state.get(w.param, {}), **changed} for w, changed in zip(drafts, changes, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from adafactor.core import native
 from adafactor.core.errors import message
 from adafactor.core.factoring import Cut
-from adafactor.engine.torch import cpu, cuda
+from adafactor.engine.torch import accelerator, cpu, cuda, triton_forms
 from adafactor.engine.torch.checks import Witness, check_step, has_memory
 from adafactor.engine.torch.eager import Eager
 from adafactor.engine.torch.work import Backend, Sums, Work
@@ -23,7 +23,7 @@ from adafactor.engine.torch.work import Backend, Sums, Work
 
 def why_not(device: torch.device) -> str | None:
     """One sentence that says why there are no kernels for tensors on a device, or ``None`` where there are."""
-    return native.why_not() if device.type == "cpu" else cuda.why_not(device)
+    return native.why_not() if device.type == "cpu" else accelerator.why_not(device)
 
 
 def check(fused: bool | None, device: torch.device) -> None:
@@ -49,7 +49,7 @@ def kernels_for(w: Work, grad: Tensor | None) -> type[Backend] | None:
     if not all(map(has_memory, (w.param, *(w.state[slot] for slot in w.slots)))):
         return None
     kernels = kernels_on(w.param.device)
-    form = cpu.form_of if kernels is cpu.Native else cuda.form_of
+    form = cpu.form_of if kernels is cpu.Native else triton_forms.form_of
     return kernels if kernels is not None and form(w) is not None else None
 
 

@@ -7,10 +7,7 @@ captured in a CUDA graph. What has no form that the kernels know, and float64, g
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
 from operator import attrgetter, is_
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
@@ -21,93 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Cut, Part
-from adafactor.engine.torch import triton_table
+from adafactor.engine.torch import accelerator, triton_table
 from adafactor.engine.torch.blocks import kept
-from adafactor.engine.torch.cpu import _globalise, _in_memory, _numbered, dtypes_of
-from adafactor.engine.torch.int8 import BLOCK
+from adafactor.engine.torch.cpu import _globalise, dtypes_of
 from adafactor.engine.torch.memory import addresses_of
+from adafactor.engine.torch.triton_forms import form_of, in_kernel, launch_of
+from adafactor.engine.torch.triton_launches import Launches
 from adafactor.engine.torch.triton_table import FIELDS, FLAGS, NUMBERS, Launch, Tables
 from adafactor.engine.torch.work import Sums, Work
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
-_NAMES[torch.int8] = "int8"
-_SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _PLACE = {name: place for place, name in enumerate(FIELDS)}
-_BACKENDS = {"cuda": "amd" if torch.version.hip else "nvidia", "xpu": "intel"}
 _dtype_of, _version_of = attrgetter("dtype"), attrgetter("_version")
 
 # Every so many steps Σx² (eq. 6) is taken from the parameters again, whatever their version counters say.
 REMEASURE = 64
-
-
-@cache
-def why_not(device: torch.device) -> str | None:
-    """One sentence that says why Triton kernels cannot run on a device, or ``None`` where they can."""
-    kind = device.type
-    if kind not in _BACKENDS:
-        return f"The Triton kernels are for {' and '.join(_BACKENDS)} tensors, not for {kind} tensors."
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; the CUDA builds of PyTorch bring it along, or pip install triton."
-    module = torch.get_device_module(device)
-    if not module.is_available():
-        none = kind == "cuda" and torch.version.cuda is None and torch.version.hip is None
-        return "This build of PyTorch has no CUDA." if none else f"There is no {kind} device."
-    if importlib.util.find_spec(f"triton.backends.{_BACKENDS[kind]}") is None:
-        return f"The Triton that is installed has no part for {kind} devices."
-    if kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
-        return f"Triton needs compute capability 7.0 or later, and {torch.cuda.get_device_name(device)} has less."
-    if kind == "xpu" and not torch.xpu.get_device_capability(device).get("has_fp64", False):
-        return "The Triton kernels count in float64, which this xpu device does not have."
-    return None
-
-
-def device_of(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    context: AbstractContextManager[object] = nullcontext()
-    return context if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
-def is_capturing() -> bool:
-    """Whether the current stream of the accelerator is being captured in a graph."""
-    module = _accelerator()
-    return module is not None and module.is_initialized() and module.is_current_stream_capturing()
-
-
-@cache
-def _accelerator() -> Any:
-    """The module of the accelerator whose streams can be captured, where there is one."""
-    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module = None if kind is None else torch.get_device_module(kind)
-    return module if hasattr(module, "is_current_stream_capturing") else None
-
-
-@cache
-def _lanes(device: torch.device) -> int:
-    """Threads of a warp: 64 on the data-center devices of AMD, else 32."""
-    if device.type != "cuda":
-        return 32
-    return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
-
-
-@cache
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; 99 KB is the least of compute capability 8.0 and later."""
-    if device.type != "cuda":
-        return 99 * 1024
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
-
-
-def send(target: Tensor, source: Tensor) -> None:
-    """Copy without waiting. A captured copy reads its source again at every replay."""
-    target.copy_(source, non_blocking=True)
-
-
-def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy of an array that a device can read while the host goes on."""
-    source = torch.from_numpy(array)
-    return source.clone() if device.type == "cpu" else source.pin_memory()
 
 
 # What captured steps read, by the optimizer's counter of skipped tensors, which they write: neither a change of groups
@@ -170,10 +95,12 @@ class Triton:
 
     def _build(self) -> None:
         work, device = self.work, self.device
-        self._of_graph = is_capturing()  # its uploads wait for a replay: no eager step may read these tables
+        self._of_graph = (
+            accelerator.is_capturing()
+        )  # its uploads wait for a replay: no eager step may read these tables
         forms = [form_of(w) for w in work]
         self._described = [
-            triton_table.Tensor(_in_kernel(form), launch_of(w, form, dtype, aligned, self._at_once))
+            triton_table.Tensor(in_kernel(form), launch_of(w, form, dtype, aligned, self._at_once))
             for w, form, dtype, aligned in zip(work, forms, self._dtypes, self._aligned, strict=True)
             if form is not None
         ]
@@ -185,9 +112,9 @@ class Triton:
         self._kept: list[Tensor] = []  # all that lives on the device
 
         def upload(array: NDArray[Any]) -> Tensor:
-            source = pinned(array, device)
+            source = accelerator.pinned(array, device)
             target = buffer(array.size, source.dtype)[: array.size].view(source.shape)
-            send(target, source)
+            accelerator.send(target, source)
             self._kept.append(source)
             return target
 
@@ -267,9 +194,9 @@ class Triton:
 
     def step(self, grads: Sequence[Tensor | None], skipped: Tensor) -> None:
         """One update of everything. Launches only; what they find decides on the device."""
-        with device_of(self.device):
+        with accelerator.device_of(self.device):
             varying = self._begin(grads)
-            sums = self._own() if is_capturing() else self._shared()
+            sums = self._own() if accelerator.is_capturing() else self._shared()
             told = varying, sums, skipped, self._known(skipped)
             if len(told) != len(self._told) or not all(map(is_, told, self._told)):
                 self.sums = sums
@@ -294,12 +221,12 @@ class Triton:
 
     def measure(self, grads: Sequence[Tensor | None]) -> list[Sums]:
         """Equations 2, 4, 5, 6 and 11. What is written to the sums is what `finish` reads."""
-        with device_of(self.device):
+        with accelerator.device_of(self.device):
             if self._at_once:
                 self._at_once = False
                 self._build()
             self._launches = launches = Launches(self, self._begin(grads))
-            if self._sums is None or is_capturing():
+            if self._sums is None or accelerator.is_capturing():
                 self.sums, self._sums = self._own(), None
             launches.measure(known=())
             launches.totals(self._cuts)
@@ -319,7 +246,7 @@ class Triton:
         if "both" not in self._cuts:
             return
         assert self._sums is not None
-        with device_of(self.device):
+        with accelerator.device_of(self.device):
             self._launches.measure(known=(), again=True)
             self._launches.totals(("both",))
             self._launches.run()
@@ -330,7 +257,7 @@ class Triton:
     def finish_columns(self, places: Sequence[int]) -> None:
         chosen = [k for k in places if self.work[k].layout.factored]
         assert self._sums is not None
-        with device_of(self.device):
+        with accelerator.device_of(self.device):
             for cut in {self._described[k].launch.cut for k in chosen}:
                 self._launches.columns(cut, totals=True, matrix_sums=True)
                 self._unfinished.remove(cut)
@@ -343,7 +270,7 @@ class Triton:
     def finish(self) -> None:
         """Equations 3, 7, 9 and 10."""
         assert self._sums is not None
-        with device_of(self.device):
+        with accelerator.device_of(self.device):
             launches = self._launches
             for cut in self._unfinished:
                 launches.columns(cut, totals=True)
@@ -361,7 +288,7 @@ class Triton:
 
     def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
         """Equations 11 to 13, of everything but what is ``absent``."""
-        with device_of(self.device):
+        with accelerator.device_of(self.device):
             self._launches.count(skipped)
             self._launches.apply()
             self._launches.run()
@@ -395,7 +322,7 @@ class Triton:
         versions, old = list(map(_version_of, self._params)), self._versions
         self._before = versions
         self._steps += 1
-        if old is None or self._steps % REMEASURE == 0 or skipped in _captured or is_capturing():
+        if old is None or self._steps % REMEASURE == 0 or skipped in _captured or accelerator.is_capturing():
             return frozenset()
         if versions == old:
             return self._all_known
@@ -404,7 +331,7 @@ class Triton:
 
     def _begin(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Bring the gradients' addresses and the learning rates to the device, where they have changed."""
-        count, capturing = len(self.work), is_capturing()
+        count, capturing = len(self.work), accelerator.is_capturing()
         if (self._of_graph and not capturing) or not all(
             group.settings is said for group, said in zip(self._groups, self._settings, strict=True)
         ):
@@ -429,12 +356,12 @@ class Triton:
         else:
             self._guard()
             if told != self.sent:
-                send(varying, pinned(values, self.device))
+                accelerator.send(varying, accelerator.pinned(values, self.device))
                 self.sent = told
             if self._reserve is None and self.device.type != "cpu":
                 self._reserve = torch.empty(len(varying), dtype=torch.int64, pin_memory=True)
         for place, lr in on_device.items():
-            send(varying[count + place].view(torch.float64), lr.detach().reshape(()))
+            accelerator.send(varying[count + place].view(torch.float64), lr.detach().reshape(()))
         return varying
 
     def _capture(self, values: NDArray[np.int64]) -> Tensor:
@@ -444,18 +371,18 @@ class Triton:
         """
         source, self._reserve = self._reserve, None
         if source is None:
-            source = pinned(values, self.device)
+            source = accelerator.pinned(values, self.device)
         else:
             source.copy_(torch.from_numpy(values))
         varying = torch.empty(len(values), dtype=torch.int64, device=self.device)
-        send(varying, source)
+        accelerator.send(varying, source)
         self._recorded += [source, varying]
         return varying
 
     def _own(self) -> Tensor:
         """A buffer for the sums over parts that nobody else uses: others step between measure and finish."""
         made = torch.empty(max(self.plan.sums, 1), dtype=torch.float32, device=self.device)
-        self._recorded += [made] if is_capturing() else []
+        self._recorded += [made] if accelerator.is_capturing() else []
         return made
 
     def _shared(self) -> Tensor:
@@ -512,208 +439,3 @@ class Triton:
                 views[k].S = torch.empty_like(S)
                 self._cut_both.append((views[k], place))
         return views
-
-
-def form_of(w: Work) -> Canonical | None:
-    """The kernels' form of a tensor, or ``None`` where only ``eager.py`` can update it."""
-    beside = [w.state[name] for name in ("momentum", "residual") if name in w.slots]
-    dense = all(tensor.is_contiguous() for tensor in (w.param, *beside))
-    if not dense or w.param.dtype == torch.float64:
-        return None
-    form = canonical(w.layout)
-    if form is None or not isinstance(w.layout, Part):
-        return form
-    draws = w.settings.stochastic_rounding or any(tensor.dtype == torch.int8 for tensor in beside)
-    if not w.layout.size or (draws and not _numbered(_in_memory(w.layout, form))):
-        return None
-    if not form.transposed or w.layout.cut == "nothing":
-        return form
-    # A part's rows are whole and its columns may not be: they are finished first, wherever they stand.
-    return form._replace(columns_first=True) if w.layout.cut == "rows" and form.inner == 1 else None
-
-
-def _in_kernel(form: Canonical) -> Canonical:
-    """The form with the rows that measure finishes as its rows."""
-    return form._replace(rows=form.columns, columns=form.rows, transposed=False) if form.columns_first else form
-
-
-def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool, at_once: bool) -> Launch:
-    """Which launch a tensor belongs to; ``at_once``: all verbs may be one."""
-    settings, hp = w.settings, w.settings.hyperparameters
-    momentum = w.state["momentum"] if hp.momentum is not None else None
-    tensors = [w.param, *(w.state[name] for name in w.slots if name != "step")]
-    aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    int8 = momentum is not None and momentum.dtype == torch.int8
-    cut = w.layout.cut if isinstance(w.layout, Part) else None
-    if cut is not None and (not form.factored or cut not in ("stack", "both")):
-        cut = "rows"
-    kernels = _in_kernel(form)
-    on_chip = triton_table.on_chip(form) if at_once and cut is None and not int8 else None
-    tile = triton_table.tile_of(kernels, whole_rows=cut != "both", transposed=form.columns_first)
-    return Launch(
-        tile=on_chip or (tile if form.factored else None),
-        param=_NAMES[w.param.dtype],
-        grad=_NAMES[grad],
-        momentum="" if momentum is None else _NAMES[momentum.dtype],
-        scale=hp.scale_parameter,
-        stochastic=settings.stochastic_rounding and w.param.dtype in (torch.bfloat16, torch.float16),
-        compensated=w.compensated,
-        huge=(form.size if cut is None else w.layout.slice_size * form.slices) > 1 << 31,
-        aligned=aligned and form.columns % 16 == 0 and (not form.columns_first or form.rows % 16 == 0),
-        flat=not form.factored or (int8 and form.columns % BLOCK != 0),
-        sliced=form.slices > 1,
-        cut=cut,
-        transposed=form.columns_first,
-        on_chip=on_chip is not None,
-    )
-
-
-@cache
-def _kernels() -> Any:
-    """Imported with the first step: Triton is no part of importing this package."""
-    from adafactor.engine.torch import triton_kernels
-
-    return triton_kernels
-
-
-class Launches:
-    """The launches of one step; `triton_kernels.py` says what each does. They wait in ``queue`` for ``run``."""
-
-    def __init__(self, tables: Triton, varying: Tensor) -> None:
-        self._t, self._varying, self._k = tables, varying, _kernels()
-        self.queue: list[Callable[[], object]] = []
-        self._lanes, self._shared = _lanes(tables.device), _shared(tables.device)
-        # Fused multiply-add is said aloud: a release of Triton that changes its default must not change the bits.
-        self._common = {"enable_fp_fusion": True}
-        self._capped = {"maxnreg": triton_table.REGISTERS} if self._lanes == 32 and torch.version.hip is None else {}
-
-    def _warps(self, warps: int) -> dict[str, Any]:
-        return {"num_warps": max(1, warps * 32 // self._lanes), **self._common}
-
-    def _launch(self, kernel: Any, programs: int) -> Callable[..., None]:
-        return lambda *args, **constants: self.queue.append(partial(kernel[(programs,)], *args, **constants))
-
-    def run(self) -> None:
-        for launch in self.queue:
-            launch()
-        self.queue.clear()
-
-    def measure(self, known: Container[Launch], again: bool = False) -> None:
-        """``known``: of which launches Σx² needs no reading. ``again``: only what lacked its row sums."""
-        t, k, varying, count = self._t, self._k, self._varying, len(self._t.work)
-        if not again:
-            rates = varying[count:].view(torch.float64)
-            self._launch(k.begin, -(-count // 128))(
-                t.records, t.numbers, rates, t.scalars, count, BLOCK=128, **self._warps(4)
-            )  # fmt: skip
-        for launch, blocks in t.measured.items():
-            tile, scale, apart = launch.tile, launch.scale and launch not in known, launch.cut == "both"
-            if again and not apart:
-                continue
-            if tile is None:
-                self._launch(k.measure_flat, len(blocks))(
-                    t.records, t.numbers, varying, t.scalars, blocks, t.partials, t.squares,
-                    BLOCK=triton_table.FLAT_TILE, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad), SCALE=scale,
-                    ALIGNED=launch.aligned, **self._warps(4),
-                )  # fmt: skip
-                continue
-            if tile.wide and not again:
-                self._measure(launch, k.TO_COME, scale and apart)
-                self._launch(k.row_sums, len(blocks))(
-                    t.records, varying, blocks, t.sums, NP=min(tile.NP, 32), C=32, **self._warps(4)
-                )  # fmt: skip
-            if again or not apart:
-                self._measure(launch, k.GIVEN if tile.wide else k.IN_TILE, scale and not again)
-
-    def _measure(self, launch: Launch, rows: Any, scale: bool) -> None:
-        t, k, tile, blocks = self._t, self._k, launch.tile, self._t.measured[launch]
-        assert tile is not None
-        self._launch(k.measure, len(blocks))(
-            t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.squares,
-            K=tile.K, NP=tile.NP, M=tile.M, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad),
-            SCALE=scale, ROWS=rows.value, TRANSPOSED=launch.transposed, ALIGNED=launch.aligned,
-            STAGES=tile.stages(self._shared, _SIZES[launch.grad], _SIZES[launch.param] * scale),
-            **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
-        )  # fmt: skip
-
-    def on_chip(self, known: Container[Launch], skipped: Tensor) -> None:
-        t, k = self._t, self._k
-        for launch, blocks in t.held.items():
-            tile = launch.tile
-            assert tile is not None
-            self._launch(k.on_chip, len(blocks))(
-                t.records, t.numbers, self._varying, t.scalars, blocks, t.squares, skipped,
-                NP=tile.NP, M=tile.M, FACTORED=not launch.flat, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad),
-                MOMENTUM=k.dtype(launch.momentum) if launch.momentum else None, STOCHASTIC=launch.stochastic,
-                COMPENSATED=launch.compensated, SCALE=launch.scale and launch not in known, ALIGNED=launch.aligned,
-                **self._warps(tile.warps), **self._capped,
-            )  # fmt: skip
-
-    def totals(self, cuts: Container[Cut | None]) -> None:
-        t = self._t
-        for (K, P, C, cut), blocks in t.columns.items():
-            if cut in cuts:
-                self._launch(self._k.totals, len(blocks))(
-                    t.records, self._varying, blocks, t.sums, K=K, P=P, C=C, **self._warps(4)
-                )  # fmt: skip
-
-    def columns(self, cut: Cut | None, totals: bool, matrix_sums: bool = False) -> None:
-        t = self._t
-        for (K, P, C, which), blocks in t.columns.items():
-            if which == cut:
-                self._launch(self._k.columns, len(blocks))(
-                    t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.partials, t.roots,
-                    K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=matrix_sums, **self._warps(4),
-                )  # fmt: skip
-
-    def slices(self, measured: bool, finished: bool) -> None:
-        t = self._t
-        self._launch(self._k.slices, len(t.slices))(
-            t.records, self._varying, t.slices, t.partials, t.squares, t.roots, t.found,
-            MEASURED=measured, FINISHED=finished, KB=16, TB=64, BLOCK=1024, **self._warps(4),
-        )  # fmt: skip
-
-    def finish(self, skipped: Tensor, count: bool) -> None:
-        t = self._t
-        self._launch(self._k.finish, len(t.work))(
-            t.records, t.numbers, self._varying, t.scalars, t.found, t.moves, t.updated, skipped,
-            BLOCK=128, COUNT=count, **self._warps(4),
-        )  # fmt: skip
-
-    def count(self, skipped: Tensor) -> None:
-        t = self._t
-        self._launch(self._k.count, len(t.work))(t.records, self._varying, t.updated, skipped, **self._warps(1))
-
-    def apply(self) -> None:
-        t, k = self._t, self._k
-        tensors = (t.records, t.numbers, self._varying, t.scalars)
-        buffers = (t.sums, t.roots, t.moves, t.updated, t.squares)
-        for launch, blocks in t.applied.items():
-            constants = {
-                "PARAM": k.dtype(launch.param),
-                "GRAD": k.dtype(launch.grad),
-                "MOMENTUM": k.dtype(launch.momentum) if launch.momentum else None,
-                "STOCHASTIC": launch.stochastic,
-                "COMPENSATED": launch.compensated,
-                "HUGE": launch.huge,
-                "PART": launch.part,
-                **({} if launch.flat else {"TRANSPOSED": launch.transposed}),
-                "SQUARES": launch.keeps_squares,
-                "ALIGNED": launch.aligned,
-            }
-            coded = launch.momentum == "int8"
-            if launch.flat:
-                factored, size = launch.tile is not None, triton_table.FLAT_TILE
-                self._launch(k.apply_flat, len(blocks))(
-                    *tensors, blocks, *buffers, BLOCK=size, FACTORED=factored, SLICED=launch.sliced, **constants,
-                    **self._warps(8 if coded else 4),
-                )  # fmt: skip
-                continue
-            assert launch.tile is not None
-            tile = launch.tile
-            stored = (launch.param, launch.grad, launch.momentum, "bfloat16" if launch.compensated else "")
-            stages = tile.stages(self._shared, *(_SIZES[name] for name in stored if name))
-            self._launch(k.apply, len(blocks))(
-                *tensors, blocks, *buffers, K=tile.K, NP=tile.NP, M=tile.M, STAGES=stages, **constants,
-                **self._warps(tile.warps), **(self._capped if tile.M >= 16 else {}),
-            )  # fmt: skip
