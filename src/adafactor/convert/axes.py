@@ -9,20 +9,74 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from adafactor.convert.report import Change, Report
-from adafactor.convert.state import Array, Parameter
+from adafactor.convert.state import STATISTICS, Array, Parameter
 from adafactor.core import factoring
+from adafactor.core.dialects import FORMATS
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import Factored, Layout, Shape
+from adafactor.core.factoring import POLICIES, Factored, Layout, Shape
 
 Axes = Mapping[str, Factored | None]  # by a parameter's name
 Shapes = Mapping[str, Shape]
 Chooser = Callable[[Shape], Layout]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What is the same for all parameters of a file.
+
+    Attributes:
+        format: whose file it is.
+        shapes: shapes by name, where the file leaves them open.
+        axes: ``Factored`` by name, likewise.
+    """
+
+    format: str
+    shapes: Shapes | None = None
+    axes: Axes | None = None
+
+    def shape(self, name: str, slots: Mapping[str, Array], known: Shape | None = None) -> Shape | None:
+        """A parameter's shape: as it is ``known``, else as the user or its momentum tells."""
+        told = None if self.shapes is None else self.shapes.get(name)
+        own = slots["momentum"].shape if "momentum" in slots else None
+        return known if known is not None else own if told is None else tuple(told)
+
+    def read(self, name: str, slots: Mapping[str, Array], group: Mapping[str, Any], shape: Shape | None) -> Parameter:
+        """A parameter without its count, with statistics of float32 or float64, its rows before its columns."""
+        slots, dialect = dict(slots), FORMATS[self.format]
+        if dialect.keeps_axes and "row" in slots:
+            row, column = slots["row"].shape, slots["column"].shape
+            shape = tuple(m if n == 1 else n for n, m in zip(row, column, strict=True))
+            assert dialect.axes is not None
+            theirs = dialect.axes(shape, 0)
+            slots["row"], slots["column"] = slots["row"].squeeze(theirs.columns), slots["column"].squeeze(theirs.rows)
+        statistics = {slot: wide(slots[slot]) for slot in STATISTICS if slot in slots}
+        if not statistics:
+            raise ValueError(f"{name} has no statistics")
+        shapes = {slot: value.shape for slot, value in statistics.items()}
+        layout = roles(name, shapes, self.choosers(name, group), shape=shape, axes=self.axes)
+        return rows_first(Parameter(name, layout, slots | statistics, 0))
+
+    def choosers(self, name: str, group: Mapping[str, Any]) -> list[Chooser]:
+        """What may have chosen the axes. That they are factored is known."""
+        dialect, policy = FORMATS[self.format], group.get("factoring")
+        if dialect.axes is not None:
+            sides = {group.get("min_dim_size_to_factor", 0), 0}
+            return [lambda shape, least=least: dialect.axes(shape, least) for least in sides]  # type: ignore[misc]
+        policies = POLICIES if policy is None and not dialect.held else [policy]
+        known = (each for each in policies if callable(each) or each in POLICIES)
+        return [partial(factoring.layout, factoring=each, name=name) for each in known]
+
+
+def wide(value: Array) -> Array:
+    """A statistic as a state holds it: float64 stays."""
+    return value if value.dtype == np.float64 else value.astype(np.float32)
 
 
 def estimate(parameter: Parameter) -> Array:

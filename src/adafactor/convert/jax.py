@@ -17,29 +17,26 @@ not exist is an array of shape (1,) there, and ``None`` here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adafactor.convert import adapt, msgpack
-from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles, rows_first
+from adafactor.convert.axes import Axes, Reader, Shapes, fitted, rms_of, roles
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
-from adafactor.convert.state import Array, Parameter, State
+from adafactor.convert.state import STATISTICS, Array, Parameter, State
 from adafactor.convert.trees import Flat, Tree, array, flat, grafted, joined, plain, put
-from adafactor.core import factoring
-from adafactor.core.dialects import FORMATS, OPTAX, OUR_OPTAX, T5X, in_our_words, largest_two
+from adafactor.core.dialects import FORMATS, OPTAX, OUR_OPTAX, in_our_words, largest_two
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import POLICIES, Factored, Layout, Shape
+from adafactor.core.factoring import Factored, Layout, Shape
 from adafactor.core.files import PathLike, replacing
 from adafactor.core.untrusted import reading
 
-_STATISTICS = ("row", "column", "second_moment")
-_COUNTS = ({"count"}, {"count", "ema"})  # members of optax's chain beside the statistics
+_READ = {name: dialect for name, dialect in FORMATS.items() if dialect.framework == "jax"}
 
 
 @dataclass
@@ -63,10 +60,10 @@ class _Index:
     params: Flat = field(default_factory=dict)
     rates: dict[str, tuple[str, Any]] = field(default_factory=dict)
 
-    def add(self, slot: str, tree: Any, path: str) -> None:
-        """A slot that is a tree like the parameters'."""
-        self.slots[slot] = flat(tree)
-        self.paths[slot] = {name: joined(path, name) for name in self.slots[slot]}
+    @property
+    def whole_or_factored(self) -> bool:
+        """Whether what does not exist is an array of shape (1,), and not ``None``."""
+        return FORMATS[self.format].axes is not None
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
@@ -84,50 +81,64 @@ def _states(tree: Any, path: str, around: _Index) -> Iterator[_Index]:
         rates = {name: (joined(at, name), value) for name, value in tree["hyperparams"].items() if np.ndim(value) == 0}
         counts = [*around.counts, *([joined(path, "count")] if {"count", "inner_state"} <= set(tree) else [])]
         around = replace(around, rates=rates, counts=counts)
-    if {"count", *_STATISTICS} <= set(tree):
-        index = _indexed(OUR_OPTAX, tree, path, around)
-        for slot in (*_STATISTICS, *(["momentum"] if tree.get("momentum") is not None else [])):
-            index.add(slot, tree[slot], joined(path, slot))
-        yield index
-        return
-    if "param_states" in tree and "step" in tree:
-        index, at = _indexed(T5X, tree, path, around, "step"), joined(path, "param_states")
-        leaves = flat(tree["param_states"], stop=lambda value: "v_row" in value and "v_col" in value)
-        _check_t5x(leaves)
-        for word, slot in FORMATS[T5X].slots.items():
-            index.slots[slot] = {name: each[word] for name, each in leaves.items()}
-            index.paths[slot] = {name: joined(at, name, word) for name in leaves}
-        yield index
-        return
-    chain = {name: value for name, value in tree.items() if isinstance(value, Mapping)}
-    words = FORMATS[OPTAX].slots
-    for name, value in chain.items():
-        if {"count", *(word for word, slot in words.items() if slot != "momentum")} <= set(value):
-            index = _indexed(OPTAX, value, joined(path, name), around)
-            for other, each in chain.items():
-                if set(each) in _COUNTS:
-                    index.counts.append(joined(path, other, "count"))
-                for word in set(each) & set(words) if each is value or set(each) == _COUNTS[1] else ():
-                    index.add(words[word], each[word], joined(path, other, word))
-            yield index
+    members = {name: value for name, value in tree.items() if isinstance(value, Mapping)}
+    for name, value in members.items():
+        at = joined(path, name)
+        format = next((format for format in _READ if _members(format) <= set(value)), None)
+        if format is None:
+            yield from _states(value, at, around)
+        elif FORMATS[format].each:
+            yield _of_parameters(format, value, at, around)
         else:
-            yield from _states(value, joined(path, name), around)
+            yield _of_trees(format, name, members, path, around)
 
 
-def _indexed(format: str, tree: Mapping[str, Any], path: str, around: _Index, word: str = "count") -> _Index:
-    counts = [joined(path, word), *around.counts]
-    return _Index(format, counts=counts, count=tree[word], params=around.params, rates=around.rates)
+def _members(format: str) -> set[str]:
+    """What a state has: its count, and its parameters or a tree for each statistic."""
+    dialect = _READ[format]
+    return {dialect.count, *([dialect.each] if dialect.each else map(_words(format).__getitem__, STATISTICS))}
 
 
-def _check_t5x(leaves: Flat) -> None:
-    words = FORMATS[T5X].slots
-    for path, each in leaves.items():
-        if not isinstance(each, Mapping) or not set(words) <= set(each):
-            raise Refused(message(f"the state of {path}", f"with {', '.join(words)}", each, "It is not Adafactor's."))
-        for word in words:
+def _words(format: str) -> dict[str, str]:
+    return {slot: word for word, slot in FORMATS[format].slots.items()}
+
+
+def _of_trees(format: str, name: str, members: Mapping[str, Any], path: str, around: _Index) -> _Index:
+    """The state ``name`` of a chain, each of whose slots is a tree like the parameters'."""
+    dialect, value = FORMATS[format], members[name]
+    index = replace(around, format=format, slots={}, paths={}, count=value[dialect.count])
+    own = [joined(path, name, dialect.count)]
+    for other, each in members.items():
+        beside = set(each) in dialect.beside
+        own += [joined(path, other, "count")] * beside
+        for word, slot in dialect.slots.items() if beside or each is value else ():
+            if word in each and (slot != "momentum" or each[word] is not None):
+                index.slots[slot] = flat(each[word])
+                index.paths[slot] = {leaf: joined(path, other, word, leaf) for leaf in index.slots[slot]}
+    return replace(index, counts=[own[0], *around.counts, *own[1:]])
+
+
+def _of_parameters(format: str, value: Mapping[str, Any], path: str, around: _Index) -> _Index:
+    """A state that keeps all slots of a parameter beside each other, as T5X does."""
+    dialect, words = FORMATS[format], _words(format)
+    factored = {words["row"], words["column"]}
+    leaves = flat(value[dialect.each], stop=lambda each: factored <= set(each))
+    for name, each in leaves.items():
+        if not isinstance(each, Mapping) or not set(words.values()) <= set(each):
+            rule = f"with {', '.join(words.values())}"
+            raise Refused(message(f"the state of {name}", rule, each, "It is not Adafactor's."))
+        for word in words.values():
             if not hasattr(each[word], "shape"):
                 remedy = "T5X keeps large arrays in files beside; restore the checkpoint with T5X and pass its tree."
-                raise Refused(message(f"{word} of {path}", "an array", type(each[word]).__name__, remedy))
+                raise Refused(message(f"{word} of {name}", "an array", type(each[word]).__name__, remedy))
+    return replace(
+        around,
+        format=format,
+        slots={slot: {name: each[word] for name, each in leaves.items()} for slot, word in words.items()},
+        paths={slot: {name: joined(path, dialect.each, name, word) for name in leaves} for slot, word in words.items()},
+        counts=[joined(path, dialect.count), *around.counts],
+        count=value[dialect.count],
+    )
 
 
 def _find(tree: Any) -> _Index:
@@ -193,59 +204,38 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
     with reading("the tree", "a state of Adafactor"):
         index = _find(plain(source))
         count = int(array(index.count))
+        own = {name: np.asarray(value).item() for name, (_, value) in index.rates.items()}
+        reader, group = Reader(index.format, shapes, axes), in_our_words(index.format, own)
         parameters = []
         for name in index.slots["second_moment"]:
-            leaves = {slot: index.slots[slot].get(name) for slot in index.slots}
-            if any(leaf is not None for leaf in leaves.values()):
-                parameters.append(_read_one(index, name, leaves, count, shapes, axes))
-    own = {name: np.asarray(value).item() for name, (_, value) in index.rates.items()}
-    return State(tuple(parameters), (in_our_words(index.format, own),), "jax", index.format)
+            slots = {slot: array(leaves[name]) for slot, leaves in index.slots.items() if leaves.get(name) is not None}
+            if slots:
+                parameters.append(replace(_read_one(index, reader, name, slots, group), count=count))
+    return State(tuple(parameters), (group,), "jax", index.format)
 
 
-def _read_one(
-    index: _Index, name: str, leaves: Mapping[str, Any], count: int, shapes: Shapes | None, axes: Axes | None
-) -> Parameter:
-    slots = {slot: array(leaf) for slot, leaf in leaves.items() if leaf is not None}
-    dtype, rms = None, None
-    shape = tuple(shapes[name]) if shapes is not None and name in shapes else None
-    param = index.params.get(name)
-    if param is not None and hasattr(param, "shape"):
-        values = array(param)
-        shape, dtype = values.shape, str(values.dtype)
-        rms = rms_of(values)
-    momentum = slots.pop("momentum", None)
-    if index.format == T5X and momentum is not None and _placeholder(momentum):
-        single = shape == (1,) or (shape is None and all(map(_placeholder, slots.values())))
-        momentum = momentum if single and _has_momentum(index) else None
-    if momentum is not None:
-        shape = momentum.shape if shape is None else shape
-    if index.format != OUR_OPTAX:
+def _read_one(index: _Index, reader: Reader, name: str, slots: dict[str, Array], group: Mapping[str, Any]) -> Parameter:
+    param: Any = index.params.get(name)
+    values = array(param) if hasattr(param, "shape") else None
+    known = None if values is None else values.shape
+    momentum = slots.get("momentum")
+    if FORMATS[index.format].each and momentum is not None and _placeholder(momentum):
+        told = reader.shape(name, {}, known)
+        single = told == (1,) or (told is None and all(map(_placeholder, slots.values())))
+        if not (single and any(leaf.shape != (1,) for leaf in index.slots["momentum"].values())):
+            del slots["momentum"]
+    shape = reader.shape(name, slots, known)
+    if index.whole_or_factored:
         whole = _placeholder(slots["row"]) and _placeholder(slots["column"])
         whole = whole and (shape is None or slots["second_moment"].shape == shape)
-        slots = {s: v for s, v in slots.items() if (s == "second_moment") == whole}
-    for slot, value in slots.items():
-        if value.dtype != np.float64:
-            slots[slot] = value.astype(np.float32)
-    statistics = {slot: value.shape for slot, value in slots.items()}
-    layout = roles(name, statistics, _choosers(index.format), shape=shape, axes=axes)
-    if momentum is not None:
-        slots["momentum"] = momentum
-    return rows_first(Parameter(name, layout, slots, count, dtype, 0, rms))
-
-
-def _has_momentum(index: _Index) -> bool:
-    """Whether any momentum of a T5X tree is more than a placeholder."""
-    return any(leaf.shape != (1,) for leaf in index.slots["momentum"].values())
+        for slot in ("row", "column") if whole else ("second_moment",):
+            del slots[slot]
+    parameter = reader.read(name, slots, group, shape)
+    return parameter if values is None else replace(parameter, dtype=str(values.dtype), rms=rms_of(values))
 
 
 def _placeholder(value: Array) -> bool:
     return value.shape == (1,)
-
-
-def _choosers(format: str) -> Sequence[Chooser]:
-    if format == OUR_OPTAX:
-        return [partial(factoring.layout, factoring=policy) for policy in ("largest_two", "last_two", "smallest")]
-    return [largest_two]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -311,7 +301,8 @@ def write(
         if "momentum" in new and "momentum" not in index.slots:
             report.dropped("Momentum", [name], "the template has none")
         kept = index.slots.get("momentum", {}).get(name)
-        if "momentum" not in new and kept is not None and not (index.format == T5X and _placeholder(np.asarray(kept))):
+        absent = kept is None or (FORMATS[format].each and _placeholder(np.asarray(kept)))
+        if "momentum" not in new and not absent:
             report.dropped("Momentum", [name], adapt.STARTS)
     new = grafted(template, filled)
     if int(array(_find(plain(new)).count)) != count:
@@ -334,36 +325,32 @@ def _target_shape(index: _Index, name: str) -> Shape | None:
 
 def _write_one(parameter: Parameter, index: _Index, group: Mapping[str, Any], report: Report) -> dict[str, Array]:
     """The slots of one parameter as the template's shapes ask for them."""
-    shape, name = parameter.shape, parameter.name
-    leaves = {slot: np.asarray(index.slots[slot][name]).shape for slot in ("row", "column", "second_moment")
-              if index.slots[slot].get(name) is not None}  # fmt: skip
-    if index.format != OUR_OPTAX:
+    shape, name, own = parameter.shape, parameter.name, parameter.layout
+    leaves = {slot: np.shape(index.slots[slot][name]) for slot in STATISTICS if index.slots[slot].get(name) is not None}
+    if index.whole_or_factored:
         whole = leaves["second_moment"] == shape and (len(shape) < 2 or leaves["row"] == leaves["column"] == (1,))
         leaves = {slot: size for slot, size in leaves.items() if (slot == "second_moment") == whole}
     if "second_moment" in leaves:
-        wanted = Layout(shape, (), (), parameter.layout.batch)
-    else:
-        own = parameter.layout
-        liked: list[Layout] = [own, replace(own, rows=own.columns, columns=own.rows)]
-        if index.format != OUR_OPTAX:
-            liked.insert(0, largest_two(shape))
-        elif group.get("factoring") in POLICIES:
-            liked.insert(0, factoring.layout(shape, group["factoring"]))
-        told = (each for each in liked if each.factored)
-        at_once = next((i for i in told if (i.row_shape, i.column_shape) == (leaves["row"], leaves["column"])), None)
-        wanted = roles(name, leaves, _choosers(index.format), shape=shape) if at_once is None else at_once
-    new = fitted(parameter, wanted, report)
-    return dict(new.slots)
+        return dict(fitted(parameter, Layout(shape, (), (), own.batch), report).slots)
+    liked: list[Layout] = [own, replace(own, rows=own.columns, columns=own.rows)]
+    reader = Reader(index.format)
+    if index.whole_or_factored or group.get("factoring"):
+        liked[:0] = [chooser(shape) for chooser in reader.choosers(name, group)]
+    told = (each for each in liked if each.factored)
+    at_once = next((each for each in told if each.slots == leaves), None)
+    wanted = roles(name, leaves, reader.choosers(name, {}), shape=shape) if at_once is None else at_once
+    return dict(fitted(parameter, wanted, report).slots)
 
 
 def _make(state: State, format: str, own: Mapping[str, Any]) -> Any:
     """The state of a fresh optimizer for the state's parameters."""
     momentum = any("momentum" in parameter.slots for parameter in state.parameters)
-    if format == T5X:
+    dialect = FORMATS[format]
+    if dialect.each:
         states: dict[str, Any] = {}
         for parameter in state.parameters:
-            put(states, parameter.name, _t5x_zeros(parameter, int(own.get("min_dim_size_to_factor", 128))))
-        return {"state": {"step": np.zeros((), np.int32), "param_states": states}}
+            put(states, parameter.name, _zeros(parameter, format, int(own.get("min_dim_size_to_factor", 128))))
+        return {"state": {dialect.count: np.zeros((), np.int32), dialect.each: states}}
     import jax
     import optax
 
@@ -401,18 +388,15 @@ def _narrow(dtype: Any) -> Any:
     return np.dtype(np.int32) if dtype == np.int64 else dtype
 
 
-def _t5x_zeros(parameter: Parameter, least: int) -> dict[str, Array]:
+def _zeros(parameter: Parameter, format: str, least: int) -> dict[str, Array]:
     """T5X's own shapes: the largest two axes of a matrix that is large enough; of more axes what the state has."""
-    none, own = np.zeros((1,), np.float32), parameter.layout
-    momentum = parameter.momentum
-    zeros = {"v_row": none, "v_col": none, "v": none, "m": none}
+    own, shape, momentum = parameter.layout, parameter.shape, parameter.momentum
+    if len(shape) == 2:
+        own = largest_two(shape) if min(shape) >= least else Layout(shape, (), ())
+    there = {slot: np.zeros(size, np.float32) for slot, size in own.slots.items()}
     if momentum is not None:
-        zeros["m"] = np.zeros(parameter.shape, momentum.dtype)
-    if len(parameter.shape) == 2:
-        own = largest_two(parameter.shape) if min(parameter.shape) >= least else Layout(parameter.shape, (), ())
-    if own.factored:
-        return {**zeros, "v_row": np.zeros(own.row_shape, np.float32), "v_col": np.zeros(own.column_shape, np.float32)}
-    return {**zeros, "v": np.zeros(parameter.shape, np.float32)}
+        there["momentum"] = np.zeros(shape, momentum.dtype)
+    return {word: there.get(slot, np.zeros((1,), np.float32)) for slot, word in _words(format).items()}
 
 
 def save(tree: Tree, path: PathLike) -> None:

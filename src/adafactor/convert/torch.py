@@ -6,11 +6,10 @@ loads them without this detour (``adafactor.torch.checkpoint``).
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,22 +18,17 @@ from torch import Tensor
 
 import adafactor
 from adafactor.convert import adapt
-from adafactor.convert.axes import Axes, Chooser, Shapes, fitted, rms_of, roles, rows_first
+from adafactor.convert.axes import Axes, Reader, Shapes, fitted, rms_of
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
-from adafactor.convert.state import STATISTICS, Array, Parameter, State
+from adafactor.convert.state import Array, Parameter, State
 from adafactor.core import factoring
-from adafactor.core.dialects import FORMATS, NO_FLOOR, OUR_TORCH, TORCH, TRANSFORMERS, in_our_words, last_two
+from adafactor.core.dialects import FORMATS, OUR_TORCH, TRANSFORMERS, in_our_words
 from adafactor.core.errors import Refused, message
-from adafactor.core.factoring import POLICIES, Shape
+from adafactor.core.factoring import POLICIES
 from adafactor.core.files import PathLike, replacing
 from adafactor.core.untrusted import check_zip, reading
 from adafactor.torch.writers import recognise
-
-_TRANSFORMERS_GROUP = {
-    **{"lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None},
-    **{"weight_decay": 0.0, "scale_parameter": True, "relative_step": True, "warmup_init": False},
-}
 
 
 def load(path: PathLike) -> Any:
@@ -106,32 +100,34 @@ def read(source: Any, *, report: Report | None = None, shapes: Shapes | None = N
     live: list[dict[str, Any]] | None = None
     if isinstance(source, torch.optim.Optimizer):
         live, source = source.param_groups, source.state_dict()
-    elif not isinstance(source, Mapping):
-        source = load(source)
-    source = find(source)
+    source = find(source if isinstance(source, Mapping) else load(source))
     format = format_of(source)
-    reader, parameters, groups = _Reader(format, report, shapes, axes), [], []
+    reader, parameters, groups = Reader(format, shapes, axes), [], []
     with reading("the state dict", f"one of {format}"):
         for number, group in enumerate(source["param_groups"]):
-            groups.append(_read_group(format, group, report))
-            names = group.get("param_names") or [str(key) for key in group["params"]]
+            names = _names(group)
             known = group if live is None else live[number]
             params = [None] * len(names) if live is None else known["params"]
+            policy = {"factoring": known["factoring"]} if "factoring" in known else {}  # maybe code, which is not saved
+            told = {name: _plain(value) for name, value in (group | policy).items()}
+            told = in_our_words(format, told, report.note)
+            groups.append({name: value for name, value in told.items() if not callable(value)})
             for key, name, param in zip(group["params"], names, params, strict=True):
-                if source["state"].get(key):
-                    policy = {"factoring": known["factoring"]} if "factoring" in known else {}
-                    told = {**groups[number], **policy}  # a callable is not among the hyperparameters
-                    parameters.append(reader.read(name, source["state"][key], number, told, param))
+                values = source["state"].get(key)
+                if values:
+                    slots = _slots(name, values, format, report)
+                    known_shape = None if param is None else tuple(param.shape)
+                    new = reader.read(name, slots, told, reader.shape(name, slots, known_shape))
+                    rms = float(values["RMS"]) if "RMS" in values else None
+                    new = replace(new, count=_count(values["step"], name), group=number, rms=rms)
+                    parameters.append(new if param is None else _of(param, new))
     module = adafactor if format == OUR_TORCH else torch
     version = module.__version__ if live is not None else ""
     return State(tuple(parameters), tuple(groups), "torch", format, str(version))
 
 
-def _read_group(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    told = in_our_words(format, {name: _plain(value) for name, value in group.items()}, report.note)
-    if callable(told.get("factoring")):
-        del told["factoring"]
-    return told
+def _names(group: Mapping[str, Any]) -> list[str]:
+    return group.get("param_names") or [str(key) for key in group["params"]]
 
 
 def _plain(value: Any) -> Any:
@@ -140,62 +136,21 @@ def _plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """What is the same for all parameters of a state dict; the attributes are those of :func:`read`."""
+def _slots(name: str, values: Mapping[str, Any], format: str, report: Report) -> dict[str, Array]:
+    """What is kept of one parameter, by our names."""
+    kept = {key: value for key, value in values.items() if key not in ("step", "RMS")}
+    for key, value in kept.items():
+        if not isinstance(value, Tensor):
+            report.dropped(key, [name], "it is no tensor")
+    ours = FORMATS[format].slots
+    return {ours.get(key, key): _array(value) for key, value in kept.items() if isinstance(value, Tensor)}
 
-    format: str
-    report: Report
-    shapes: Shapes | None
-    axes: Axes | None
 
-    def read(
-        self, name: str, values: Mapping[str, Any], number: int, group: Mapping[str, Any], param: Tensor | None
-    ) -> Parameter:
-        """One parameter of group ``number``, from what its writer keeps of it."""
-        dialect, plain = FORMATS[self.format], ("step", "RMS")
-        for key, value in values.items():
-            if not isinstance(value, Tensor) and key not in plain:
-                self.report.dropped(key, [name], "it is no tensor")
-        slots = {
-            dialect.slots.get(key, key): _array(value)
-            for key, value in values.items()
-            if isinstance(value, Tensor) and key not in plain
-        }
-        shape = tuple(self.shapes[name]) if self.shapes is not None and name in self.shapes else None
-        shape = slots["momentum"].shape if shape is None and "momentum" in slots else shape
-        shape = tuple(param.shape) if param is not None else shape
-        if dialect.keeps_axes and "row" in slots:
-            row, column = slots["row"].shape, slots["column"].shape
-            shape = tuple(m if n == 1 else n for n, m in zip(row, column, strict=True))
-            assert dialect.axes is not None
-            theirs = dialect.axes(shape, 0)
-            slots["row"], slots["column"] = slots["row"].squeeze(theirs.columns), slots["column"].squeeze(theirs.rows)
-        for slot in STATISTICS:
-            if slot in slots and slots[slot].dtype != np.float64:
-                slots[slot] = slots[slot].astype(np.float32)
-        statistics: dict[str, Shape] = {slot: slots[slot].shape for slot in STATISTICS if slot in slots}
-        if not statistics:
-            raise ValueError(f"{name} has no statistics")
-        layout = roles(name, statistics, self._choosers(name, group), shape=shape, axes=self.axes)
-        rms = float(values["RMS"]) if "RMS" in values else None
-        dtype = None
-        if param is not None:
-            dtype = str(param.dtype).removeprefix("torch.")
-            whole = param.full_tensor() if hasattr(param, "full_tensor") else param
-            rms = rms_of(whole.detach().cpu().double().numpy())
-        return rows_first(Parameter(name, layout, slots, _count(values["step"], name), dtype, number, rms))
-
-    def _choosers(self, name: str, group: Mapping[str, Any]) -> list[Chooser]:
-        """What may have chosen the axes. That they are factored is known."""
-        chosen = FORMATS[self.format].axes
-        if chosen is not None:
-            sides = {group.get("min_dim_size_to_factor", 0), 0}
-            return [lambda shape, least=least: chosen(shape, least) for least in sides]  # type: ignore[misc]
-        policy = group.get("factoring")
-        if callable(policy):
-            return [partial(factoring.layout, factoring=policy, name=name)]
-        return [partial(factoring.layout, factoring=policy)] if policy in POLICIES else []
+def _of(param: Tensor, parameter: Parameter) -> Parameter:
+    """With what a live parameter tells."""
+    whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+    rms = rms_of(whole.detach().cpu().double().numpy())
+    return replace(parameter, dtype=str(param.dtype).removeprefix("torch."), rms=rms)
 
 
 def _count(step: Any, name: str) -> int:
@@ -247,41 +202,32 @@ def write(
     """
     report = Report() if report is None else report
     groups = None if template is None else _template(template, format)
-    target: dict[str, Shape | None] | None = None
-    if groups is not None:
-        listed = [name for group in groups for name in group.get("param_names") or map(str, group["params"])]
-        target = dict.fromkeys(listed)
+    target = None if groups is None else dict.fromkeys(name for group in groups for name in _names(group))
     state = rename(state, names, target, "torch", report, partial=True)
     state = adapt.momentum_as(state, format, report)
-    if groups is None:
-        groups = _own_groups(state, format)
+    groups = _own_groups(state, format) if groups is None else groups
     saved: dict[int, dict[str, Any]] = {}
     known = state.named()
     for group in groups:
-        listed = group.get("param_names") or [str(key) for key in group["params"]]
+        listed = _names(group)
         members = [known[name] for name in listed if name in known]
         sources = {parameter.group for parameter in members}
         if len(sources) > 1:
             report.note(
                 f"one group of the target has parameters of {len(sources)} groups of the source: it follows the first"
             )
+        choose = FORMATS[format].axes
+        policy: tuple[Any, ...] = (0,)
         if members:
             told = state.groups[members[0].group]
-            wanted = _choose(format, group, told, members)
+            policy = policy if choose is not None else _policy(group, told, members)
             _write_group(format, group, told, report)
-            if format == OUR_TORCH and isinstance(wanted, tuple):
-                group["factoring"], group["min_dim_size_to_factor"] = wanted
-                if callable(wanted[0]):
-                    del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
         if group.get("beta1"):
             report.dropped("Momentum", [p.name for p in members if p.momentum is None], adapt.STARTS)
         for key, name in zip(group["params"], listed, strict=True):
             if name in known:
-                layout = (
-                    last_two(known[name].shape)
-                    if format != OUR_TORCH
-                    else factoring.layout(known[name].shape, *wanted, name=name)
-                )
+                shape = known[name].shape
+                layout = factoring.layout(shape, *policy, name=name) if choose is None else choose(shape, *policy)
                 saved[key] = _write_one(fitted(known[name], layout, report), format, report)
     return {"state": saved, "param_groups": groups}
 
@@ -308,102 +254,79 @@ def _own_groups(state: State, format: str) -> list[dict[str, Any]]:
     groups, position = [], 0
     for number in range(len(state.groups)):
         members = [parameter.name for parameter in state.parameters if parameter.group == number]
-        defaults = _defaults(format)
         keys = list(range(position, position + len(members)))
         position += len(members)
-        if not all(name.isdecimal() for name in members):
-            defaults["param_names"] = members
-        groups.append({**defaults, "params": keys})
-        if "param_names" not in defaults and members != [str(key) for key in keys]:
-            groups[-1]["param_names"] = members
+        names = {} if members == [str(key) for key in keys] else {"param_names": members}
+        groups.append({**_defaults(format), **names, "params": keys})
     return groups
 
 
 def _defaults(format: str) -> dict[str, Any]:
-    if format == TRANSFORMERS:
-        return dict(_TRANSFORMERS_GROUP)
-    from adafactor.torch import Adafactor
-
-    make: Any = Adafactor if format == OUR_TORCH else torch.optim.Adafactor
-    group = dict(make([torch.zeros(1)]).param_groups[0])
-    del group["params"]
+    """A group of the class, which its module tells: a format is called like it."""
+    known = FORMATS[format].group
+    group = dict(import_module(format).Adafactor([torch.zeros(1)]).param_groups[0] if known is None else known)
+    group.pop("params", None)
     return group
 
 
-def _choose(format: str, group: Mapping[str, Any], told: Mapping[str, Any], members: list[Parameter]) -> Any:
+def _policy(group: dict[str, Any], told: Mapping[str, Any], members: list[Parameter]) -> tuple[Any, int]:
     """``factoring`` and least side for a group of ours: what keeps the statistics as they are, if anything does."""
-    if format != OUR_TORCH:
-        return None
-    if callable(group["factoring"]):
-        return group["factoring"], group["min_dim_size_to_factor"]
-    first = (
-        told.get("factoring", group["factoring"]),
-        told.get("min_dim_size_to_factor", group["min_dim_size_to_factor"]),
-    )
-    least = {first[1], group["min_dim_size_to_factor"], 1, 2, 128}
-    tried = [first, *((policy, side) for policy in POLICIES for side in sorted(least))]
-    if "factoring" in told and told.get("factoring") not in POLICIES:
-        tried = tried[1:]
-    for policy, side in tried:
-        if all(factoring.layout(parameter.shape, policy, side) == parameter.layout for parameter in members):
-            return policy, side
-    return tried[0]
+    own = group["factoring"], group["min_dim_size_to_factor"]
+    if callable(own[0]):
+        del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
+        return own
+    first = told.get("factoring", own[0]), told.get("min_dim_size_to_factor", own[1])
+    tried = [first, *((policy, side) for policy in POLICIES for side in sorted({first[1], own[1], 1, 2, 128}))]
+    tried = tried if first[0] in POLICIES else tried[1:]
+
+    def fits(policy: Any, side: int) -> bool:
+        return all(factoring.layout(parameter.shape, policy, side) == parameter.layout for parameter in members)
+
+    chosen = next((each for each in tried if fits(*each)), tried[0])
+    group["factoring"], group["min_dim_size_to_factor"] = chosen
+    return chosen
 
 
 def _write_group(format: str, group: dict[str, Any], told: Mapping[str, Any], report: Report) -> None:
     """Set a group's hyperparameters as far as the state knows them; what it does not know stays."""
-    own = adapt.in_its_words(format, told, report)
-    if own.get("relative_step") == "always":
-        own["relative_step"] = True
-    if "momentum_dtype" in own:
-        own["momentum_dtype"] = _dtype(own["momentum_dtype"])
+    dialect = FORMATS[format]
+    own = {"eps[0]": group["eps"][0], "eps[1]": group["eps"][1], **adapt.in_its_words(format, told, report)}
     for word in ("factoring", "min_dim_size_to_factor"):
         own.pop(word, None)  # as the statistics are
+    if own.get("relative_step") == "always":
+        own["relative_step"] = True
+    if isinstance(own.get("momentum_dtype"), str):
+        own["momentum_dtype"] = getattr(torch, own["momentum_dtype"], own["momentum_dtype"])
     if not isinstance(own.get("lr", 0.0), int | float):
         report.note(f"the learning rate {own.pop('lr')!r} is no number: set one")
     if own.get("weight_decay", 0) is None:
         own["weight_decay"] = 0.0
-    if format == TORCH and own.get("d", 1.0) is None:
-        own["d"] = math.inf
-    if format == TRANSFORMERS:
-        if own.get("clip_threshold", 1.0) is None:
-            own["clip_threshold"] = math.inf
-        if own.get("relative_step"):
-            if own.get("lr") == 1e-2:
-                own["lr"] = None
-            else:
-                report.note(f"transformers caps a learning rate of 0.01 only, not {own.get('lr')}: it is not capped")
-                own["relative_step"] = False
-    first, second = own.pop("eps[0]", group["eps"][0]), own.pop("eps[1]", group["eps"][1])
-    if format == TORCH and first is not None and first > NO_FLOOR:
-        report.note(
-            f"torch.optim takes epsilon_1={first} for a floor under the second moment instead of adding it to g²"
-        )
+    clip = next(word for word, ours in dialect.words.items() if ours == "clip_threshold")
+    if own.get(clip, 1.0) is None:
+        own[clip] = dialect.unclipped
+    if dialect.told is not None:
+        dialect.told(own, report.note)
+    own["eps"] = own.pop("eps[0]"), own.pop("eps[1]")
     group.update(own)
-    group["eps"] = (first, second)
-
-
-def _dtype(name: Any) -> Any:
-    """A dtype by its name; what is no dtype's name stays."""
-    return getattr(torch, name, name) if isinstance(name, str) else name
 
 
 def _write_one(parameter: Parameter, format: str, report: Report) -> dict[str, Any]:
-    values = dict(parameter.slots)
-    if FORMATS[format].keeps_axes and "row" in values:
+    values, dialect = dict(parameter.slots), FORMATS[format]
+    if dialect.keeps_axes and "row" in values:
         values["row"], values["column"] = values["row"][..., None], values["column"][..., None, :]
     if format == TRANSFORMERS and "momentum" in values:
         values["momentum"] = values["momentum"].astype(np.float32)
-    if format == TORCH:
-        if parameter.count > 1 << 24:
-            report.note(
-                f"torch.optim counts in float32: {parameter.count} updates become {int(np.float32(parameter.count))}",
-                lossy=True,
-            )
-        step: Any = torch.tensor(float(parameter.count), dtype=torch.float32)
-    else:
-        step = parameter.count if format == TRANSFORMERS else torch.tensor(parameter.count, dtype=torch.int64)
-    theirs = {slot: word for word, slot in FORMATS[format].slots.items()}
+    if dialect.count == "float32" and parameter.count > 1 << 24:
+        report.note(
+            f"{format} counts in float32: {parameter.count} updates become {int(np.float32(parameter.count))}",
+            lossy=True,
+        )
+    step = (
+        parameter.count
+        if dialect.count == "int"
+        else torch.tensor(parameter.count, dtype=getattr(torch, dialect.count))
+    )
+    theirs = {slot: word for word, slot in dialect.slots.items()}
     named = {theirs.get(name, name): _tensor(value) for name, value in values.items()}
     # transformers takes RMS anew before it uses it.
     return {"step": step, **named, **({"RMS": parameter.rms or 0} if format == TRANSFORMERS else {})}

@@ -74,6 +74,12 @@ class Dialect:
         marks: words of a group by which it is known where its state's keys are not its own alone, and without state.
         others: words of a group that nobody else has a use for.
         adjust: corrects the hyperparameters read by ``words`` from a group, and notes what does not carry over.
+        told: the same of a group that is written, in its words.
+        unclipped: its word for no clipping.
+        group: its defaults, where its class cannot be asked.
+        count: what its trees call the count, and in PyTorch the dtype of it (``int`` is none).
+        each: under what its trees keep all slots of one parameter beside each other; without it a slot is a tree.
+        beside: members of a chain's other states that belong to it, which all have a count.
     """
 
     framework: str
@@ -89,6 +95,12 @@ class Dialect:
     marks: frozenset[str] = frozenset()
     others: frozenset[str] = frozenset()
     adjust: Callable[[Group, dict[str, Any], Note], None] | None = None
+    told: Callable[[dict[str, Any], Note], None] | None = None
+    unclipped: float | None = None
+    group: Mapping[str, Any] | None = None
+    count: str = "count"
+    each: str = ""
+    beside: tuple[frozenset[str], ...] = ()
 
 
 def _floor(group: Group, told: dict[str, Any], note: Note) -> None:
@@ -99,6 +111,12 @@ def _floor(group: Group, told: dict[str, Any], note: Note) -> None:
         )
 
 
+def _is_a_floor(own: dict[str, Any], note: Note) -> None:
+    first = own["eps[0]"]
+    if first is not None and first > NO_FLOOR:
+        note(f"torch.optim takes epsilon_1={first} for a floor under the second moment instead of adding it to g²")
+
+
 def _relative(group: Group, told: dict[str, Any], note: Note) -> None:
     """fairseq and its descendants: without a learning rate it is 1e-2, or grows to that."""
     if group.get("relative_step"):
@@ -106,6 +124,15 @@ def _relative(group: Group, told: dict[str, Any], note: Note) -> None:
         if group.get("warmup_init"):
             told["warmup_init"] = True
             note("warmup_init does not carry over: add the scheduler of docs/torch.md, or the learning rate is 1e-2")
+
+
+def _relative_or_not(own: dict[str, Any], note: Note) -> None:
+    if own.get("relative_step"):
+        if own.get("lr") == 1e-2:
+            own["lr"] = None
+        else:
+            note(f"transformers caps a learning rate of 0.01 only, not {own.get('lr')}: it is not capped")
+            own["relative_step"] = False
 
 
 def _timm(group: Group, told: dict[str, Any], note: Note) -> None:
@@ -186,6 +213,9 @@ FORMATS: dict[str, Dialect] = {
         keeps_axes=True,
         marks=frozenset({"lr", "beta2_decay", "eps", "d"}),
         adjust=_floor,
+        told=_is_a_floor,
+        unclipped=math.inf,
+        count="float32",
     ),
     TIMM: Dialect(
         "torch",
@@ -209,6 +239,13 @@ FORMATS: dict[str, Dialect] = {
         marks=frozenset({"lr", "eps", "clip_threshold", "decay_rate", "relative_step", "scale_parameter"}),
         others=frozenset({"warmup_init"}),
         adjust=_relative,
+        told=_relative_or_not,
+        unclipped=math.inf,
+        group={
+            **{"lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None},
+            **{"weight_decay": 0.0, "scale_parameter": True, "relative_step": True, "warmup_init": False},
+        },
+        count="int",
     ),
     BIG_VISION: Dialect(
         "torch",
@@ -233,6 +270,7 @@ FORMATS: dict[str, Dialect] = {
         _OURS,
         always={"decay_offset": 0, "weight_decay_of": "rate"},
         marks=frozenset({"beta2_decay", "relative_step", "min_dim_size_to_factor"}),
+        count="int64",
     ),
     OPTAX: Dialect(
         "jax",
@@ -246,6 +284,7 @@ FORMATS: dict[str, Dialect] = {
         axes=largest_two,
         decay_sign=-1,
         held=False,
+        beside=(frozenset({"count"}), frozenset({"count", "ema"})),
     ),
     OUR_OPTAX: Dialect(
         "jax",
@@ -269,6 +308,8 @@ FORMATS: dict[str, Dialect] = {
         axes=largest_two,
         decay_sign=-1,
         held=False,
+        count="step",
+        each="param_states",
     ),
 }
 
