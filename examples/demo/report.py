@@ -8,7 +8,7 @@ from typing import Any
 
 from model import LABELS
 
-from adafactor.cli.table import table
+from adafactor.cli.terminal import table
 
 
 def text(figures: dict[str, Any], out: Path) -> str:

@@ -11,7 +11,7 @@ import needed
 import pytest
 
 from adafactor.cli import bench, main
-from adafactor.cli.bench import timing, worker
+from adafactor.cli.bench import timing
 from adafactor.cli.bench.timing import Budget, Candidate, Case, Group, Problem, measure, take_turns
 
 ROW = {"name": "adafactor.torch.Adafactor", "ms": 0.5, "ns_per_parameter": 0.5, "ratio": 1.0, "cpu_ratio": 1.0}
@@ -118,14 +118,14 @@ for suite in sys.argv[1:]:
     print(suite, [row["name"] for row in measure(whole.problem(suite, 4), 1).rows])
 """
 BACKENDS = {
-    backend: [suite for suite, (*_, theirs) in worker.WHOLE.items() if theirs == backend]
-    for _, _, backend in worker.WHOLE.values()
+    backend: [suite for suite, (*_, theirs) in bench.WHOLE.items() if theirs == backend]
+    for _, _, backend in bench.WHOLE.values()
 }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_optimizer_trains_by_whole_steps(backend):
-    needed.packages(*(module for suite in BACKENDS[backend] for module in worker.WHOLE[suite][1]))
+    needed.packages(*(module for suite in BACKENDS[backend] for module in bench.WHOLE[suite][1]))
     environment = os.environ | {"KERAS_BACKEND": backend or "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", WHOLE, *BACKENDS[backend]]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -191,11 +191,12 @@ def test_a_worker_that_crashes_is_told_in_one_line(monkeypatch):
         (["--only", "mxnet"], "--only"),
         (["--repeats", "0"], "--repeats"),
         (["--json", "no/such/folder/b.json"], "a folder that can be written"),
+        (["--plot", "b.gif2"], "ends in"),
         (["--only", "jax"], "must be installed"),
     ],
 )
 def test_refusals_are_one_sentence(monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name if name == "matplotlib" else None)
     assert main(["bench", *arguments]) == 2
     err = capsys.readouterr().err
     assert words in err

@@ -1,4 +1,4 @@
-"""What every command shares: how it ends, how it refuses, and how it reads numbers and finds packages."""
+"""What every command shares: how it ends, how it refuses, its options, its files, and programs of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from adafactor.cli.terminal import write_anything
@@ -14,11 +15,12 @@ from adafactor.core.errors import Refused, message
 
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
-    """Of ``run``: 0 done, 2 refused with one sentence, 130 interrupted."""
+    """Of ``run``: 0 done, 1 its output was not wanted, 2 refused with one sentence, 130 interrupted."""
     write_anything()
     try:
         code = run()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except Refused as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
@@ -26,10 +28,15 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output left (`adafactor plan | head`). Python would fail again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as error:
+        # The reader of our output left (`adafactor plan | head`), or the disk is full. Python would fail again when it
+        # flushes at exit.
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 1
+        print(f"{program}: {error}.", file=sys.stderr)
+        return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,3 +77,34 @@ def need(packages: Iterable[str], what: str, install: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise Refused(f"{what} needs {' and '.join(missing)}. Install with: {install}")
+
+
+def check_outputs(command: str, arguments: argparse.Namespace) -> None:
+    """Refuse before the work what ``--json`` and ``--plot`` could not write after it."""
+    for option, file in (("--json", arguments.json), ("--plot", arguments.plot)):
+        folder = Path(file or "").parent
+        if file is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise Refused(message(option, "a file in a folder that can be written", file, "Pass another."))
+    if arguments.plot:
+        need(("matplotlib",), f"adafactor {command} --plot", "pip install matplotlib")
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        suffix, known = Path(arguments.plot).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
+        if suffix and suffix not in known:
+            raise Refused(message("--plot", f"a file that ends in {', '.join(known)}", arguments.plot, "Try .png."))
+
+
+def write_outputs(arguments: argparse.Namespace, data: str, draw: Callable[[Path], None]) -> None:
+    """Write the files of ``--json`` and ``--plot``."""
+    try:
+        if arguments.json not in (None, "-"):
+            Path(arguments.json).write_text(data + "\n", encoding="utf-8")
+        if arguments.plot:
+            draw(Path(arguments.plot))
+    except (OSError, ValueError) as error:
+        raise Refused(message("--json and --plot", "files that can be written", str(error), "Pass others.")) from None
+
+
+def python(program: str, *arguments: str) -> list[str]:
+    """A command for a process of its own, which imports nothing that happens to lie in the current folder (``-P``)."""
+    return [sys.executable, "-P", "-c", program, *arguments]

@@ -10,10 +10,10 @@ import importlib.util
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import adafactor
+from adafactor.cli.command import python
 from adafactor.core import native
 from adafactor.core.errors import Refused
 
@@ -33,6 +33,29 @@ def cpu_tensors(threads):
     if reason:
         return f"works; torch operations, no native kernels on the CPU: {reason}"
     return f"works; on the CPU native kernels, {native.threads(threads)} threads; elsewhere torch operations"
+
+def compiled(what):
+    from adafactor.engine.xla import custom_call
+    reason = custom_call.why_not()
+    return f"works; compiled by XLA, {f'without native kernels: {reason}' if reason else what}"
+"""
+KERAS = """
+import os
+os.environ["KERAS_BACKEND"] = "{backend}"
+import keras
+from adafactor.keras import Adafactor
+v = keras.Variable(numpy.ones((4, 4), "float32"))
+Adafactor(0.01).apply([keras.ops.ones((4, 4))], [v])
+check(keras.ops.convert_to_numpy(v))
+{fast_path}
+"""
+TENSORFLOW = """
+from adafactor.engine.tensorflow import op, xla
+reason = op.why_not()
+compiled = xla.why_not()
+why = "on the CPU native kernels in graphs and eagerly; with jit_compile "
+why += "they measure" if compiled is None else f"XLA alone: {compiled}"
+print(f"works; {why if reason is None else f'TensorFlow operations, no native kernels: {reason}'}")
 """
 
 #: What each front end needs, and a program that makes one update with it and prints which kernels made it, and why.
@@ -52,53 +75,21 @@ print(cpu_tensors(torch.get_num_threads()))
         ("jax", "optax"),
         """
 import jax, jax.numpy as jnp
-from adafactor.engine.xla import custom_call
 from adafactor.optax import adafactor
+from adafactor.cli.command import python
 optimizer = adafactor(0.01)
 p = jnp.ones((4, 4)); updates, _ = jax.jit(optimizer.update)(p, optimizer.init(p), p)
 check(p + updates)
-reason = custom_call.why_not()
-why = f"without native kernels: {reason}" if reason else "on the CPU native kernels inside jit"
-print(f"works; compiled by XLA, {why}")
+print(compiled("on the CPU native kernels inside jit"))
 """,
     ),
     **{
-        f"adafactor.keras on {backend}": (
-            ("keras", backend),
-            f"""
-import os
-os.environ["KERAS_BACKEND"] = "{backend}"
-import keras
-from adafactor.keras import Adafactor
-v = keras.Variable(numpy.ones((4, 4), "float32"))
-Adafactor(0.01).apply([keras.ops.ones((4, 4))], [v])
-check(keras.ops.convert_to_numpy(v))
-{fast_path}
-""",
-        )
-        for backend, fast_path in (
-            (
-                "jax",
-                """
-from adafactor.engine.xla import custom_call
-reason = custom_call.why_not()
-why = f"without native kernels: {reason}" if reason else "on the CPU native kernels measure"
-print(f"works; compiled by XLA, {why}")
-""",
-            ),
-            (
-                "tensorflow",
-                """
-from adafactor.engine.tensorflow import op, xla
-reason = op.why_not()
-compiled = xla.why_not()
-why = "on the CPU native kernels in graphs and eagerly; with jit_compile "
-why += "they measure" if compiled is None else f"XLA alone: {compiled}"
-print(f"works; {why if reason is None else f'TensorFlow operations, no native kernels: {reason}'}")
-""",
-            ),
-            ("torch", "import torch; print(cpu_tensors(torch.get_num_threads()))"),
-        )
+        f"adafactor.keras on {backend}": (("keras", backend), KERAS.format(backend=backend, fast_path=fast_path))
+        for backend, fast_path in {
+            "jax": 'print(compiled("on the CPU native kernels measure"))',
+            "tensorflow": TENSORFLOW,
+            "torch": "import torch; print(cpu_tensors(torch.get_num_threads()))",
+        }.items()
     },
 }
 
@@ -140,14 +131,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {variable}={os.environ[variable]}")
     broken, line = _native()
     print(f"native kernels: {line}", flush=True)
-    if importlib.util.find_spec("torch") is not None:
-        failed, line = _probe(TRITON)
-        broken |= failed
-        print(f"Triton kernels: {'BROKEN: ' * failed}{line}", flush=True)
-    for name, (modules, program) in PROBES.items():
+    for name, (modules, program) in {"Triton kernels": (("torch",), TRITON), **PROBES}.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing:
-            print(f"{name}: not installed ({', '.join(missing)})")
+            if program != TRITON:
+                print(f"{name}: not installed ({', '.join(missing)})")
             continue
         failed, line = _probe(program)
         broken |= failed
@@ -178,7 +166,7 @@ def _native() -> tuple[bool, str]:
 def _probe(program: str) -> tuple[bool, str]:
     """Whether a program fails, and its last words. In a process of its own: a crash must not take the report along."""
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    command = [sys.executable, "-c", PRELUDE + program]
+    command = python(PRELUDE + program)
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:

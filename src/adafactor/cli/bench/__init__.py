@@ -16,15 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from adafactor import __version__
-from adafactor.cli.bench.timing import Case
-from adafactor.cli.bench.worker import SUITES, WHOLE
-from adafactor.cli.command import integer, need
-from adafactor.cli.table import table
-from adafactor.cli.terminal import transient
+from adafactor.cli.bench.timing import Budget, Case, measure
+from adafactor.cli.command import check_outputs, integer, python, write_outputs
+from adafactor.cli.terminal import table, transient
 from adafactor.core import native
 from adafactor.core.errors import Refused, message
 
@@ -32,6 +31,19 @@ SUMMARY = "time a step of every installed framework's optimizers against ours"
 
 #: Turns at most, and seconds in all with imports and compilation: the rest of two minutes is for turns that have begun.
 QUICK, FULL = (7, 80), (15, 86400)
+#: By the module that measures: what ``adafactor bench`` calls it, what it imports, its ``KERAS_BACKEND``.
+SUITES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "torch": ("pytorch", ("torch",), None),
+    "jax": ("jax", ("jax", "optax"), None),
+    "keras-jax": ("keras", ("keras", "jax"), "jax"),
+    "keras-tensorflow": ("keras", ("keras", "tensorflow"), "tensorflow"),
+    "keras-torch": ("keras", ("keras", "torch"), "torch"),
+}
+#: The same of whole training steps, ``--whole-step``.
+WHOLE = {suite: ("whole", modules, backend) for suite, (_, modules, backend) in SUITES.items()} | {
+    "jax": ("whole", ("keras", "jax", "optax"), "jax"),  # optax over Keras's model
+    "keras-tensorflow-jit": ("whole", ("keras", "tensorflow"), "tensorflow"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write and draw; 1 where a framework failed."""
-    if arguments.plot:
-        need(("matplotlib",), "adafactor bench --plot", "pip install matplotlib")
-    for option in ("json", "plot"):
-        _writable(f"--{option}", getattr(arguments, option))
+    check_outputs("bench", arguments)
     suites = WHOLE if arguments.whole_step else SUITES
     extent = "whole" if arguments.whole_step else "full" if arguments.full else "quick"
     installed = [suite for suite, (_, modules, _) in suites.items() if all(map(importlib.util.find_spec, modules))]
@@ -60,8 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     if missing or not chosen:
         rule = f"installed ({', '.join(installed) or 'nothing is'})"
         raise Refused(message("--only", rule, ", ".join(missing), 'Install with: pip install "adafactor[torch,jax]"'))
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
     kernels = native.why_not()
-    print(f"{_machine()}; native kernels: {native.info().isa if kernels is None else f'none. {kernels}'}", flush=True)
+    print(f"{machine}; native kernels: {native.info().isa if kernels is None else f'none. {kernels}'}", flush=True)
     repeats, limit = QUICK if extent == "quick" else FULL
     limit = arguments.seconds or limit
     began, cases, failed, left_out = time.perf_counter(), list[tuple[str, Case]](), False, 0
@@ -88,14 +98,17 @@ def run(arguments: argparse.Namespace) -> int:
         f"\nTook {seconds:.0f} s. Times ours: 2.0 is twice our time; in CPU time of all threads, which other "
         "programs disturb less. --full takes more turns, over larger models."
     )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(_data(cases, seconds), indent=1) + "\n", encoding="utf-8")
-    if arguments.plot and cases:
-        from adafactor.cli.bench import picture
-
-        title = f"One optimizer step on {os.cpu_count()} processors: less is better"
-        picture.draw([case for _, case in cases], title, Path(arguments.plot))
+    told = [{"suite": suite, "title": case.title, "rows": case.rows} for suite, case in cases]
+    data = {"adafactor": __version__, "machine": machine, "seconds": seconds, "cases": told}
+    write_outputs(arguments, json.dumps(data, indent=1), partial(_draw, [case for _, case in cases]))
     return 1 if failed else 0
+
+
+def _draw(cases: list[Case], file: Path) -> None:
+    if cases:
+        from adafactor.cli.picture import draw_times
+
+        draw_times(cases, f"One optimizer step on {os.cpu_count()} processors: less is better", file)
 
 
 def _measure(suite: str, repeats: int, deadline: float, extent: str) -> Iterator[Case | int]:
@@ -108,8 +121,7 @@ def _measure(suite: str, repeats: int, deadline: float, extent: str) -> Iterator
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     if backend is not None:
         environment["KERAS_BACKEND"] = backend
-    program = "from adafactor.cli.bench.worker import main; main()"
-    command = [sys.executable, "-c", program, suite, str(repeats), str(deadline), extent]
+    command = python("from adafactor.cli.bench import work; work()", suite, str(repeats), str(deadline), extent)
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
@@ -127,27 +139,26 @@ def _measure(suite: str, repeats: int, deadline: float, extent: str) -> Iterator
             process.kill()
 
 
+def work() -> None:
+    """That process: measure the suite of its first argument, and print JSON line by line.
+
+    The second is the turns, the third the time at which to be done, the fourth "full", "quick" or "whole".
+    """
+    suite, repeats, deadline, extent = sys.argv[1:]
+    whole = extent == "whole"
+    module = importlib.import_module(f"adafactor.cli.bench.{(WHOLE if whole else SUITES)[suite][0]}")
+    problems = module.problems(suite if whole else extent == "full")
+    budget = Budget(float(deadline), len(problems))
+    for done, problem in enumerate(problems):
+        end = budget.next()
+        if end is None:
+            print(json.dumps({"left_out": len(problems) - done}))
+            break
+        print(json.dumps(asdict(measure(problem, int(repeats), end))), flush=True)
+
+
 def _table(case: Case) -> str:
     figures = [name for name in ("accessed", "temporary") if name in case.rows[0]]
     names = ("ms", "ns_per_parameter", "ratio", "cpu_ratio", *figures)
     rows = [[row["name"], *(f"{row[name]:.2f}" for name in names)] for row in case.rows]
     return f"{case.title}\n{table(['', 'ms', 'ns per parameter', 'times ours', 'in CPU time', *figures], rows)}"
-
-
-def _data(cases: list[tuple[str, Case]], seconds: float) -> dict[str, Any]:
-    return {
-        "adafactor": __version__,
-        "machine": _machine(),
-        "seconds": seconds,
-        "cases": [{"suite": suite, "title": case.title, "rows": case.rows} for suite, case in cases],
-    }
-
-
-def _machine() -> str:
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
-
-
-def _writable(option: str, file: str | None) -> None:
-    """Refuse before two minutes of work what could not be written after them."""
-    if file is not None and not (Path(file).parent.is_dir() and os.access(Path(file).parent, os.W_OK)):
-        raise Refused(message(option, "a file in a folder that can be written", file, "Pass another."))

@@ -11,7 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
-from adafactor.cli.command import integer, need
+from adafactor.cli.command import check_outputs, integer, write_outputs
 from adafactor.cli.plan import report
 from adafactor.core.errors import Refused, message
 from adafactor.planning import Plan, plan
@@ -54,23 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, then print, write and draw."""
-    if arguments.plot:
-        need(("matplotlib",), "adafactor plan --plot", "pip install matplotlib")
+    check_outputs("plan", arguments)
     name, planned = _plan(arguments)
-    if arguments.json == "-":
-        print(report.json_text(name, planned, arguments.gpu_memory, arguments.top, arguments.host))
-    else:
-        print(report.text(name, planned, arguments.gpu_memory, arguments.top, arguments.host))
-    try:
-        if arguments.json not in (None, "-"):
-            data = report.json_text(name, planned, arguments.gpu_memory, arguments.top, arguments.host)
-            Path(arguments.json).write_text(data + "\n", encoding="utf-8")
-        if arguments.plot:
-            from adafactor.cli.plan import picture
+    told = (name, planned, arguments.gpu_memory, arguments.top, arguments.host)
+    print(report.json_text(*told) if arguments.json == "-" else report.text(*told))
 
-            picture.draw(name, planned, arguments.gpu_memory, Path(arguments.plot))
-    except (OSError, ValueError) as error:
-        raise Refused(message("--json and --plot", "files that can be written", str(error), "Pass others.")) from None
+    def draw(file: Path) -> None:
+        from adafactor.cli.picture import draw_plan
+
+        draw_plan(name, planned, arguments.gpu_memory, file)
+
+    write_outputs(arguments, report.json_text(*told), draw)
     return 0
 
 

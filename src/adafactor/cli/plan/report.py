@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adafactor import __version__
-from adafactor.cli.table import table
+from adafactor.cli.terminal import table
 from adafactor.planning import Plan, Usage, on_host
 from adafactor.planning.optimizers import Adafactor
 
@@ -26,7 +26,7 @@ def size(count: float) -> str:
 
 def text(name: str, plan: Plan, card: int | None, top: int, host: Sequence[int] | None = None) -> str:
     """What stands on the terminal."""
-    return "\n\n".join([_title(name, plan), _usages(plan, card), *_hosts(plan, host), *_top(plan, top), _notes(plan)])
+    return "\n\n".join([title(name, plan), _usages(plan, card), *_hosts(plan, host), *_top(plan, top), _notes(plan)])
 
 
 def json_text(name: str, plan: Plan, card: int | None, top: int, host: Sequence[int] | None = None) -> str:
@@ -83,7 +83,8 @@ def _dtypes(plan: Plan) -> list[str]:
     return sorted({p.dtype for p in plan.parameters})
 
 
-def _title(name: str, plan: Plan) -> str:
+def title(name: str, plan: Plan) -> str:
+    """What is planned, in a line."""
     shared = "" if plan.shards == 1 else f", FSDP2 over {plan.shards} ranks: the first rank's part"
     if plan.zero:
         shared = f", ZeRO stage {plan.zero} over {plan.shards} ranks: the part of the one that keeps most"
