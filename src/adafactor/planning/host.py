@@ -34,20 +34,15 @@ def on_host(plan: Plan, bus: float, memory: float) -> tuple[Host, ...]:
 
     The kernels read a gradient twice, and read and write a weight; a master of another dtype is rounded on the way up.
     """
-    trained = plan.trained
-    weights = sum(p.nbytes for p in plan.parameters)
-    each = sorted((p.nbytes for p in trained), reverse=True)
-    own = sum(each)
-    state = Adafactor().state(trained)
-    made: list[tuple[str, int, float]] = []
-    for label, master in (("float32 masters", 4 * plan.size), ("the weights' own dtype", own)):
-        if made and master == made[0][1]:
-            continue
-        rounded = 2 * own if master != own else 0
-        traffic = own + 2 * own + 2 * master + master + rounded
-        made.append((label, master, own * 2 / bus + traffic / memory))
-    room = each[0] if each else 0
-    return tuple(
-        Host(f"HostStep, {label}", weights + sum(each[: WAITING + 1]), master + state + room, own, seconds)
-        for label, master, seconds in made
-    )
+    each = sorted((p.nbytes for p in plan.trained), reverse=True)
+    own, room, state = sum(each), max(each, default=0), Adafactor().state(plan.trained)
+    device = sum(p.nbytes for p in plan.parameters) + sum(each[: WAITING + 1])
+    masters = {"float32 masters": 4 * plan.size, "the weights' own dtype": own}
+    if own == 4 * plan.size:
+        del masters["the weights' own dtype"]
+
+    def host(label: str, master: int) -> Host:
+        traffic = 3 * own + 3 * master + (2 * own if master != own else 0)
+        return Host(f"HostStep, {label}", device, master + state + room, own, own * 2 / bus + traffic / memory)
+
+    return tuple(host(*each) for each in masters.items())

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Literal
 
 from adafactor.core.canonical import Canonical, canonical
+from adafactor.core.dialects import last_two
 from adafactor.core.errors import message
 from adafactor.core.factoring import POLICIES, Factoring, Layout, Shape, layout, validate
 from adafactor.core.untrusted import BITS
@@ -27,6 +28,8 @@ MOMENTUM = (None, "float32", "bfloat16", "float16", "int8")
 #: Elements that share one float32 scale, in int8 momentum as in bitsandbytes' state.
 BLOCK = 256
 HALF = ("bfloat16", "float16")
+#: Bytes that a framework's optimizers keep once: Keras its two scalars, optax a count.
+ONCE = {"torch": 0, "keras": 8, "jax": 4}
 #: Elements of a block of torch operations on an accelerator (``engine/torch/blocks.py``).
 DEVICE_BLOCK = 1 << 22
 #: How the Triton kernels cut matrices (``engine/torch/triton_table.py``): most and fewest rows of a part, warps in all.
@@ -35,7 +38,7 @@ PART_ROWS, WARPS = (512, 32), 2 * 132 * 16
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """An optimizer as the plan sees it.
+    """An optimizer as the plan sees it; a rule per class.
 
     Attributes:
         label: how tables call it.
@@ -44,7 +47,7 @@ class Optimizer:
     """
 
     label: str
-    sharded: bool = True
+    sharded: bool = False
     release: bool = False
 
     def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
@@ -69,6 +72,7 @@ class TorchAdamW(Optimizer):
     """``torch.optim.AdamW(fused=True)``: two averages like the parameter, and a float32 step. Updates in place."""
 
     label: str = "torch.optim.AdamW(fused=True)"
+    sharded: bool = True
 
     def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
         size = parameter.local(shards).nbytes
@@ -79,7 +83,7 @@ class TorchAdamW(Optimizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW8bit(Optimizer):
+class AdamW8bit(TorchAdamW):
     """``bitsandbytes.optim.AdamW8bit`` of bitsandbytes 0.50.2, ``Optimizer2State.init_state``.
 
     Fewer than 4,096 elements keep two float32 averages. Others keep two bytes per element, two float32 maxima per
@@ -98,8 +102,11 @@ class AdamW8bit(Optimizer):
     def shared(self, trained: Sequence[Parameter]) -> int:
         return 2 * 4 * 256 if any(p.size >= 4096 for p in trained) else 0
 
-    def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int:
-        return 0
+
+def _last_two(parameter: Parameter) -> Slots:
+    """Row and column over the last two axes, or a vector's second moment, in the parameter's dtype."""
+    kept = last_two(parameter.shape).slots
+    return {slot: math.prod(shape) * parameter.itemsize for slot, shape in kept.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +118,9 @@ class TorchAdafactor(Optimizer):
     """
 
     label: str = "torch.optim.Adafactor"
-    sharded: bool = False
 
     def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
-        *stack, n, m = (1, 1, *parameter.shape)
-        if len(parameter.shape) < 2:
-            return {"step": 4, "variance": parameter.nbytes}
-        count = math.prod(stack)
-        return {"step": 4, "row_var": count * n * parameter.itemsize, "col_var": count * m * parameter.itemsize}
+        return {"step": 4, **_last_two(parameter)}
 
     def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int:
         sizes = [0, *(p.nbytes for p in trained)]
@@ -126,27 +128,23 @@ class TorchAdafactor(Optimizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keras(Optimizer):
-    """Keras keeps an int32 iteration (int64 on TensorFlow, 4 bytes more) and a float32 learning rate."""
+class KerasAdamW(Optimizer):
+    """``keras.optimizers.AdamW``: two averages like the variable.
 
-    sharded: bool = False
-
-    def shared(self, trained: Sequence[Parameter]) -> int:
-        return 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class KerasAdamW(_Keras):
-    """``keras.optimizers.AdamW``: two averages like the variable."""
+    Keras keeps an int32 iteration (int64 on TensorFlow, 4 bytes more) and a float32 learning rate.
+    """
 
     label: str = "keras.optimizers.AdamW"
 
     def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
         return {"momentum": parameter.nbytes, "velocity": parameter.nbytes}
 
+    def shared(self, trained: Sequence[Parameter]) -> int:
+        return ONCE["keras"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class KerasAdafactor(_Keras):
+class KerasAdafactor(KerasAdamW):
     """``keras.optimizers.Adafactor``: row and column in the variable's dtype, and a velocity of the variable's size.
 
     The row and column of a vector are two int32 scalars that nothing reads.
@@ -155,11 +153,8 @@ class KerasAdafactor(_Keras):
     label: str = "keras.optimizers.Adafactor"
 
     def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
-        if len(parameter.shape) < 2:
-            return {"row": 4, "column": 4, "velocity": parameter.nbytes}
-        *stack, n, m = parameter.shape
-        count = math.prod(stack) * parameter.itemsize
-        return {"row": count * n, "column": count * m, "velocity": parameter.nbytes}
+        kept = _last_two(parameter) if len(parameter.shape) >= 2 else {"row": 4, "column": 4}
+        return {**kept, "velocity": parameter.nbytes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +162,12 @@ class OptaxAdamW(Optimizer):
     """``optax.adamw``: two averages like the parameter, and one int32 count."""
 
     label: str = "optax.adamw"
-    sharded: bool = False
 
     def slots(self, parameter: Parameter, shards: int = 1) -> Slots:
         return {"mu": parameter.nbytes, "nu": parameter.nbytes}
 
     def shared(self, trained: Sequence[Parameter]) -> int:
-        return 4
+        return ONCE["jax"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +232,7 @@ class Adafactor(Optimizer):
         return slots
 
     def shared(self, trained: Sequence[Parameter]) -> int:
-        return {"torch": 0, "keras": 8, "jax": 4}[self.framework]
+        return ONCE[self.framework]
 
     def temporaries(self, trained: Sequence[Parameter], shards: int = 1) -> int | None:
         """PyTorch on a GPU: what stands between the Triton kernels, or blocks of torch operations without them.
@@ -248,26 +242,23 @@ class Adafactor(Optimizer):
         """
         if self.framework != "torch" or not trained:
             return None if trained else 0
-        rest: list[Parameter] = []
         kernels: list[Layout] = []
+        rest: list[tuple[Parameter, Layout]] = []
         for p in trained:
-            known = self.triton and p.dtype != "float64" and canonical(self.layout(p)) is not None
-            if known:
-                kernels.append(self.layout(p))
+            roles = self.layout(p)
+            if self.triton and p.dtype != "float64" and canonical(roles) is not None:
+                kernels.append(roles)
             else:
-                rest.append(p)
-        lists = (
-            [[roles] for roles in kernels] if self.release else [kernels]
-        )  # a step's sums lie where the last one's lay
+                rest.append((p, roles))
+        # A step's sums lie where the last one's lay.
+        lists = [[roles] for roles in kernels] if self.release else [kernels]
         buffers = max(map(kernel_buffers, lists), default=0) // shards
         if not rest:
             return buffers
-        half = any(p.dtype in HALF for p in rest)
-        itemsize = 8 if any(p.dtype == "float64" for p in rest) else 4
-        block = max(min(p.local(shards).size, DEVICE_BLOCK) for p in rest)
-        layouts = [self.layout(p) for p in rest]
-        sums = max((roles.state_size for roles in layouts if roles.factored), default=0)
-        return buffers + itemsize * (block * (4 if half else 3 if self.momentum else 2) + 4 * sums)
+        half, wide = (any(p.dtype in dtypes for p, _ in rest) for dtypes in (HALF, ("float64",)))
+        block = max(min(p.local(shards).size, DEVICE_BLOCK) for p, _ in rest)
+        sums = max((roles.state_size for _, roles in rest if roles.factored), default=0)
+        return buffers + (8 if wide else 4) * (block * (4 if half else 3 if self.momentum else 2) + 4 * sums)
 
 
 def kernel_buffers(layouts: Iterable[Layout]) -> int:

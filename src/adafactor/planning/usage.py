@@ -61,7 +61,7 @@ class Plan:
     @property
     def size(self) -> int:
         """Numbers in trained tensors."""
-        return sum(p.size for p in self.parameters if p.trained)
+        return sum(p.size for p in self.trained)
 
     @property
     def gathered(self) -> int:
@@ -86,11 +86,12 @@ class Plan:
         weights; of the optimizers that step flat partitions as they step whole tensors.
 
         Raises:
-            ValueError: there is no such stage.
+            ValueError: there is no such stage, or no such optimizer.
         """
         if isinstance(stage, bool) or stage not in STAGES:
             raise ValueError(message("stage", "1, 2 or 3", stage, "It is one of DeepSpeed's ZeRO."))
-        rules = [usage.optimizer for usage in self.usages if takes(usage.optimizer)]
+        rules = tuple(usage.optimizer for usage in self.usages if takes(usage.optimizer))
+        rules = _some(rules, "ZeRO's partitions", "these")
         usages = tuple(Usage(one, *sizes(one, self.parameters, stage, self.shards)) for one in rules)
         return replace(self, usages=usages, zero=stage)
 
@@ -155,19 +156,22 @@ def plan(
     half = any(p.trained and p.dtype in HALF for p in tensors)
     chosen = tuple(defaults(framework, half) if optimizers is None else optimizers)
     if shards > 1:
-        chosen = tuple(one for one in chosen if one.sharded)
+        chosen = _some(tuple(one for one in chosen if one.sharded), "FSDP2's parameters", framework)
     whole = [p for p in tensors if p.trained]
     weights = sum(p.local(shards).nbytes for p in tensors)
     each = [p.local(shards).nbytes for p in whole]
     released = max(each, default=0) if shards == 1 else _largest_layer(whole, shards)
-    usages = tuple(
-        Usage(
-            one,
-            weights,
-            released if one.release else sum(each),
-            one.state(whole, shards),
-            one.temporaries(whole, shards),
-        )
-        for one in chosen
-    )
-    return Plan(tuple(tensors), shards, usages)
+
+    def usage(one: Optimizer) -> Usage:
+        gradients = released if one.release else sum(each)
+        return Usage(one, weights, gradients, one.state(whole, shards), one.temporaries(whole, shards))
+
+    return Plan(tuple(tensors), shards, tuple(map(usage, chosen)))
+
+
+def _some(chosen: tuple[Optimizer, ...], over: str, framework: str) -> tuple[Optimizer, ...]:
+    """Those that step over what several devices share, of which there must be one."""
+    if not chosen:
+        rule = f"some that step over {over}"
+        raise ValueError(message("the optimizers", rule, f"none of {framework}'s", 'Pass framework="torch".'))
+    return chosen
