@@ -1,6 +1,7 @@
 """Files that are damaged, or made to do harm: one sentence, at once, in little memory, and nothing is replaced."""
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -226,6 +227,19 @@ def test_other_files(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(Refused):
         convert.read(tmp_path / "folder")
+
+
+def test_honest_files_of_another_kind_are_called_by_their_name(tmp_path):
+    (tmp_path / "pointer.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(tmp_path / "pointer.pt", "got 'a pointer of Git LFS'. Fetch it with git lfs pull")
+    torch.save({"state": {}, "param_groups": []}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    refused(tmp_path / "old.pt", "PyTorch before 1.6")
+    (tmp_path / "distributed").mkdir()
+    (tmp_path / "distributed" / ".metadata").touch()
+    refused(tmp_path / "distributed", "dcp_to_torch_save")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.pt")
+        refused(tmp_path / "pipe.pt", "must be a regular file")
 
 
 def test_a_failure_leaves_the_target_as_it_was(good, tmp_path):

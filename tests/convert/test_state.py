@@ -120,3 +120,16 @@ def test_a_folder_is_replaced_too(tmp_path):
             (new / word).write_text(word)
     assert os.listdir(path) == ["new"]
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError, match="target must be a file's name"):
+        state.write(example(), tmp_path / "a")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_state_has_the_rights_of_any_new_file(tmp_path):
+    (tmp_path / "usual").touch()
+    state.write(example(), tmp_path / "a")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode

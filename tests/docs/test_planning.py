@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from adafactor.cli import main
-from adafactor.planning.files import SUFFIXES, folder
+from adafactor.planning.files import NAMES, SUFFIXES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 
@@ -25,4 +25,4 @@ def test_the_tables_are_what_their_commands_print(capsys):
 def test_every_kind_of_file_is_there():
     rows = PAGE.split("| MODEL |")[1].split("\n\n")[0]
     assert all(suffix in rows for suffix in SUFFIXES if suffix != ".index.json")
-    assert "pytorch_model.bin" in folder.NAMES
+    assert "pytorch_model.bin" in NAMES

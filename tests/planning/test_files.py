@@ -131,6 +131,10 @@ def test_what_is_no_file(tmp_path):
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.safetensors")
         refused(tmp_path / "pipe.safetensors", "a regular file")
+    for name in ("pointer.safetensors", "pointer.bin", "pointer.keras"):
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(Refused, match="Fetch it with git lfs pull"):
+            read(tmp_path / name)
     safetensors(tmp_path / "empty.safetensors", {})
     refused(tmp_path / "empty.safetensors", "a file with tensors")
 

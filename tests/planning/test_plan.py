@@ -74,6 +74,14 @@ def test_optimizers_that_cannot_be_sharded_are_left_out():
     assert "torch.optim.AdamW(fused=True)" in labels
 
 
+@pytest.mark.parametrize("framework", ["keras", "jax"])
+def test_optimizers_that_all_are_left_out_are_one_sentence(framework):
+    with pytest.raises(ValueError, match=r"optimizers must be some that step over FSDP2's parameters, got .*\.$"):
+        plan(SHAPES, shards=2, framework=framework)
+    with pytest.raises(ValueError, match=r"step over ZeRO's partitions, got .*\.$"):
+        plan(SHAPES, framework=framework, optimizers=[rules.KerasAdamW(), rules.OptaxAdamW()]).under_zero(1)
+
+
 def test_what_fsdp_gathers_is_the_largest_layer():
     assert plan(SHAPES).gathered == 4 * (512 * 256 + 256)
     assert plan({"embed.weight": (1000, 1000), "h.0.a": (2, 2), "h.1.a": (2, 2)}).gathered == 4_000_000

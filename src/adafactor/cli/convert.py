@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if arguments.report is not None:
             with replacing(arguments.report) as new:
-                new.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+                new.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     except (ValueError, OSError, ImportError) as error:
         raise Refused(str(error)) from error
     print(f"{source} -> {target}, {arguments.to}: {'exact' if report.exact else 'NOT exact'}")
@@ -104,7 +104,7 @@ def _shapes(path: Path | None) -> Any:
     if path.suffix == ".safetensors":
         return {tensor.name: tensor.shape for tensor in header(path)[0]}
     with reading(path, "JSON of names and shapes"):
-        shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+        shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text(encoding="utf-8")).items()}
         if not all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape):
             raise ValueError("a shape must be a list of integers >= 0")
     return shapes
@@ -117,7 +117,7 @@ def _axes(path: Path | None) -> Any:
     if path is None:
         return None
     with reading(path, "JSON of names and axes"):
-        told = json.loads(path.read_text())
+        told = json.loads(path.read_text(encoding="utf-8"))
         return {
             name: None if each is None else Factored(**{k: tuple(v) for k, v in each.items()})
             for name, each in told.items()

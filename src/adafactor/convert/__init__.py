@@ -27,7 +27,7 @@ from adafactor.convert.state import State
 from adafactor.core.dialects import FORMATS
 from adafactor.core.errors import Refused, message
 from adafactor.core.files import PathLike
-from adafactor.core.untrusted import reading
+from adafactor.core.untrusted import reading, regular
 
 STATE = "state"
 #: Everything that ``format`` can be, and of that what is written.
@@ -46,8 +46,12 @@ def family_of(path: PathLike) -> str:
     if not path.exists():
         raise FileNotFoundError(message("the file", "there", str(path), "Check the name."))
     if path.is_dir():
+        if (path / ".metadata").is_file():
+            remedy = "Make a .pt file with torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
+            raise Refused(message("the folder", "an Orbax checkpoint", "a distributed checkpoint of PyTorch's", remedy))
         return "jax"  # Orbax
     with reading(path, "a checkpoint"):
+        regular(path, "the file")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
@@ -64,6 +68,8 @@ def family_of(path: PathLike) -> str:
             return STATE
         if path.suffix == ".safetensors" or start[8:9] == b"{":
             raise ValueError("it is a safetensors file without the metadata of a state, or a damaged one")
+        if start[:1] == b"\x80":
+            raise ValueError("it is a pickle, or of PyTorch before 1.6, whose torch.save can write it anew")
         if start and (start[0] >> 4 == 8 or start[0] in (0xDE, 0xDF)):
             return "jax"  # msgpack of a mapping
         raise ValueError("it is neither safetensors, .pt, .keras, .h5, msgpack nor an Orbax folder")

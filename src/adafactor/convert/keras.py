@@ -13,7 +13,6 @@ file pass the shapes, in order. Keras's own files tell their shapes: its paramet
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import zipfile
@@ -33,7 +32,7 @@ from adafactor.core.dialects import in_our_words
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Shape
 from adafactor.core.files import PathLike, replacing
-from adafactor.core.untrusted import check_zip, reading
+from adafactor.core.untrusted import check_zip, reading, stored
 
 VERSION_KEY = "state_version"
 _VARS, _WEIGHTS, _CONFIG = "optimizer/vars", "model.weights.h5", "config.json"
@@ -56,12 +55,12 @@ def load(source: Any, shapes: Shapes | None = None) -> Saved:
             names = check_zip(source)
             if _CONFIG not in names or _WEIGHTS not in names:
                 raise ValueError(f"it has no {_CONFIG} and {_WEIGHTS}")
-            with zipfile.ZipFile(source) as archive:
-                config, weights = json.loads(archive.read(_CONFIG)), io.BytesIO(archive.read(_WEIGHTS))
-            optimizer = (config.get("compile_config") or {}).get("optimizer") or {}
-            if optimizer.get("class_name") != "Adafactor":
-                raise ValueError(f"its optimizer is {optimizer.get('class_name')}")
-            saved = _h5(weights)
+            with open(source, "rb") as file, zipfile.ZipFile(file) as archive:
+                config = json.loads(archive.read(_CONFIG))
+                optimizer = (config.get("compile_config") or {}).get("optimizer") or {}
+                if optimizer.get("class_name") != "Adafactor":
+                    raise ValueError(f"its optimizer is {optimizer.get('class_name')}")
+                saved = _h5(stored(file, archive.getinfo(_WEIGHTS), str(source)))
             saved.config = dict(optimizer.get("config") or {})
             saved.variables = _variables(Path(source)) if given is None else given
         else:

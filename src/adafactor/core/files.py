@@ -18,10 +18,12 @@ PathLike = str | os.PathLike[str]
 def replacing(path: PathLike) -> Iterator[Path]:
     """A name in the folder of ``path`` to write a file or a folder under; it becomes ``path`` when the block ends well.
 
-    What was at ``path`` stays until everything is on the disk, and stays for good when the block raises.
+    What was at ``path`` stays until everything is on the disk, and stays for good when the block raises. A file gets
+    the rights of any new file, whatever its writer thinks of that.
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        IsADirectoryError: a file would replace a folder.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -31,6 +33,10 @@ def replacing(path: PathLike) -> Iterator[Path]:
         new = scratch / path.name
         yield new
         if new.is_file():
+            if path.is_dir():
+                raise IsADirectoryError(message("the target", "a file's name", str(path), "A folder has this name."))
+            (scratch / "new").touch()
+            new.chmod((scratch / "new").stat().st_mode)
             with open(new, "rb+") as file:
                 os.fsync(file.fileno())
         old = scratch / f"{path.name}.old"

@@ -6,15 +6,17 @@ Whatever goes wrong with them ends in one sentence.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import stat
+import struct
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from adafactor.core.errors import Refused, message
 from adafactor.core.files import PathLike
@@ -29,16 +31,22 @@ BITS = {
 MAX_TENSORS, MAX_RANK, MAX_BYTES = 500_000, 64, 2**63 - 1
 
 
-def regular(path: Path) -> int:
+#: What Git leaves in the place of a large file that it has not fetched.
+_POINTER = b"version https://git-lfs.github.com/"
+
+
+def regular(path: Path, what: str = "the model") -> int:
     """The size of a regular file; anything else (a pipe would wait for ever) is refused."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         rule = f"a file that can be read ({reason})"
-        raise Refused(message("the model", rule, cut(str(path)), "Check the path.")) from None
+        raise Refused(message(what, rule, cut(str(path)), "Check the path.")) from None
     if not stat.S_ISREG(status.st_mode):
-        raise Refused(message("the model", "a regular file", cut(str(path)), "Copy it to a file first."))
+        raise Refused(message(what, "a regular file", cut(str(path)), "Copy it to a file first."))
+    if status.st_size < 1024 and os.access(path, os.R_OK) and path.read_bytes().startswith(_POINTER):
+        raise Refused(message(what, "the file itself", "a pointer of Git LFS", "Fetch it with git lfs pull."))
     return status.st_size
 
 
@@ -130,6 +138,55 @@ def check_size(name: str, shape: Sequence[int], bits: int) -> int:
     if nbytes > MAX_BYTES:
         raise Refused(message(what, "of fewer than 2**63 bytes", cut(list(shape)), "Check the file."))
     return nbytes
+
+
+def member(archive: zipfile.ZipFile, name: str, source: str, most: int = MAX_BYTES) -> zipfile.ZipInfo:
+    """The one file of a name in an archive, "/NAME" in any folder. Of two, readers may differ in which they see."""
+    members = [
+        info
+        for info in archive.infolist()
+        if info.filename == name or (name[0] == "/" and info.filename.endswith(name))
+    ]
+    remedy = "The file is damaged, or something else."
+    if len(members) != 1 or stat.S_ISLNK(members[0].external_attr >> 16):
+        raise Refused(message(f"{name} in {source}", "there once, as a file", f"{len(members)} times", remedy))
+    if members[0].file_size > most:
+        raise Refused(message(f"{name} in {source}", f"at most {most:,} bytes", members[0].file_size, remedy))
+    return members[0]
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(view), self._size - self._at)))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def stored(file: BinaryIO, info: zipfile.ZipInfo, source: str) -> Window:
+    """A file where it lies in an archive, which holds it as it is."""
+    what, damaged = f"{info.filename} in {source}", "The file is damaged, or something else."
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise Refused(message(what, "stored as it is", "compressed or encrypted", "Save it again with model.save."))
+    file.seek(info.header_offset)
+    local = file.read(30)
+    if len(local) < 30 or local[:4] != b"PK\3\4":
+        raise Refused(message(what, "where the archive says", info.header_offset, damaged))
+    start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+    if start + info.file_size > file.seek(0, io.SEEK_END):
+        raise Refused(message(what, "inside the archive", info.file_size, damaged))
+    return Window(file, start, info.file_size)
 
 
 def check_zip(path: PathLike) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adafactor.core.errors import Refused, message
-from adafactor.core.untrusted import cut
+from adafactor.core.untrusted import cut, member
 from adafactor.planning.parameters import Parameter
 
 MAX_PICKLE = 100_000_000
@@ -18,30 +18,15 @@ _MODELS = ("state_dict", "model_state_dict", "model", "module", "params", "weigh
 
 def read(path: Path) -> list[Parameter]:
     """The tensors of a state dict that ``torch.save`` wrote; their memory is mapped and never touched."""
-    name, remedy = cut(path.name), "Save it again with torch.save(model.state_dict(), ...)."
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [info.file_size for info in archive.infolist() if info.filename.endswith("/data.pkl")]
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        raise Refused(message(name, "a zip archive, as torch.save writes it", "something else", remedy)) from None
-    if len(pickles) != 1 or pickles[0] > MAX_PICKLE:
-        rule = f"an archive of one data.pkl of at most {MAX_PICKLE:,} bytes"
-        raise Refused(message(name, rule, cut(pickles), remedy))
-    try:
-        import torch
-    except ImportError:
-        raise Refused(f"Reading {name} needs PyTorch. Install with: pip install torch") from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever its unpickler trips over
-        first = cut(str(error).strip().partition("\n")[0])
-        raise Refused(message(name, f"a state dict of tensors ({first})", type(error).__name__, remedy)) from None
+    with zipfile.ZipFile(path) as archive:
+        member(archive, "/data.pkl", cut(path.name), MAX_PICKLE)
+    import torch
+
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     tensors = _tensors(loaded)
     if tensors is None:
-        rule = f"a state dict, or one under {', '.join(_MODELS)}"
-        raise Refused(message(name, rule, type(loaded).__name__, remedy))
+        rule, remedy = f"a state dict, or one under {', '.join(_MODELS)}", "Save model.state_dict() by itself."
+        raise Refused(message(cut(path.name), rule, type(loaded).__name__, remedy))
     parameters, seen = list[Parameter](), set[tuple[Any, ...]]()
     for key, tensor in tensors.items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
@@ -54,12 +39,8 @@ def read(path: Path) -> list[Parameter]:
 
 
 def _tensors(loaded: Any) -> dict[str, Any] | None:
-    import torch
-
     if not isinstance(loaded, Mapping):
         return None
-    tensors = {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
-    if tensors:
-        return tensors
+    tensors = {key: value for key, value in loaded.items() if hasattr(value, "untyped_storage")}
     inner = next((loaded[key] for key in _MODELS if isinstance(loaded.get(key), Mapping)), None)
-    return None if inner is None else _tensors(inner)
+    return tensors or (None if inner is None else _tensors(inner))

@@ -18,8 +18,12 @@ from adafactor.core.untrusted import MAX_TENSORS, cut, regular
 from adafactor.planning.parameters import Parameter
 
 SECONDS = 120
-#: Address space besides the file itself. Importing PyTorch with its GPU libraries takes most of it.
-MEMORY = {"pytorch": 24 << 30, "keras": 4 << 30, "weights_h5": 4 << 30}
+#: Address space besides the file itself (importing PyTorch with its GPU libraries takes most), and what that must be.
+KINDS = {
+    "pytorch": (24 << 30, "a state dict of tensors", "Save it again with torch.save(model.state_dict(), ...)."),
+    "keras": (4 << 30, "HDF5 in a zip archive, as Keras writes it", "The file is damaged or not Keras's."),
+    "weights_h5": (4 << 30, "HDF5 as Keras writes it", "The file is damaged or not Keras's."),
+}
 
 
 def read(kind: str, path: Path) -> list[Parameter]:
@@ -47,12 +51,11 @@ def read(kind: str, path: Path) -> list[Parameter]:
     return [Parameter(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in answer["tensors"]]
 
 
-def _limit(kind: str, path: Path) -> None:
+def _limit(most: int) -> None:
     try:
         import resource
     except ImportError:
         return  # Windows: the time limit is left
-    most = MEMORY[kind] + path.stat().st_size
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
 
@@ -62,18 +65,26 @@ def main() -> None:
     from adafactor.planning.files import keras, pytorch
 
     kind, path = sys.argv[1], Path(sys.argv[2])
-    _limit(kind, path)
+    memory, what, remedy = KINDS[kind]
+    name = cut(path.name)
+    _limit(memory + path.stat().st_size)
     reader = {"pytorch": pytorch.read, "keras": keras.open_archive, "weights_h5": keras.open_weights}[kind]
+    answer: dict[str, Any]
     try:
         tensors = reader(path)
         if len(tensors) > MAX_TENSORS:
-            raise Refused(message(cut(path.name), f"at most {MAX_TENSORS:,} tensors", len(tensors), "Plan one part."))
-        answer: dict[str, Any] = {"tensors": [(p.name, p.shape, p.dtype, p.trained) for p in tensors]}
-    except ValueError as error:  # Refused, or a shape or dtype that Parameter refuses
-        answer = {"refused": str(error)}
+            raise Refused(message(name, f"at most {MAX_TENSORS:,} tensors", len(tensors), "Plan one part."))
+        answer = {"tensors": [(p.name, p.shape, p.dtype, p.trained) for p in tensors]}
+    except Refused as refusal:
+        answer = {"refused": str(refusal)}
+    except ImportError as error:
+        answer = {"refused": f"Reading {name} needs {error.name}. Install with: pip install {error.name}"}
     except (MemoryError, RecursionError) as error:
-        rule = f"readable with {MEMORY[kind] >> 30} GiB of memory"
-        answer = {"refused": message(cut(path.name), rule, type(error).__name__, "It may be damaged or hostile.")}
-    except OSError as error:
-        answer = {"refused": message(cut(path.name), f"readable ({error.strerror})", str(path), "Check its rights.")}
+        rule = f"readable with {memory >> 30} GiB of memory"
+        answer = {"refused": message(name, rule, type(error).__name__, "It may be damaged or hostile.")}
+    except PermissionError as error:
+        answer = {"refused": message(name, f"readable ({error.strerror})", str(path), "Check its rights.")}
+    except Exception as error:  # whatever a library trips over
+        rule = f"{what} ({cut(str(error).strip().partition(chr(10))[0])})"
+        answer = {"refused": message(name, rule, type(error).__name__, remedy)}
     sys.stdout.write(json.dumps(answer))
