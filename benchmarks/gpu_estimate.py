@@ -88,7 +88,7 @@ def step(capability: int, shapes: Shapes, dtype: torch.dtype) -> tuple[float, in
     (prepared,) = optimizer._preparation._prepared.values()
     assert prepared.plan is not None
     ((backend, _),) = prepared.plan.backends
-    return sum(seconds(capability, call, backend.plan.records) for call in calls), len(calls)
+    return sum(seconds(capability, call, backend.tables.plan.records) for call in calls), len(calls)
 
 
 def main() -> int:

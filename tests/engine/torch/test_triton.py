@@ -203,8 +203,8 @@ def test_alignment_is_a_property_of_a_tensor(kernel, monkeypatch):
             p.grad = g.to(DEVICE)
         optimizer.step()
     (prepared,) = optimizer._preparation._prepared.values()
-    ((tables, _),) = prepared.plan.backends
-    read = {launch.aligned: {int(k) for k in blocks[:, 0]} for launch, blocks in tables.plan.measure.items()}
+    ((backend, _),) = prepared.plan.backends
+    read = {launch.aligned: {int(k) for k in blocks[:, 0]} for launch, blocks in backend.tables.plan.measure.items()}
     assert read == {False: {0}, True: {1, 2}}
     for p in params[1:]:
         torch.testing.assert_close(params[0], p, rtol=1e-6, atol=0)

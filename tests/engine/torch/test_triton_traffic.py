@@ -9,7 +9,7 @@ from triton_traffic import Traffic
 
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, MATRIX, transformer
 from adafactor.core.canonical import canonical
-from adafactor.engine.torch import cuda, triton_table
+from adafactor.engine.torch import cuda, triton_table, triton_uploads
 from adafactor.torch import Adafactor
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")
@@ -139,7 +139,7 @@ def test_sums_that_apply_leaves_are_those_that_measure_finds(monkeypatch):
 def test_a_step_is_ten_launches_at_most(monkeypatch, shapes):
     use(monkeypatch, small=False)
     params = [torch.nn.Parameter(torch.empty(1).expand(shape)) for shape in shapes]  # no memory, and no launch runs
-    monkeypatch.setattr(cuda, "form_of", lambda w: canonical(w.layout))
+    monkeypatch.setattr(triton_uploads, "form_of", lambda w: canonical(w.layout))
     optimizer, launched = Adafactor(params), []
     for p in params:
         p.grad = torch.empty(1).expand(p.shape)

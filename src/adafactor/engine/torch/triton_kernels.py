@@ -57,11 +57,70 @@ def _inverse_root(v):
 
 
 @triton.jit
+def _average(old, new, ema_weight, past, eps1):
+    """A statistic of one more update, from its mean of g² (eqs. 2 and 3) or from g² itself (eq. 11)."""
+    return past * old + ema_weight * (new + eps1)
+
+
+@triton.jit
+def _weighted(W, c):
+    """What a column adds to Σu² (eq. 7) for a mean of 1; W is 0 where c is."""
+    return W / tl.maximum(c, _TINY)
+
+
+@triton.jit
+def _mean_and_u2(columns, weighted, m):
+    """The mean of a matrix's columns and its Σu² (eq. 7), from the sums of columns and of what they add to it."""
+    mu = columns / m.to(tl.float32)
+    return mu, mu * weighted
+
+
+@triton.jit
 def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def _block(blocks):
+    """A program's entry in the table: the tensor, and what the kernel says. ``multiple_of`` of these has no effect."""
+    block = blocks + tl.program_id(0) * _B
+    return tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3), tl.load(block + 4)
+
+
+@triton.jit
+def _weights(scalars, numbers, tensor):
+    """What `_average` takes: 1 - beta(t), beta(t) and eps1."""
+    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    return tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1), eps1
+
+
+@triton.jit
+def _matrices(record, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns, rows, matrices inside and in all, parts and their rows."""
+    m, n, part_rows = tl.load(record + _m), tl.load(record + _N), tl.load(record + _PART_ROWS)
+    if ALIGNED:
+        m = tl.multiple_of(m, 16)
+    if TRANSPOSED and ALIGNED:
+        n, part_rows = tl.multiple_of(n, 16), tl.multiple_of(part_rows, 16)
+    return m, n, tl.load(record + _INNER), tl.load(record + _MATRICES), tl.load(record + _PARTS), part_rows
+
+
+@triton.jit
+def _target(record, PARAM: tl.constexpr, MOMENTUM: tl.constexpr, COMPENSATED: tl.constexpr, ALIGNED: tl.constexpr):
+    """What `move` writes: where a parameter, momentum, its scales and the residual begin, the parameter for what is not
+    there. And what names the random bits for it: the seed, the stream, and the updates made."""
+    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
+    momentum, scales, residual = param, param, param
+    if MOMENTUM is not None:
+        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
+        scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
+    if COMPENSATED:
+        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
+    made = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
+    return param, momentum, scales, residual, tl.load(record + _SEED), tl.load(record + _RNG_STREAM), made
 
 
 @triton.jit
@@ -111,13 +170,13 @@ IN_TILE, TO_COME, GIVEN = (tl.constexpr(k) for k in range(3))
 
 
 @triton.jit
-def _place(k, i, run, j, n, m, TRANSPOSED: tl.constexpr):
+def _offsets(k, i, run, j, n, m, TRANSPOSED: tl.constexpr):
     """Where elements stand: rows are numbered by ``run``, and by ``i`` in their matrix ``k``."""
     if TRANSPOSED:
-        place = (k[:, None, None] * m + j[None, None, :]) * n + i[None, :, None]
+        offset = (k[:, None, None] * m + j[None, None, :]) * n + i[None, :, None]
     else:
-        place = run[:, :, None] * m + j[None, None, :]
-    return place
+        offset = run[:, :, None] * m + j[None, None, :]
+    return offset
 
 
 @triton.jit
@@ -127,24 +186,14 @@ def measure(
     SCALE: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of K matrices: finishes its rows, and leaves its share of S, W and Q in buffers. g is read once."""
-    block = blocks + tl.program_id(0) * _B
-    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    tensor, matrix, part, chunk, _ = _block(blocks)
     address = tl.load(grads + tensor)
     if address == 0:
         return
     record = tensors + tensor * _F
-    m, n, inner, matrices = (
-        tl.load(record + _m), tl.load(record + _N), tl.load(record + _INNER), tl.load(record + _MATRICES),
-    )  # fmt: skip
-    if ALIGNED:
-        m = tl.multiple_of(m, 16)
-    parts, part_rows, chunks = (
-        tl.load(record + _PARTS), tl.load(record + _PART_ROWS), tl.load(record + _CHUNKS),
-    )  # fmt: skip
-    if TRANSPOSED and ALIGNED:
-        n, part_rows = tl.multiple_of(n, 16), tl.multiple_of(part_rows, 16)
-    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
-    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    m, n, inner, matrices, parts, part_rows = _matrices(record, TRANSPOSED, ALIGNED)
+    chunks = tl.load(record + _CHUNKS)
+    ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
     grad = _pointer(address, GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
@@ -163,9 +212,9 @@ def measure(
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * inner
         inside = here & (i < n)[None, :]
-        place = _place(k, i, run, j, n, m, TRANSPOSED)
+        offset = _offsets(k, i, run, j, n, m, TRANSPOSED)
         mask = inside[:, :, None] & (j < m)[None, None, :]
-        g = tl.load(grad + place, mask=mask, other=0).to(tl.float32)
+        g = tl.load(grad + offset, mask=mask, other=0).to(tl.float32)
         g2 = g * g
         S += tl.sum(g2, axis=1)  # eq. 4
         if ROWS == TO_COME:
@@ -175,12 +224,13 @@ def measure(
                 total = tl.load(row_totals + run, mask=inside, other=0)
             else:
                 total = tl.sum(g2, axis=2)
-            r = past * tl.load(row + run, mask=inside, other=0) + ema_weight * (total / width + eps1)  # eq. 2
+            r = tl.load(row + run, mask=inside, other=0)
+            r = _average(r, total / width, ema_weight, past, eps1)  # eq. 2
             tl.store(finished + run, r, mask=here & (i < finishes)[None, :])
             u = g * _inverse_root(r)[:, :, None]
             W += tl.sum(u * u, axis=1)  # eq. 5
         if SCALE:
-            x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
+            x = tl.load(param + offset, mask=mask, other=0).to(tl.float32)
             Q += tl.sum(tl.sum(x * x, axis=2), axis=1)  # eq. 6
     slot = k * parts + part
     share = tl.load(record + _SUMS)
@@ -194,9 +244,9 @@ def measure(
         moved = tl.load(record + _MOVED)
         per_chunk = (moved + chunks - 1) // chunks
         c = tl.arange(0, 8)
-        place = tl.load(record + _SQUARES) + slot[:, None] * moved + chunk * per_chunk + c[None, :]
+        slots = tl.load(record + _SQUARES) + slot[:, None] * moved + chunk * per_chunk + c[None, :]
         tl.store(
-            squares + place,
+            squares + slots,
             tl.where((c == 0)[None, :], Q[:, None], 0.0),
             mask=here & (c < per_chunk)[None, :] & (chunk * per_chunk + c < moved)[None, :],
         )
@@ -205,8 +255,7 @@ def measure(
 @triton.jit
 def row_sums(tensors, grads, blocks, sums, NP: tl.constexpr, C: tl.constexpr):
     """Σg² of the rows of one part of a matrix, over what the chunks of its columns have left."""
-    block = blocks + tl.program_id(0) * _B
-    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    tensor, matrix, part, chunk, _ = _block(blocks)
     if (tl.load(grads + tensor) == 0) | (chunk > 0):
         return
     record = tensors + tensor * _F
@@ -240,8 +289,7 @@ def measure_flat(
     if ALIGNED:
         start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
     record = tensors + tensor * _F
-    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
-    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
     grad = _pointer(address, GRAD, ALIGNED)
     param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
     second_moment = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
@@ -252,7 +300,7 @@ def measure_flat(
         e = first + tl.arange(0, BLOCK)
         mask = e < end
         g = tl.load(grad + e, mask=mask, other=0).to(tl.float32)
-        v = past * tl.load(second_moment + e, mask=mask, other=0) + ema_weight * (g * g + eps1)
+        v = _average(tl.load(second_moment + e, mask=mask, other=0), g * g, ema_weight, past, eps1)
         u = g * _inverse_root(v)
         u2 += tl.where(mask, u * u, 0.0)
         check += g * g
@@ -274,18 +322,17 @@ def _over_parts(record, source, k, j, mask, parts, m, matrices, K: tl.constexpr,
     stride = tl.load(record + _PARTS) * m
     for p0 in range(0, parts, P):
         p = p0 + tl.arange(0, P)
-        place = k[:, None, None] * stride + p[None, :, None] * m + j[None, None, :]
+        offset = k[:, None, None] * stride + p[None, :, None] * m + j[None, None, :]
         inside = mask[:, None, :] & (p < parts)[None, :, None]
-        S += tl.sum(tl.load(source + place, mask=inside, other=0), axis=1)
-        W += tl.sum(tl.load(source + matrices * stride + place, mask=inside, other=0), axis=1)
+        S += tl.sum(tl.load(source + offset, mask=inside, other=0), axis=1)
+        W += tl.sum(tl.load(source + matrices * stride + offset, mask=inside, other=0), axis=1)
     return S, W
 
 
 @triton.jit
 def totals(tensors, grads, blocks, sums, K: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """C columns of K matrices: S and W over all parts, in the place of the first part's."""
-    block = blocks + tl.program_id(0) * _B
-    tensor, matrix, tile, end = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    tensor, matrix, tile, end, _ = _block(blocks)
     if tl.load(grads + tensor) == 0:
         return
     record = tensors + tensor * _F
@@ -295,9 +342,9 @@ def totals(tensors, grads, blocks, sums, K: tl.constexpr, P: tl.constexpr, C: tl
     mask = (k < end)[:, None] & (j < m)[None, :]
     source = sums + tl.load(record + _SUMS)
     S, W = _over_parts(record, source, k, j, mask, parts, m, matrices, K, P, C)
-    place = source + k[:, None] * parts * m + j[None, :]
-    tl.store(place, S, mask=mask)
-    tl.store(place + matrices * parts * m, W, mask=mask)
+    first = source + k[:, None] * parts * m + j[None, :]
+    tl.store(first, S, mask=mask)
+    tl.store(first + matrices * parts * m, W, mask=mask)
 
 
 @triton.jit
@@ -311,15 +358,13 @@ def columns(
     TOTALS: S and W stand in the first part's place alone.
     MATRIX_SUMS: leave the sum of each matrix's columns, and of W / column: eq. 7 takes other processes' too.
     """
-    block = blocks + tl.program_id(0) * _B
-    tensor, matrix, tile, end = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    tensor, matrix, tile, end, index = _block(blocks)
     if tl.load(grads + tensor) == 0:
         return
     record = tensors + tensor * _F
     m, parts = tl.load(record + _m), tl.load(record + _PARTS)
     matrices, tiles = tl.load(record + _MATRICES), tl.load(record + _TILES)
-    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
-    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
     old = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
     k = matrix + tl.arange(0, K)
     j = tile * C + tl.arange(0, C)
@@ -329,21 +374,21 @@ def columns(
         S, W = _over_parts(record, source, k, j, mask, 1, m, matrices, K, 1, C)
     else:
         S, W = _over_parts(record, source, k, j, mask, parts, m, matrices, K, P, C)
-    place = k[:, None] * m + j[None, :]
+    offset = k[:, None] * m + j[None, :]
     n = tl.load(record + _GLOBAL_ROWS).to(tl.float32)
-    c = past * tl.load(old + place, mask=mask, other=0) + ema_weight * (S / n + eps1)  # eq. 3
+    c = _average(tl.load(old + offset, mask=mask, other=0), S / n, ema_weight, past, eps1)  # eq. 3
     c = tl.where(mask, c, 0.0)
     # All of this column's parts have been added up: nobody reads its first one again.
     tl.store(source + k[:, None] * parts * m + j[None, :], c, mask=mask)
     total = tl.sum(c, axis=1)
-    weighted = tl.sum(tl.where(mask, W / tl.maximum(c, _TINY), 0.0), axis=1)
-    out = partials + (tl.load(record + _PARTIAL) + tl.load(block + 4)) * 3
+    weighted = tl.sum(tl.where(mask, _weighted(W, c), 0.0), axis=1)
+    out = partials + (tl.load(record + _PARTIAL) + index) * 3
     tl.store(out + 2, tl.sum(S) + tl.sum(W))
-    mu = total / m.to(tl.float32)
+    mu, u2 = _mean_and_u2(total, weighted, m)
     if tiles == 1:
         tl.store(roots + tl.load(record + _ROOT_MU) + k, tl.sqrt(mu), mask=k < end)
     if tl.where(tiles == 1, 0 if MATRIX_SUMS else 1, 0) != 0:
-        tl.store(out, tl.sum(mu * weighted))  # eq. 7
+        tl.store(out, tl.sum(u2))
     else:
         tl.store(out, tl.sum(total))
         tl.store(out + 1, tl.sum(weighted))
@@ -351,7 +396,7 @@ def columns(
 
 @triton.jit
 def slices(
-    tensors, grads, table, partials, squares, roots, found,
+    tensors, grads, table, partials, squares, roots, slice_sums,
     MEASURED: tl.constexpr, FINISHED: tl.constexpr, KB: tl.constexpr, TB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σu², the check and Q of one slice, from what the programs before have left of it.
@@ -367,7 +412,7 @@ def slices(
     if tl.load(grads + tensor) == 0:
         return
     record = tensors + tensor * _F
-    out = found + which * 3
+    out = slice_sums + which * 3
     if MEASURED:
         Q = tl.zeros((BLOCK,), tl.float32)
         for q0 in range(q_begin, q_end, BLOCK):
@@ -391,13 +436,13 @@ def slices(
             weighted = tl.zeros((KB,), tl.float32)
             for c0 in range(0, tiles, TB):
                 c = c0 + tl.arange(0, TB)
-                place = start + (k[:, None] * tiles + c[None, :]) * 3
+                partial = start + (k[:, None] * tiles + c[None, :]) * 3
                 mask = (k < k_end)[:, None] & (c < tiles)[None, :]
-                total += tl.sum(tl.load(place, mask=mask, other=0), axis=1)
-                weighted += tl.sum(tl.load(place + 1, mask=mask, other=0), axis=1)
-            mu = total / m.to(tl.float32)
+                total += tl.sum(tl.load(partial, mask=mask, other=0), axis=1)
+                weighted += tl.sum(tl.load(partial + 1, mask=mask, other=0), axis=1)
+            mu, of_matrix = _mean_and_u2(total, weighted, m)
             tl.store(root_mu + k, tl.sqrt(mu), mask=k < k_end)
-            per_matrix += mu * weighted  # eq. 7
+            per_matrix += of_matrix
         tl.store(out, tl.sum(u2) + tl.sum(per_matrix))
         tl.store(out + 2, tl.sum(check))
 
@@ -455,7 +500,9 @@ def _move_by(record, number, rho, decay_factor, u2, Q, s, slices, goes_on, appli
 
 
 @triton.jit
-def finish(tensors, numbers, grads, scalars, found, moves, updated, skipped, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def finish(
+    tensors, numbers, grads, scalars, slice_sums, moves, updated, skipped, BLOCK: tl.constexpr, COUNT: tl.constexpr
+):
     """Whether a tensor is updated, and how far its slices move: the factor of u, and alpha (eqs. 9 and 10)."""
     tensor = tl.program_id(0)
     record, number = tensors + tensor.to(tl.int64) * _F, numbers + tensor.to(tl.int64) * _G
@@ -466,14 +513,14 @@ def finish(tensors, numbers, grads, scalars, found, moves, updated, skipped, BLO
     check = tl.zeros((BLOCK,), tl.float32)
     for s0 in range(0, slices, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
-        place = found + (first + s) * 3
-        check += tl.load(place, mask=s < slices, other=0) + tl.load(place + 2, mask=s < slices, other=0)
+        its, mask = slice_sums + (first + s) * 3, s < slices
+        check += tl.load(its, mask=mask, other=0) + tl.load(its + 2, mask=mask, other=0)
     goes_on, applied = _goes_on(record, tl.sum(check))
     tl.store(updated + tensor, applied)
     for s0 in range(0, slices, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
-        place, mask = found + (first + s) * 3, s < slices
-        u2, Q = tl.load(place, mask=mask, other=0), tl.load(place + 1, mask=mask, other=0)
+        its, mask = slice_sums + (first + s) * 3, s < slices
+        u2, Q = tl.load(its, mask=mask, other=0), tl.load(its + 1, mask=mask, other=0)
         factor, alpha = _move_by(record, number, rho, decay_factor, u2, Q, s, slices, goes_on, applied)
         tl.store(moves + (first + s) * 2, factor, mask=mask)
         tl.store(moves + (first + s) * 2 + 1, alpha, mask=mask)
@@ -492,32 +539,16 @@ def apply(
 
     SQUARES: the sum of the new x² stays where the next step's measure would leave it (eq. 6).
     """
-    block = blocks + tl.program_id(0) * _B
-    tensor, matrix, part, chunk = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    tensor, matrix, part, chunk, _ = _block(blocks)
     address = tl.load(grads + tensor)
     if address == 0:
         return
     record = tensors + tensor * _F
-    m, n, inner, matrices = (
-        tl.load(record + _m), tl.load(record + _N), tl.load(record + _INNER), tl.load(record + _MATRICES),
-    )  # fmt: skip
-    if ALIGNED:
-        m = tl.multiple_of(m, 16)
-    parts, part_rows = tl.load(record + _PARTS), tl.load(record + _PART_ROWS)
-    if TRANSPOSED and ALIGNED:
-        n, part_rows = tl.multiple_of(n, 16), tl.multiple_of(part_rows, 16)
+    m, n, inner, matrices, parts, part_rows = _matrices(record, TRANSPOSED, ALIGNED)
     decay_factor = tl.load(scalars + tensor * 4 + 3)
     beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
-    seed, rng_stream = tl.load(record + _SEED), tl.load(record + _RNG_STREAM)
-    t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
     grad = _pointer(address, GRAD, ALIGNED)
-    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
-    momentum, scales, residual = param, param, param
-    if COMPENSATED:
-        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
-    if MOMENTUM is not None:
-        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
-        scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
+    param, momentum, scales, residual, seed, rng_stream, t = _target(record, PARAM, MOMENTUM, COMPENSATED, ALIGNED)
     row = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
     column = _pointer(tl.load(record + _SECOND), tl.float32, ALIGNED)
     k = matrix + tl.arange(0, K)
@@ -543,13 +574,13 @@ def apply(
         i = i0 + tl.arange(0, NP)
         run = first[:, None] + i[None, :] * inner
         inside = here[:, None] & (i < n)[None, :]
-        place = _place(k, i, run, j, n, m, TRANSPOSED)
+        offset = _offsets(k, i, run, j, n, m, TRANSPOSED)
         mask = inside[:, :, None] & (j < m)[None, None, :]
         r = tl.load(sums + tl.load(record + _FINISHED) + run, mask=inside, other=0)
         tl.store(row + run, r, mask=here[:, None] & (i < stores)[None, :])
         a = _inverse_root(r) * factor[:, None]
-        u = tl.load(grad + place, mask=mask, other=0).to(tl.float32) * a[:, :, None] * c[:, None, :]
-        numbered = place
+        u = tl.load(grad + offset, mask=mask, other=0).to(tl.float32) * a[:, :, None] * c[:, None, :]
+        numbered = offset
         if PART:
             if TRANSPOSED:
                 before = k[:, None, None] * tl.load(record + _GLOBAL_COLUMNS) + tl.load(record + _ROW_OFFSET)
@@ -557,14 +588,14 @@ def apply(
                 numbered += tl.load(record + _COLUMN_OFFSET)
             else:
                 numbered = _number(record, run, first[:, None] // (n * inner), n, inner)[:, :, None] + j[None, None, :]
-        coded, coded_here = place, mask
+        coded, coded_here = offset, mask
         if MOMENTUM == tl.int8:
             b = chunk * (M // _BLOCK) + tl.arange(0, M // _BLOCK)
             coded = tl.reshape(run[:, :, None] * (m // _BLOCK) + b[None, None, :], (K * NP * (M // _BLOCK),))
             coded_here = inside[:, :, None] & (b < m // _BLOCK)[None, None, :]
             coded_here = tl.reshape(coded_here, (K * NP * (M // _BLOCK),))
         x = move(
-            param, momentum, scales, residual, place, numbered, mask, coded, coded_here, u, decay_factor,
+            param, momentum, scales, residual, offset, numbered, mask, coded, coded_here, u, decay_factor,
             alpha[:, None, None], beta1, seed, t, rng_stream,
             PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, HUGE, K * NP * M,
         )  # fmt: skip
@@ -584,30 +615,18 @@ def apply_flat(
 ):  # fmt: skip
     """One run of elements, for tensors that are not factored, and where blocks of 8-bit momentum cross rows."""
     block = blocks + tl.program_id(0) * _B
-    tensor, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    tensor, start, end, index = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
     address = tl.load(grads + tensor)
     if address == 0:
         return
     if ALIGNED:
         start = tl.multiple_of(start, 16)
     record = tensors + tensor * _F
-    ema_weight, past, decay_factor = (
-        tl.load(scalars + tensor * 4),
-        tl.load(scalars + tensor * 4 + 1),
-        tl.load(scalars + tensor * 4 + 3),
-    )
-    eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
+    ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
+    decay_factor = tl.load(scalars + tensor * 4 + 3)
     beta1 = tl.load(numbers + tensor * _G + _BETA1).to(tl.float32)
-    seed, rng_stream = tl.load(record + _SEED), tl.load(record + _RNG_STREAM)
-    t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64)))
     grad = _pointer(address, GRAD, ALIGNED)
-    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
-    momentum, scales, residual = param, param, param
-    if COMPENSATED:
-        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
-    if MOMENTUM is not None:
-        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
-        scales = tl.load(record + _SCALES).to(tl.pointer_type(tl.float32))
+    param, momentum, scales, residual, seed, rng_stream, t = _target(record, PARAM, MOMENTUM, COMPENSATED, ALIGNED)
     statistic = _pointer(tl.load(record + _FIRST), tl.float32, ALIGNED)
     column = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
     m, n, inner, parts = (
@@ -645,7 +664,7 @@ def apply_flat(
             if PART:
                 numbered = _number(record, run, b, n, inner) + j
         else:
-            v = past * tl.load(statistic + e, mask=mask, other=0) + ema_weight * (g * g + eps1)  # eq. 11
+            v = _average(tl.load(statistic + e, mask=mask, other=0), g * g, ema_weight, past, eps1)  # eq. 11
             tl.store(statistic + e, v, mask=mask)
             u = g * _inverse_root(v) * factor
             if PART:
@@ -662,7 +681,7 @@ def apply_flat(
         if SQUARES:
             Q += x * x
     if SQUARES:
-        tl.store(squares + tl.load(record + _SQUARES) + tl.load(block + 3), tl.sum(Q), mask=goes_on)
+        tl.store(squares + tl.load(record + _SQUARES) + index, tl.sum(Q), mask=goes_on)
 
 
 @triton.jit
@@ -676,7 +695,7 @@ def on_chip(
 
     SCALE: x is read for its sum of squares as well; else the last step has left that.
     """
-    tensor = tl.load(blocks + tl.program_id(0) * _B)
+    tensor, _, _, _, _ = _block(blocks)
     address = tl.load(grads + tensor)
     if address == 0:
         return
@@ -684,49 +703,40 @@ def on_chip(
     m, n, size = tl.load(record + _m), tl.load(record + _N), tl.load(record + _SIZE)
     if ALIGNED:
         m, size = tl.multiple_of(m, 16), tl.multiple_of(size, 16)
-    ema_weight, past = tl.load(scalars + tensor * 4), tl.load(scalars + tensor * 4 + 1)
+    ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
     rho, decay_factor = tl.load(scalars + tensor * 4 + 2), tl.load(scalars + tensor * 4 + 3)
-    eps1, beta1 = tl.load(number + _EPS1).to(tl.float32), tl.load(number + _BETA1).to(tl.float32)
-    seed, rng_stream = tl.load(record + _SEED), tl.load(record + _RNG_STREAM)
-    t = tl.load(tl.load(record + _STEP).to(tl.pointer_type(tl.int64))) + 1
+    beta1 = tl.load(number + _BETA1).to(tl.float32)
     grad = _pointer(address, GRAD, ALIGNED)
-    param = _pointer(tl.load(record + _PARAM), PARAM, ALIGNED)
-    momentum, scales, residual = param, param, param
-    if COMPENSATED:
-        residual = _pointer(tl.load(record + _RESIDUAL), tl.bfloat16, ALIGNED)
-    if MOMENTUM is not None:
-        momentum = _pointer(tl.load(record + _MOMENTUM), MOMENTUM, ALIGNED)
+    param, momentum, scales, residual, seed, rng_stream, made = _target(record, PARAM, MOMENTUM, COMPENSATED, ALIGNED)
     first = tl.load(record + _FIRST).to(tl.pointer_type(tl.float32))
     column = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
     i, j = tl.arange(0, NP), tl.arange(0, M)
     if FACTORED:
-        place = i[:, None] * m + j[None, :]
+        offset = i[:, None] * m + j[None, :]
         mask = (i < n)[:, None] & (j < m)[None, :]
     else:
-        place = i[:, None].to(tl.int64) * M + j[None, :]
-        mask = place < size
-    g = tl.load(grad + place, mask=mask, other=0).to(tl.float32)
+        offset = i[:, None].to(tl.int64) * M + j[None, :]
+        mask = offset < size
+    g = tl.load(grad + offset, mask=mask, other=0).to(tl.float32)
     g2 = g * g
     if FACTORED:
         S = tl.sum(g2, axis=0)  # eq. 4
-        r = past * tl.load(first + i, mask=i < n, other=0)
-        r += ema_weight * (tl.sum(g2, axis=1) / m.to(tl.float32) + eps1)  # eq. 2
-        c = past * tl.load(column + j, mask=j < m, other=0) + ema_weight * (S / n.to(tl.float32) + eps1)  # eq. 3
-        c = tl.where(j < m, c, 0.0)
+        r, c = tl.load(first + i, mask=i < n, other=0), tl.load(column + j, mask=j < m, other=0)
+        r = _average(r, tl.sum(g2, axis=1) / m.to(tl.float32), ema_weight, past, eps1)  # eq. 2
+        c = tl.where(j < m, _average(c, S / n.to(tl.float32), ema_weight, past, eps1), 0.0)  # eq. 3
         u = g * _inverse_root(r)[:, None]
         W = tl.sum(u * u, axis=0)  # eq. 5
-        mu = tl.sum(c) / m.to(tl.float32)
-        u2 = mu * tl.sum(tl.where(j < m, W / tl.maximum(c, _TINY), 0.0))  # eq. 7
+        mu, u2 = _mean_and_u2(tl.sum(c), tl.sum(tl.where(j < m, _weighted(W, c), 0.0)), m)
         check = tl.sum(S) + tl.sum(W)
         u = u * (tl.sqrt(mu) * _inverse_root(c))[None, :]
     else:
-        v = past * tl.load(first + place, mask=mask, other=0) + ema_weight * (g2 + eps1)  # eq. 11
+        v = _average(tl.load(first + offset, mask=mask, other=0), g2, ema_weight, past, eps1)  # eq. 11
         u = g * _inverse_root(v)
         u2 = tl.sum(tl.where(mask, u * u, 0.0))
         check = tl.sum(g2)
     left = squares + tl.load(record + _SQUARES)
     if SCALE:
-        x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
+        x = tl.load(param + offset, mask=mask, other=0).to(tl.float32)
         Q = tl.sum(x * x)  # eq. 6
     else:
         Q = tl.load(left)
@@ -740,11 +750,11 @@ def on_chip(
         tl.store(first + i, r, mask=i < n)
         tl.store(column + j, c, mask=j < m)
     else:
-        mask = place < size
-        tl.store(first + place, v, mask=mask)
+        mask = offset < size
+        tl.store(first + offset, v, mask=mask)
     x = move(
-        param, momentum, scales, residual, place, place, mask, place, mask, u * tl.sum(factor), decay_factor,
-        tl.sum(alpha), beta1, seed, t, rng_stream, PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, False, NP * M,
+        param, momentum, scales, residual, offset, offset, mask, offset, mask, u * tl.sum(factor), decay_factor,
+        tl.sum(alpha), beta1, seed, made + 1, rng_stream, PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, False, NP * M,
     )  # fmt: skip
     tl.store(left, tl.sum(x * x), mask=goes_on)
     _count(record, applied, skipped)

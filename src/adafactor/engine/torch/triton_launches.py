@@ -14,7 +14,7 @@ from adafactor.engine.torch import accelerator, triton_table
 from adafactor.engine.torch.triton_table import Launch
 
 if TYPE_CHECKING:
-    from adafactor.engine.torch.cuda import Triton
+    from adafactor.engine.torch.triton_uploads import Uploaded
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
@@ -30,8 +30,8 @@ def _kernels() -> Any:
 class Launches:
     """The launches of one step; `triton_kernels.py` says what each does. They wait in ``queue`` for ``run``."""
 
-    def __init__(self, tables: Triton, varying: Tensor) -> None:
-        self._t, self._varying, self._k = tables, varying, _kernels()
+    def __init__(self, tables: Uploaded, varying: Tensor, sums: Tensor) -> None:
+        self._t, self._varying, self._sums, self._k = tables, varying, sums, _kernels()
         self.queue: list[Callable[[], object]] = []
         self._lanes, self._shared = accelerator.lanes(tables.device), accelerator.shared_memory(tables.device)
         # Fused multiply-add is said aloud: a release of Triton that changes its default must not change the bits.
@@ -51,7 +51,7 @@ class Launches:
 
     def measure(self, known: Container[Launch], again: bool = False) -> None:
         """``known``: of which launches Σx² needs no reading. ``again``: only what lacked its row sums."""
-        t, k, varying, count = self._t, self._k, self._varying, len(self._t.work)
+        t, k, varying, count = self._t, self._k, self._varying, self._t.count
         if not again:
             rates = varying[count:].view(torch.float64)
             self._launch(k.begin, -(-count // 128))(
@@ -71,7 +71,7 @@ class Launches:
             if tile.wide and not again:
                 self._measure(launch, k.TO_COME, scale and apart)
                 self._launch(k.row_sums, len(blocks))(
-                    t.records, varying, blocks, t.sums, NP=min(tile.NP, 32), C=32, **self._warps(4)
+                    t.records, varying, blocks, self._sums, NP=min(tile.NP, 32), C=32, **self._warps(4)
                 )  # fmt: skip
             if again or not apart:
                 self._measure(launch, k.GIVEN if tile.wide else k.IN_TILE, scale and not again)
@@ -80,7 +80,7 @@ class Launches:
         t, k, tile, blocks = self._t, self._k, launch.tile, self._t.measured[launch]
         assert tile is not None
         self._launch(k.measure, len(blocks))(
-            t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.squares,
+            t.records, t.numbers, self._varying, t.scalars, blocks, self._sums, t.squares,
             K=tile.K, NP=tile.NP, M=tile.M, PARAM=k.dtype(launch.param), GRAD=k.dtype(launch.grad),
             SCALE=scale, ROWS=rows.value, TRANSPOSED=launch.transposed, ALIGNED=launch.aligned,
             STAGES=tile.stages(self._shared, _SIZES[launch.grad], _SIZES[launch.param] * scale),
@@ -105,7 +105,7 @@ class Launches:
         for (K, P, C, cut), blocks in t.columns.items():
             if cut in cuts:
                 self._launch(self._k.totals, len(blocks))(
-                    t.records, self._varying, blocks, t.sums, K=K, P=P, C=C, **self._warps(4)
+                    t.records, self._varying, blocks, self._sums, K=K, P=P, C=C, **self._warps(4)
                 )  # fmt: skip
 
     def columns(self, cut: Cut | None, totals: bool, matrix_sums: bool = False) -> None:
@@ -113,32 +113,32 @@ class Launches:
         for (K, P, C, which), blocks in t.columns.items():
             if which == cut:
                 self._launch(self._k.columns, len(blocks))(
-                    t.records, t.numbers, self._varying, t.scalars, blocks, t.sums, t.partials, t.roots,
+                    t.records, t.numbers, self._varying, t.scalars, blocks, self._sums, t.partials, t.roots,
                     K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=matrix_sums, **self._warps(4),
                 )  # fmt: skip
 
     def slices(self, measured: bool, finished: bool) -> None:
         t = self._t
         self._launch(self._k.slices, len(t.slices))(
-            t.records, self._varying, t.slices, t.partials, t.squares, t.roots, t.found,
+            t.records, self._varying, t.slices, t.partials, t.squares, t.roots, t.slice_sums,
             MEASURED=measured, FINISHED=finished, KB=16, TB=64, BLOCK=1024, **self._warps(4),
         )  # fmt: skip
 
     def finish(self, skipped: Tensor, count: bool) -> None:
         t = self._t
-        self._launch(self._k.finish, len(t.work))(
-            t.records, t.numbers, self._varying, t.scalars, t.found, t.moves, t.updated, skipped,
+        self._launch(self._k.finish, t.count)(
+            t.records, t.numbers, self._varying, t.scalars, t.slice_sums, t.moves, t.updated, skipped,
             BLOCK=128, COUNT=count, **self._warps(4),
         )  # fmt: skip
 
     def count(self, skipped: Tensor) -> None:
         t = self._t
-        self._launch(self._k.count, len(t.work))(t.records, self._varying, t.updated, skipped, **self._warps(1))
+        self._launch(self._k.count, t.count)(t.records, self._varying, t.updated, skipped, **self._warps(1))
 
     def apply(self) -> None:
         t, k = self._t, self._k
         tensors = (t.records, t.numbers, self._varying, t.scalars)
-        buffers = (t.sums, t.roots, t.moves, t.updated, t.squares)
+        buffers = (self._sums, t.roots, t.moves, t.updated, t.squares)
         for launch, blocks in t.applied.items():
             constants = {
                 "PARAM": k.dtype(launch.param),

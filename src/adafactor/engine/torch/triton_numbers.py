@@ -47,17 +47,17 @@ def _mix(h, key):
 
 
 @triton.jit
-def random_bits(seed, t, rng_stream, place, HUGE: tl.constexpr):
-    """32 random bits per element; ``place``: int64, its row-major place. HUGE: places beyond 2**32 exist."""
+def random_bits(seed, t, rng_stream, number, HUGE: tl.constexpr):
+    """32 random bits per element; ``number``: int64, row-major. HUGE: there are numbers beyond 2**32."""
     none = tl.full((), 0, tl.uint32)
     k = _mix(seed.to(tl.uint32), none) + _GOLDEN
     k = _mix(k ^ (seed >> 32).to(tl.uint32), none) + _GOLDEN
     k = _mix(k ^ t.to(tl.uint32), none) + _GOLDEN
     k = _mix(k ^ rng_stream.to(tl.uint32), none) + _GOLDEN
     if HUGE:
-        k = k ^ (place >> 32).to(tl.uint32)
+        k = k ^ (number >> 32).to(tl.uint32)
     k = _mix(k, none) + _GOLDEN
-    return _mix(place.to(tl.uint32) + k, _mix(k ^ 0x85EBCA6B, none))
+    return _mix(number.to(tl.uint32) + k, _mix(k ^ 0x85EBCA6B, none))
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def encode(value, bits, SIZE: tl.constexpr):
 
 @triton.jit
 def move(
-    param, momentum, scales, residual, place, numbered, mask, coded, known, u, decay_factor, alpha, beta1,
+    param, momentum, scales, residual, offset, numbered, mask, coded, known, u, decay_factor, alpha, beta1,
     seed, t, rng_stream,
     PARAM: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, COMPENSATED: tl.constexpr,
     HUGE: tl.constexpr, SIZE: tl.constexpr,
@@ -120,8 +120,8 @@ def move(
 
     Args:
         param, momentum, scales, residual: where the tensors begin.
-        place: int64, every element's place in them; ``numbered``: its number in the whole parameter, for random bits.
-        coded: int64 (SIZE / 256,), the place of the scale of each 256 elements of 8-bit momentum; ``known``: is there.
+        offset: int64, every element's in them; ``numbered``: its number in the whole parameter, for random bits.
+        coded: int64 (SIZE / 256,), the offset of the scale of each 256 elements of 8-bit momentum; ``known``: is there.
         u: the normalised update times 1 - beta1, or without momentum times alpha.
         SIZE: elements of the tile.
 
@@ -133,19 +133,19 @@ def move(
     if MOMENTUM == tl.int8:
         scale = tl.load(scales + coded, mask=known, other=0)
         wide = tl.broadcast_to(tl.expand_dims(scale, 1), (SIZE // _BLOCK, _BLOCK))
-        old = decode(tl.load(momentum + place, mask=mask, other=0), tl.reshape(wide, place.shape))
+        old = decode(tl.load(momentum + offset, mask=mask, other=0), tl.reshape(wide, offset.shape))
         u = tl.where(mask, beta1 * old + u, 0.0)
         code, scale = encode(u, bits, SIZE)
-        tl.store(momentum + place, code, mask=mask)
+        tl.store(momentum + offset, code, mask=mask)
         tl.store(scales + coded, scale, mask=known)
         u = alpha * u
     elif MOMENTUM is not None:
-        u = beta1 * tl.load(momentum + place, mask=mask, other=0).to(tl.float32) + u
-        tl.store(momentum + place, narrow(u, MOMENTUM), mask=mask)
+        u = beta1 * tl.load(momentum + offset, mask=mask, other=0).to(tl.float32) + u
+        tl.store(momentum + offset, narrow(u, MOMENTUM), mask=mask)
         u = alpha * u
-    x = tl.load(param + place, mask=mask, other=0).to(tl.float32)
+    x = tl.load(param + offset, mask=mask, other=0).to(tl.float32)
     if COMPENSATED:
-        x += tl.load(residual + place, mask=mask, other=0).to(tl.float32)
+        x += tl.load(residual + offset, mask=mask, other=0).to(tl.float32)
     x = decay_factor * x - u
     if STOCHASTIC:
         if PARAM == tl.bfloat16:
@@ -154,9 +154,9 @@ def move(
             stored = stochastic_float16(x, bits).to(PARAM, bitcast=True)
     else:
         stored = narrow(x, PARAM)
-    tl.store(param + place, stored, mask=mask)
+    tl.store(param + offset, stored, mask=mask)
     wide = stored.to(tl.float32)
     if COMPENSATED:
         rest = tl.where(wide - wide == 0, x - wide, 0.0)  # of what is not finite nothing is left
-        tl.store(residual + place, narrow(rest, tl.bfloat16), mask=mask)
+        tl.store(residual + offset, narrow(rest, tl.bfloat16), mask=mask)
     return tl.where(mask, wide, 0.0)

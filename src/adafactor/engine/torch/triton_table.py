@@ -5,6 +5,7 @@ Everything follows from the tensors' canonical forms (``canonical.py``), and is 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,15 +22,18 @@ FIELDS = (
     *("param", "first", "second", "momentum", "scales", "residual", "diagnostics"),
     *("step", "lr", "flags", "seed", "rng_stream"),
     *("n", "inner", "m", "matrices", "per_slice", "slices", "slice_size", "size", "parts", "part_rows", "chunks"),
-    *(
-        "global_rows",
-        "global_columns",
-        "global_size",
-        "row_offset",
-        "column_offset",
-    ),  # of what other processes hold parts of
+    # of what other processes hold parts of
+    *("global_rows", "global_columns", "global_size", "row_offset", "column_offset"),
     *("sums", "finished", "root_mu", "slice", "tiles", "partial", "squares", "moved", "row_parts", "row_totals"),
 )
+#: Buffers, and the fields that say where a tensor's share of one begins. ``partials`` are three numbers each.
+OFFSETS = {
+    "sums": ("sums", "finished", "row_parts", "row_totals"),
+    "partials": ("partial",),
+    "squares": ("squares",),
+    "roots": ("root_mu",),
+    "slices": ("slice",),
+}
 #: float64 numbers of a tensor.
 NUMBERS = ("exponent", "least", "eps1", "eps2", "clip", "decays", "beta1")
 NO_CLIP = 2.0**127  # beyond any root mean square of float32 numbers
@@ -151,7 +155,7 @@ class Tables:
         on_chip: likewise, of tensors that are in no other table.
         members: per launch of measure, or on chip, its tensors.
         columns: per (K, P, C) of the tile and ``cut`` its blocks.
-        sums, partials, squares, roots: numbers in each buffer, float32.
+        sizes: numbers in each buffer of ``OFFSETS``.
     """
 
     records: NDArray[np.int64]
@@ -161,10 +165,7 @@ class Tables:
     on_chip: dict[Launch, NDArray[np.int64]] = field(default_factory=dict)
     members: dict[Launch, list[int]] = field(default_factory=dict)
     columns: dict[tuple[int, int, int, Cut | None], NDArray[np.int64]] = field(default_factory=dict)
-    sums: int = 0
-    partials: int = 0
-    squares: int = 0
-    roots: int = 0
+    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OFFSETS, 0))
 
 
 def power(n: int, base: int = 2) -> int:
@@ -219,11 +220,8 @@ class _Kind:
     measure: NDArray[np.int64]
     apply: NDArray[np.int64]
     slices: NDArray[np.int64]
+    sizes: dict[str, int]
     columns: tuple[tuple[int, int, int], NDArray[np.int64]] | None = None
-    sums: int = 0
-    partials: int = 0
-    squares: int = 0
-    roots: int = 0
 
 
 def tables(tensors: Sequence[Tensor]) -> Tables:
@@ -233,51 +231,37 @@ def tables(tensors: Sequence[Tensor]) -> Tables:
         kinds.setdefault((tensor.form, tensor.launch), []).append(number)
     part_rows = _part_rows(kinds)
     result = Tables(np.zeros((len(tensors), len(FIELDS)), np.int64), np.zeros((0, len(SLICE_FIELDS)), np.int64))
-    measured: dict[Launch, list[NDArray[np.int64]]] = {}
-    applied: dict[Launch, list[NDArray[np.int64]]] = {}
-    held: dict[Launch, list[NDArray[np.int64]]] = {}
-    summed: dict[tuple[int, int, int, Cut | None], list[NDArray[np.int64]]] = {}
-    slices: list[NDArray[np.int64]] = [result.slices]
-    first_slice = 0
+    lists: tuple[dict[Any, list[NDArray[np.int64]]], ...] = tuple(defaultdict(list) for _ in range(4))
+    measured, applied, held, summed = lists
+    slices = [result.slices]
     for (form, launch), members in kinds.items():
         kind = _on_chip_kind(form) if launch.on_chip else _kind(form, launch, part_rows.get(launch, 0))
         numbers, count = np.array(members), len(members)
         result.records[numbers] = [kind.record[name] for name in FIELDS]
+        result.members.setdefault(launch, []).extend(members)
 
         def every(blocks: NDArray[np.int64], numbers: NDArray[np.int64] = numbers) -> NDArray[np.int64]:
             copies = np.tile(blocks, (len(numbers), 1))
             copies[:, 0] = np.repeat(numbers, len(blocks))
             return copies
 
-        begins = (
-            (("sums", "finished", "row_parts", "row_totals"), result.sums, kind.sums),
-            (("partial",), result.partials, kind.partials),
-            (("squares",), result.squares, kind.squares),
-            (("root_mu",), result.roots, kind.roots),
-            (("slice",), first_slice, len(kind.slices)),
-        )
-        for names, begin, size in begins:
-            for name in names:
-                result.records[numbers, FIELDS.index(name)] += begin + size * np.arange(count)
-        result.sums += count * kind.sums
-        result.partials += count * kind.partials
-        result.squares += count * kind.squares
-        result.roots += count * kind.roots
-        first_slice += count * len(kind.slices)
+        for buffer, size in kind.sizes.items():
+            for name in OFFSETS[buffer]:
+                result.records[numbers, FIELDS.index(name)] += result.sizes[buffer] + size * np.arange(count)
+            result.sizes[buffer] += count * size
         if launch.on_chip:
-            held.setdefault(launch, []).append(every(kind.measure))
-        else:
-            measured.setdefault(launch, []).append(every(kind.measure))
-            applied.setdefault(launch.of_apply, []).append(every(kind.apply))
-        if kind.columns is not None:
-            summed.setdefault((*kind.columns[0], launch.cut), []).append(every(kind.columns[1]))
+            held[launch].append(every(kind.measure))
+            continue
+        measured[launch].append(every(kind.measure))
+        applied[launch.of_apply].append(every(kind.apply))
         slices.append(every(kind.slices))
-        result.members.setdefault(launch, []).extend(members)
+        if kind.columns is not None:
+            summed[*kind.columns[0], launch.cut].append(every(kind.columns[1]))
     result.slices = np.concatenate(slices)
-    result.on_chip = {launch: np.concatenate(blocks) for launch, blocks in held.items()}
-    result.measure = {launch: np.concatenate(blocks) for launch, blocks in measured.items()}
+    result.on_chip, result.measure, result.columns = (
+        {key: np.concatenate(blocks) for key, blocks in table.items()} for table in (held, measured, summed)
+    )
     result.apply = {launch: np.concatenate(blocks)[::-1].copy() for launch, blocks in reversed(applied.items())}
-    result.columns = {key: np.concatenate(blocks) for key, blocks in summed.items()}
     return result
 
 
@@ -292,7 +276,7 @@ def _record(form: Canonical) -> dict[str, int]:
 def _on_chip_kind(form: Canonical) -> _Kind:
     """One program; no slice is anybody else's."""
     record, program = _record(form) | {"slices": 0}, _blocks(np.zeros(1, np.int64))
-    return _Kind(record, program, program[:0], np.zeros((0, len(SLICE_FIELDS)), np.int64), squares=1)
+    return _Kind(record, program, program[:0], np.zeros((0, len(SLICE_FIELDS)), np.int64), {"squares": 1})
 
 
 def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
@@ -300,28 +284,27 @@ def _kind(form: Canonical, launch: Launch, part_rows: int) -> _Kind:
     runs = _runs(form)
     if launch.tile is None:
         blocks, entries = _flat(form)
-        return _Kind(record, blocks, runs, entries, partials=len(blocks), squares=len(blocks))
+        sizes = {"partials": len(blocks), "squares": len(blocks), "slices": form.slices}
+        return _Kind(record, blocks, runs, entries, sizes)
     moves = launch.tile.of_apply(launch.halves and not launch.flat)
-    sums = _place(record, form, launch.tile, part_rows)
+    sums = _add_parts(record, form, launch.tile, part_rows)
     record["moved"] = -(-form.columns // moves.M)
     key, columns, ends = _columns(form, record, one_matrix=launch.part)
     moved = runs if launch.flat else _parts(record, moves)
-    return _Kind(
-        record,
-        _parts(record, launch.tile),
-        moved,
-        _factored_slices(form, record, ends),
-        (key, columns),
-        sums=-(-sums // 16) * 16,  # as far apart as wide loads need
-        partials=len(columns),
-        squares=record["matrices"] * record["parts"] * record["moved"],
-        roots=record["matrices"],
-    )
+    sizes = {
+        "sums": -(-sums // 16) * 16,  # as far apart as wide loads need
+        "partials": len(columns),
+        "squares": record["matrices"] * record["parts"] * record["moved"],
+        "roots": record["matrices"],
+        "slices": form.slices,
+    }
+    entries = _factored_slices(form, record, ends)
+    return _Kind(record, _parts(record, launch.tile), moved, entries, sizes, (key, columns))
 
 
 def _part_rows(kinds: Mapping[tuple[Canonical, Launch], Sequence[int]]) -> dict[Launch, int]:
     """Rows of a part, for the tensors of each launch."""
-    found: dict[Launch, int] = {}
+    rows_of_part: dict[Launch, int] = {}
     by_launch: dict[Launch, list[tuple[int, int]]] = {}
     for (form, launch), members in kinds.items():
         if launch.tile is not None and not launch.on_chip:
@@ -334,11 +317,11 @@ def _part_rows(kinds: Mapping[tuple[Canonical, Launch], Sequence[int]]) -> dict[
         rows, least = max(PART_ROWS[0], tile.NP), max(PART_ROWS[1], tile.NP, 4 * TILE // tile.M)
         while rows > least and tile.warps * (matrices * -(-rows_of // rows)).sum() < WARPS:
             rows //= 2
-        found[launch] = -(-rows // tile.NP) * tile.NP
-    return found
+        rows_of_part[launch] = -(-rows // tile.NP) * tile.NP
+    return rows_of_part
 
 
-def _place(record: dict[str, int], form: Canonical, tile: Tile, part_rows: int) -> int:
+def _add_parts(record: dict[str, int], form: Canonical, tile: Tile, part_rows: int) -> int:
     """The parts of a factored tensor, and the numbers that its sums take."""
     matrices = form.outer * form.inner
     part_rows = min(part_rows, -(-form.rows // tile.NP) * tile.NP)
@@ -360,8 +343,8 @@ def _grid(*axes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 def _blocks(*values: Any) -> NDArray[np.int64]:
     result = np.zeros((len(values[0]), len(BLOCK_FIELDS)), np.int64)
-    for place, value in enumerate(values, start=1):
-        result[:, place] = value
+    for column, value in enumerate(values, start=1):
+        result[:, column] = value
     return result
 
 

@@ -14,7 +14,7 @@ import triton_support
 from triton.runtime import interpreter
 
 from adafactor.core.factoring import Part
-from adafactor.engine.torch import choose, cuda, triton_table
+from adafactor.engine.torch import choose, cuda, triton_forms, triton_table
 from adafactor.engine.torch.work import Work
 
 VARIANTS = {2: ("native", "momentum, decay", "smallest, d=0.5", "experts"), 4: ("momentum, decay", "experts")}
@@ -33,7 +33,7 @@ def compare(rank: int, world: int) -> dict[str, Any]:
     def kernels_for(w: Work, grad: torch.Tensor) -> Any:
         if not isinstance(w.layout, Part) or not w.layout.size:
             return native_or_eager(w, grad)
-        if cuda.form_of(w) is None:
+        if triton_forms.form_of(w) is None:
             elsewhere.append(f"{w.layout.whole_shape} {w.layout.cut} rows {w.layout.rows} columns {w.layout.columns}")
             return None
         return cuda.Triton
