@@ -3,7 +3,7 @@
     python benchmarks/sharding_cost.py                    # the table of docs/sharding.md
     python benchmarks/sharding_cost.py --model 7B --mesh 8x8 --latency 20 --bandwidth 50
 
-The numbers in a buffer are those that the optimizer packs (`sums` of `sharded/placement.py`); tests count the
+The numbers in a buffer are those that the optimizer packs (`Placement.sums` of `core/placement.py`); tests count the
 bytes of real steps against them. Time is a model: a ring all-reduce of B bytes over p ranks moves 2 B (p - 1) / p
 bytes through every link, and takes 2 (p - 1) messages one after the other, a tree 2 log2(p).
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from adafactor.core.factoring import layout
-from adafactor.engine.torch.sharded.placement import Placement, Split, sums
+from adafactor.core.placement import MeshPlacement, Split
 
 Shape = tuple[int, ...]
 
@@ -86,11 +86,11 @@ def ours(model: Iterable[tuple[Shape, int | None]], shards: int, tensor: int = 1
         splits = [Split(0, tensor if axis == 0 and tensor > 1 else 1)]
         if tensor > 1:
             splits.append(Split(None if axis == REPEATED else axis))
-        place = Placement(layout(shape), mesh, (0,) * len(mesh), tuple(splits))
+        place = MeshPlacement(layout(shape), mesh, (0,) * len(mesh), tuple(splits))
         copies = (
             tensor if axis is None and tensor > 1 else 1
         )  # lives on the FSDP mesh: one sum per tensor parallel rank
-        one, two = sums(place, tuple(range(len(mesh))) if copies == 1 else (0,), scale_parameter=True)
+        one, two = place.sums(scaled=True) if place.dims else (0, 0)
         first, second = first + (one - 2) * copies + 2, second + two
         weights += 4 * math.prod(place.part.shape)
     return Cost(1 + bool(second), 4 * (first + second), weights)

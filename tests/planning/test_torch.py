@@ -16,7 +16,7 @@ from adafactor import layout, plan
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, transformer
 from adafactor.core.canonical import canonical
 from adafactor.core.errors import Refused
-from adafactor.engine.torch.sharded.shard import shard_of
+from adafactor.engine.torch.sharded import dtensor
 from adafactor.planning import optimizers as rules
 from adafactor.planning.files import read
 from adafactor.torch.arguments import MOMENTUM_DTYPES
@@ -210,8 +210,8 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(mesh, policy, momentum):
     preparation, groups = optimizer._preparation, optimizer.param_groups
     for members, k in preparation.collect(groups, [(0, None)]).places:  # a whole step needs ranks that answer
         draft = members.draft(k)
-        shard = shard_of(draft.param, draft, {}, lambda param, layout: None)
-        optimizer.state[draft.param].update(shard.state)
+        shard = dtensor.sharded(draft.param, draft, {}, lambda param, layout: None)
+        optimizer.state[draft.param].update(shard.kept)
     usage = planned(shapes, rules.Adafactor(factoring=policy, momentum=momentum), shards=4)
     assert usage.state == state_bytes(optimizer)
     assert usage.weights == usage.gradients == sum(4 * p.to_local().numel() for p in params)

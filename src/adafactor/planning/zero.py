@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from adafactor.core.intervals import Flat, Interval, cuts
+from adafactor.core.intervals import FlatPlacement, Interval, cuts
 from adafactor.planning.optimizers import HALF, Adafactor, AdamW8bit, Optimizer, TorchAdamW
 from adafactor.planning.parameters import Parameter
 
@@ -70,7 +70,7 @@ def _state(one: Optimizer, trained: Sequence[Parameter], stage: int, shards: int
         return one.state([Parameter("partition", (numbers,))])
     statistics = 0
     for its in held(trained, stage, shards):
-        flats = [Flat(one.layout(p), (interval,), 0) for p, interval in its]
+        flats = [FlatPlacement(one.layout(p), (interval,), 0) for p, interval in its]
         kept = sum(flat.kept(slot) for flat in flats for slot in flat.given.slots)
         statistics = max(statistics, 4 * kept)
     momentum = {None: 0, "float32": 4}.get(one.momentum, 2)

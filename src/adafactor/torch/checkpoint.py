@@ -26,7 +26,8 @@ from adafactor.torch.arguments import layout_of, translate
 from adafactor.torch.writers import recognise
 
 if TYPE_CHECKING:
-    from adafactor.engine.torch.sharded.flat import FlatParam, Spans
+    from adafactor.engine.torch.sharded.flat import Spans
+    from adafactor.engine.torch.sharded.held import Sharded
 
 Words = dict[str, Any]  # a group
 State = dict[str, Any]
@@ -63,7 +64,7 @@ class _Target:
 
 
 @torch.no_grad()
-def gather(state: dict[Any, State], flat: Mapping[int, FlatParam]) -> None:
+def gather(state: dict[Any, State], flat: Mapping[int, Sharded]) -> None:
     """Put ``statistics``, the same bytes on all ranks, in the place of what this rank has of flat parameters.
 
     What FSDP and ZeRO carry from one number of ranks to another are tensors of the parameter's shape, and what is no
@@ -75,7 +76,7 @@ def gather(state: dict[Any, State], flat: Mapping[int, FlatParam]) -> None:
         if wholes and key in state:
             encoded = io.BytesIO()
             torch.save(wholes, encoded)
-            kept = {slot: value for slot, value in state[key].items() if slot not in param.gathered}
+            kept = {slot: value for slot, value in state[key].items() if slot not in flat_state.gathered(param)}
             state[key] = {**kept, "statistics": encoded.getvalue()}
 
 
@@ -283,12 +284,11 @@ def _statistics(values: State, target: _Target, tensors: int) -> list[State]:
 
 def _flat(values: State, target: _Target, spans: Spans, settings: Settings) -> State:
     """The same of a flat parameter, of whose tensors this rank takes its intervals."""
-    from adafactor.engine.torch.sharded import flat_state
-    from adafactor.engine.torch.sharded.flat import flat_param
+    from adafactor.engine.torch.sharded import flat, flat_state
 
     group = Group(settings, target.group["lr"])
     draft = Work(target.param, {}, Layout((), (), ()), group, 0, None, target.name)
-    fresh = flat_param(draft, spans, partial(layout_of, target.group), {})
+    fresh = flat.sharded(draft, spans, partial(layout_of, target.group), {})
     read: State = {slot: value for slot, value in values.items() if slot not in (*fresh.state, "statistics")}
     if "statistics" not in values:
         remedy = "Save with the optimizer's own state_dict(), on all ranks."

@@ -15,7 +15,8 @@ from adafactor.engine.torch.work import Group, Work
 from adafactor.torch.arguments import layout_of
 
 if TYPE_CHECKING:
-    from adafactor.engine.torch.sharded.flat import FlatParam, Spans
+    from adafactor.engine.torch.sharded.flat import Spans
+    from adafactor.engine.torch.sharded.held import Sharded
 
 Place = tuple[int, int]  # group, and position in the group
 Positions = Sequence[tuple[int, Sequence[int] | None]]  # in groups, by number; None is all of a group
@@ -58,14 +59,12 @@ class Members:
             raise RuntimeError(message("capturable", "False for cpu tensors", True, remedy))
         return self._work(position, layout_of(self.words, tuple(param.shape), self.given_name(position)))
 
-    def flat(
-        self, position: int, spans: Spans, state: Mapping[str, Any], diagnostics: Tensor | None = None
-    ) -> FlatParam:
+    def flat(self, position: int, spans: Spans, state: Mapping[str, Any], diagnostics: Tensor | None = None) -> Sharded:
         """A flat parameter's work."""
-        from adafactor.engine.torch.sharded.flat import flat_param
+        from adafactor.engine.torch.sharded import flat
 
         draft = self._work(position, Layout((), (), ()), diagnostics)
-        return flat_param(draft, spans, partial(layout_of, self.words), state)
+        return flat.sharded(draft, spans, partial(layout_of, self.words), state)
 
     def _work(self, position: int, layout: Layout, diagnostics: Tensor | None = None) -> Work:
         stream, name = self.first + position, self.name(position)

@@ -27,11 +27,8 @@ from adafactor.torch.arguments import STRUCTURE, check_lr, translate, values_of
 from adafactor.torch.members import Chosen, Members, Place, Positions
 
 if TYPE_CHECKING:
-    from adafactor.engine.torch.sharded.flat import FlatParam
-    from adafactor.engine.torch.sharded.flat_step import FlatStep
-    from adafactor.engine.torch.sharded.reducer import Reducer
-    from adafactor.engine.torch.sharded.shard import Shard
-    from adafactor.engine.torch.sharded.step import ShardStep
+    from adafactor.engine.torch.sharded.held import Sharded
+    from adafactor.engine.torch.sharded.step import ShardedStep
 
 # Which parameters have a gradient varies little from step to step: what is derived from a list is kept, for lists that
 # together are so many times as long as all parameters. One parameter at a time is a list each.
@@ -48,13 +45,13 @@ class Prepared:
 
     Attributes:
         plan: of the whole tensors, ``at`` these places of the list; None for all of them.
-        sharded: of DTensors and of flat parameters.
+        sharded: of DTensors and of flat parameters, where there are some.
         fresh: whether no tensor had state before.
     """
 
     plan: Plan | None
     at: list[int] | None
-    sharded: list[ShardStep | FlatStep]
+    sharded: ShardedStep | None
     fresh: bool
 
     def current(self, grads: Sequence[Any], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
@@ -64,7 +61,7 @@ class Prepared:
                 return False
             if dense and not self.plan.witness.fits(self.grads(grads)):
                 return False
-        return all(each.current(grads, state, dense) for each in self.sharded)
+        return self.sharded is None or self.sharded.current(grads, state, dense)
 
     def grads(self, grads: Sequence[Any]) -> Sequence[Tensor]:
         """The gradients of the whole tensors."""
@@ -77,12 +74,11 @@ class Prepared:
         skipped: Callable[[torch.device], Tensor],
     ) -> None:
         """One update of everything."""
-        for each in self.sharded:
-            each.check()
-        if self.plan is not None and self.sharded:
-            self.plan.check()
-        for each in self.sharded:
-            each.step(grads, state, skipped)
+        if self.sharded is not None:
+            self.sharded.check()
+            if self.plan is not None:
+                self.plan.check()
+            self.sharded.step(grads, state, skipped)
         if self.plan is not None:
             self.plan.step(self.grads(grads), skipped)
 
@@ -113,8 +109,7 @@ class Preparation:
         self._offsets: list[int] = []
         self._every: tuple[list[Members], list[Tensor], list[tuple[Members, int]]] = ([], [], [])
         self._prepared: _Kept[Prepared] = _Kept()
-        self._reducers: _Kept[list[Reducer]] = _Kept()
-        self._agreed: set[tuple[object, ...]] = set()
+        self._agreed: _Kept[bool] = _Kept()
         self._stepped: set[int] = set()  # whole tensors that were prepared, by id
 
     def given(self, params: Iterable[Tensor]) -> None:
@@ -148,7 +143,7 @@ class Preparation:
                 ]
             )
         if any(each.sharded for each in members):
-            from adafactor.engine.torch.sharded.shard import gradient
+            from adafactor.engine.torch.sharded.dtensor import gradient
 
             for k, (param, (each, position)) in enumerate(zip(chosen.params, chosen.places, strict=True)):
                 if is_sharded(param):
@@ -254,10 +249,8 @@ class Preparation:
         grads = chosen.grads
         drafts: list[Work] = []
         at: list[int] = []
-        shards: list[Shard] = []
-        shards_at: list[int] = []
-        flat: list[FlatParam] = []
-        flat_at: list[int] = []
+        sharded: list[Sharded] = []
+        sharded_at: list[int] = []
         seen: set[int] = set()
         for place, (param, (members, k)) in enumerate(zip(chosen.params, chosen.places, strict=True)):
             spans = spans_of(param)
@@ -267,22 +260,22 @@ class Preparation:
             if not is_sharded(param):
                 checks.check_param(param, members.name(k))
             choose.check(members.group.settings.fused, param.device)
-            if spans is not None:
-                diagnostics = diagnostics_of(param, Layout((), (), ())) if len(spans.spans) == 1 else None
-                flat.append(members.flat(k, spans, state.get(param, {}), diagnostics))
-                flat_at.append(place)
-            elif is_sharded(param):
-                from adafactor.engine.torch.sharded.shard import shard_of
-
-                shard = shard_of(param, members.draft(k), state.get(param, {}), diagnostics_of)  # type: ignore[arg-type]
-                if grads[place] is not None or shard.placement.dims:
-                    shards.append(shard)
-                    shards_at.append(place)
-            else:
+            if spans is None and not is_sharded(param):
                 check_origin(param, self._given)
                 draft = members.draft(k)
                 drafts.append(replace(draft, diagnostics=diagnostics_of(param, draft.layout)))
                 at.append(place)
+                continue
+            if spans is not None:
+                diagnostics = diagnostics_of(param, Layout((), (), ())) if len(spans.spans) == 1 else None
+                its = members.flat(k, spans, state.get(param, {}), diagnostics)
+            else:
+                from adafactor.engine.torch.sharded import dtensor
+
+                its = dtensor.sharded(param, members.draft(k), state.get(param, {}), diagnostics_of)  # type: ignore[arg-type]
+            if grads[place] is not None or its.is_split:
+                sharded.append(its)
+                sharded_at.append(place)
         changes = [checks.fit(w.param, w.layout, w.settings, state.get(w.param, {}), w.name) for w in drafts]
         if accelerator.is_capturing() and any(changes):
             remedy = "Call step once before the capture, so that no replay makes the state anew."
@@ -294,49 +287,34 @@ class Preparation:
                     (w.param, {slot: held[slot] for slot in w.slots}, w.name)
                     for w, held in zip(drafts, written, strict=True)
                 ),
-                *((shard.work.param, shard.work.state, shard.work.name) for shard in shards),
-                *((each.param, each.state, each.draft.name) for each in flat),
+                *((its.param, its.state, its.draft.name) for its in sharded),
             ]
         )
-        sharded: list[ShardStep | FlatStep] = []
-        if shards:
-            from adafactor.engine.torch.sharded.step import ShardStep
-
-            sharded.append(ShardStep(shards, shards_at, grads, self._reducers_of(shards)))
-        if flat:
-            sharded.append(self._flat_step(flat, flat_at, grads))
+        step = self._sharded_step(sharded, sharded_at, grads) if sharded else None
         for w, changed in zip(drafts, changes, strict=True):
             checks.write(state[w.param], changed)
         work = [replace(w, state=state[w.param]) for w in drafts]
-        if not (shards or flat):
+        if step is None:
             self._stepped.update(id(w.param) for w in drafts)
         plan = Plan(work, [grads[k] for k in at]) if work else None
-        fresh = bool(drafts) and not sharded and all("step" in changed for changed in changes)
-        return Prepared(plan, at if len(at) < len(grads) else None, sharded, fresh)
+        fresh = bool(drafts) and step is None and all("step" in changed for changed in changes)
+        return Prepared(plan, at if len(at) < len(grads) else None, step, fresh)
 
-    def _reducers_of(self, shards: list[Shard]) -> list[Reducer]:
-        """Who adds up what: asked of all ranks at the same time, hence not again because something moved here."""
-        from adafactor.engine.torch.sharded.reducer import reducers
+    def _sharded_step(self, params: list[Sharded], at: list[int], grads: list[Any]) -> ShardedStep:
+        """What updates sharded parameters. Ranks compare it all at once, hence not again because something moved."""
+        from adafactor.engine.torch.sharded.step import ShardedStep
 
-        key = tuple((id(each.param), each.work.settings.hyperparameters.scale_parameter) for each in shards)
-        if key not in self._reducers:
-            self._reducers.keep(key, reducers(shards), len(shards), self._offsets[-1])
-        return self._reducers[key]
-
-    def _flat_step(self, params: list[FlatParam], at: list[int], grads: list[Any]) -> FlatStep:
-        """What updates flat parameters. Ranks compare it at the same time, hence not again because something moved."""
-        from adafactor.engine.torch.sharded.flat_step import FlatStep
-
-        made = FlatStep(params, at, grads)
-        key = tuple((id(each.param), each.draft.settings.hyperparameters.scale_parameter) for each in params)
+        made = ShardedStep(params, at, grads)
+        key = tuple((id(its.draft.param), its.draft.settings.hyperparameters.scale_parameter) for its in params)
         if key not in self._agreed:
-            made.agree()
-            self._agreed.add(key)
+            for reducer in made.reducers:
+                reducer.agree()
+            self._agreed.keep(key, True, len(params), self._offsets[-1])
         return made
 
-    def flat_params(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[int, FlatParam]:
+    def flat_params(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[int, Sharded]:
         """The flat parameters among all, by their numbers."""
-        flat: dict[int, FlatParam] = {}
+        flat: dict[int, Sharded] = {}
         for number, group in enumerate(groups):
             for k, param in enumerate(group["params"]):
                 if (spans := spans_of(param)) is not None:

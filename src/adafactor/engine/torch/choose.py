@@ -14,7 +14,6 @@ from torch import Tensor
 
 from adafactor.core import native
 from adafactor.core.errors import message
-from adafactor.core.factoring import Cut
 from adafactor.engine.torch import accelerator, cpu, cuda, triton_forms
 from adafactor.engine.torch.checks import Witness, check_step, has_memory
 from adafactor.engine.torch.eager import Eager
@@ -111,11 +110,10 @@ class Plan:
         for backend, _ in self.backends:
             backend.measure_again()
 
-    def finish_columns(self, cut: Cut | None = None) -> None:
-        """Finish the columns of the work that is cut in this way, or of all."""
+    def finish_columns(self, chosen: Container[int]) -> None:
+        """Finish the columns of some of the work, by its places."""
         for backend, places in self.backends:
-            cuts = [self.work[place].layout.cut for place in places]
-            backend.finish_columns([k for k, its in enumerate(cuts) if cut in (None, its)])
+            backend.finish_columns([k for k, place in enumerate(places) if place in chosen])
 
     def apply(self, skipped: Callable[[torch.device], Tensor], absent: Container[int]) -> None:
         """Finish and write; what is ``absent`` has no gradient anywhere and is left out."""

@@ -100,7 +100,7 @@ class Native:
         self.table.flag(native.ROW_SUMS, self._reread)
         self.table.measure(torch.get_num_threads())
         for sums in self._sums:
-            sums.mu = sums.u2 = None
+            sums.mu = sums.u2 = sums.nonfinite = None
         return self._sums
 
     def measure_again(self) -> None:

@@ -158,7 +158,7 @@ class Triton:
             self._sums, self._buffered = views(self.tables, self.sums, self.work)
         self._unfinished = set(self.tables.cuts)
         for sums in self._sums:
-            sums.mu = sums.u2 = None
+            sums.mu = sums.u2 = sums.nonfinite = None
         for sums, its in self._cut_both():
             sums.rows = its.row_sums
             assert sums.S is not None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adafactor import layout
-from adafactor.core.intervals import Flat, cuts
+from adafactor.core.intervals import FlatPlacement, cuts
 from adafactor.engine.torch.sharded.flat import Span, Spans
 from adafactor.engine.torch.sharded.origins import record
 from adafactor.torch import Adafactor, Factored
@@ -142,7 +142,7 @@ def formula(case: Case) -> list[int]:
     if len(case.pieces) == 1:
         return []
     scaled = case.arguments.get("scale_parameter", True)
-    each = [Flat(its, cut, 0).sums(scaled) for its, cut in zip(case.layouts, case.intervals, strict=True)]
+    each = [FlatPlacement(its, cut, 0).sums(scaled) for its, cut in zip(case.layouts, case.intervals, strict=True)]
     width = 8 if case.dtype == torch.float64 else 4
     return [width * numbers for numbers in map(sum, zip(*each, strict=True)) if numbers]
 

@@ -240,7 +240,7 @@ def kernels() -> dict[str, bool]:
         (prepared,) = optimizer._preparation._prepared.values()
         optimizer.step()
         assert list(optimizer._preparation._prepared.values()) == [prepared], "nothing moved, and all was made anew"
-        found[name] = [type(backend) for backend, _ in prepared.sharded[0].plan.backends] == [Native]
+        found[name] = [type(backend) for backend, _ in prepared.sharded.plan.backends] == [Native]
     return found
 
 

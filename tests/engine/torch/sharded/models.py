@@ -17,7 +17,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from adafactor.core.factoring import layout
 from adafactor.engine.torch.sharded.dtensor import placement_of
-from adafactor.engine.torch.sharded.placement import sums
 from adafactor.torch import Adafactor, Factored
 
 WIDTH, WORDS, LAYERS = 16, 24, 4
@@ -195,12 +194,12 @@ def sent(model: nn.Module, optimizer: Adafactor) -> dict[str, Any]:
     rounds = []
     for place in placements:
         copies = 2 if len(along) > 1 and len(place.mesh) == 1 else 1  # a sum for each half of the tensor parallel ranks
-        first, second = sums(place, tuple(sorted(along[place.mesh])), True)
+        first, second = place.sums(True) if place.dims else (0, 0)
         rounds.append(((first - 2) * copies + 2, second))
     columns = 0
     for place in placements:
         if place.cut == "rows":
-            shape = place.layout.row_shape if place.transposed else place.layout.column_shape
+            shape = place.layout.column_shape
             columns += torch.Size(shape).numel()
     return {
         "collectives": counted.get_total_counts(),

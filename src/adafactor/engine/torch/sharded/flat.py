@@ -1,6 +1,6 @@
 """Flat parameters, what ZeRO and FSDP1 leave of tensors that were flattened, concatenated and cut, as work.
 
-Every box of an interval (`core/intervals.py`) is work like any other part, whose sums `flat_step.py` completes.
+Every box of an interval (`core/intervals.py`) is work like any other part, whose sums `reducer.py` completes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adafactor.core.factoring import Layout, Shape
-from adafactor.core.intervals import Flat, Interval
+from adafactor.core.intervals import FlatPlacement, Interval
 from adafactor.engine.torch.checks import check_float_momentum, fitted
+from adafactor.engine.torch.sharded.held import Held, Sharded
 from adafactor.engine.torch.work import Work, slot_dtype, slots_of
 
 
@@ -55,45 +56,11 @@ class Spans:
         return 0 if self.group is None else dist.get_rank(self.group)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FlatParam:
-    """This process's part of the tensors in one flat parameter.
+def sharded(draft: Work, spans: Spans, layout_of: Callable[[Shape, str], Layout], state: Mapping[str, Any]) -> Sharded:
+    """What this process holds of a flat parameter, with zeros for the state that it has not yet. Nothing is written.
 
-    Attributes:
-        draft: the flat parameter, of one axis, and what is said of it; ``spans``: what it holds.
-        flats: where every tensor's interval lies; ``works``: of every tensor those of its boxes.
-        state: what the optimizer keeps of it: as in `work.Work`, of every tensor the part around its interval, each
-            flattened, and concatenated. ``step`` has one number per tensor, and shape () of one tensor alone.
-    """
-
-    draft: Work
-    spans: Spans
-    flats: list[Flat]
-    works: list[list[Work]]
-    state: dict[str, Tensor]
-
-    @property
-    def param(self) -> Tensor:
-        return self.draft.param
-
-    @property
-    def gathered(self) -> tuple[str, ...]:
-        """The slots that engines cannot put together: those of other shapes, or that some tensors do not have."""
-        return (*(("step",) if len(self.flats) > 1 else ()), "row", "column", "second_moment")
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return tuple(self.state)
-
-    def owns(self, state: Mapping[str, Any]) -> bool:
-        """Whether the optimizer's state of it is still this."""
-        return not state or all(state.get(slot) is tensor for slot, tensor in self.state.items())
-
-
-def flat_param(
-    draft: Work, spans: Spans, layout_of: Callable[[Shape, str], Layout], state: Mapping[str, Any]
-) -> FlatParam:
-    """The work of a flat parameter, with zeros for the state that it has not yet. Nothing is written.
+    The state has of every tensor the part around its interval, each flattened, and concatenated. ``step`` has one
+    number per tensor, and shape () of one tensor alone.
 
     Args:
         draft: the parameter, and what is said of it besides tensors and layout.
@@ -105,39 +72,39 @@ def flat_param(
     """
     param, settings = draft.param, draft.settings
     check_float_momentum("a flat parameter", settings)
-    flats = [Flat(layout_of(span.shape, span.name), span.intervals, spans.rank) for span in spans.spans]
-    held: dict[str, Tensor] = {}
+    placements = [FlatPlacement(layout_of(its.shape, its.name), its.intervals, spans.rank) for its in spans.spans]
+    kept: dict[str, Tensor] = {}
     ours: dict[str, Sequence[Tensor]] = {}
-    for slot in ("step", *dict.fromkeys(slot for flat in flats for slot in flat.given.slots)):
-        sizes = [1 if slot == "step" else flat.kept(slot) for flat in flats]
-        shape = () if slot == "step" and len(flats) == 1 else (sum(sizes),)
-        held[slot] = _fitted(draft, slot, shape, state.get(slot))
-        ours[slot] = torch.split(held[slot].view(-1), sizes)
-    extra = [slot for slot in slots_of(flats[0].given, settings, param.dtype) if slot in ("momentum", "residual")]
-    for slot in extra:
-        held[slot] = _fitted(draft, slot, tuple(param.shape), state.get(slot))
-    works = []
-    for k, (flat, span) in enumerate(zip(flats, spans.spans, strict=True)):
-        names = {"row": "column", "column": "row"} if flat.transposed else {}
-        mine: list[Work] = []
-        ends = list(accumulate((box.size for box in flat.boxes), initial=span.at))
-        for box, begin, end in zip(flat.boxes, ends, ends[1:], strict=False):
-            its = {"step": held["step"].new_zeros(())}
-            if flat.given.factored:
-                its |= {names.get(slot, slot): ours[slot][k] for slot in flat.given.slots}
-                for side, lengths in (("row", box.row_shape), ("column", box.column_shape)):
-                    whole, place = flat.within(box, side)
-                    its[side] = its[side].view(whole)[place].view(lengths)
-            else:
-                its["second_moment"] = ours["second_moment"][k][begin - span.at : end - span.at].view(box.shape)
-            its |= {slot: held[slot][begin:end].view(box.shape) for slot in extra}
+    for slot in ("step", *dict.fromkeys(slot for its in placements for slot in its.given.slots)):
+        sizes = [1 if slot == "step" else its.kept(slot) for its in placements]
+        kept[slot] = _fitted(draft, slot, () if slot == "step" and len(sizes) == 1 else (sum(sizes),), state)
+        ours[slot] = torch.split(kept[slot].view(-1), sizes)
+    extra = [slot for slot in slots_of(draft.layout, settings, param.dtype) if slot in ("momentum", "residual")]
+    kept |= {slot: _fitted(draft, slot, tuple(param.shape), state) for slot in extra}
+    tensors, begins = [], list[int]()
+    for k, (placement, span) in enumerate(zip(placements, spans.spans, strict=True)):
+        given, works = placement.given, list[Work]()
+        ends = list(accumulate((box.size for box in placement.parts), initial=span.at))
+        for box, begin, end in zip(placement.parts, ends, ends[1:], strict=False):
+            held = {"step": ours["step"][k].view(()) if begin == span.at else kept["step"].new_zeros(())}
+            for slot in given.slots:
+                here = placement.here(slot)
+                if given.factored:
+                    shape, place = placement.in_hull(box, here)
+                    held[here] = ours[slot][k].view(shape)[place].view(box.slots[here])
+                else:
+                    held[here] = ours[slot][k][begin - span.at : end - span.at].view(box.shape)
+            held |= {slot: kept[slot][begin:end].view(box.shape) for slot in extra}
+            stream, diagnostics = draft.rng_stream + (k << 32), None if works else draft.diagnostics
             local = param.detach()[begin:end].view(box.shape)
-            stream = draft.rng_stream + (k << 32)
-            made = Work(local, its, box, draft.group, stream, None if mine else draft.diagnostics, span.name)
-            mine.append(made)
-        works.append(mine)
-    return FlatParam(draft, spans, flats, works, held)
+            works.append(Work(local, held, box, draft.group, stream, diagnostics, span.name))
+            begins.append(begin)
+        sides = f"rows {given.rows}, columns {given.columns}"
+        told = f"{span.name} {span.shape} of {param.dtype} cut at {span.intervals}, {sides}"
+        tensors.append(Held(placement, works, told))
+    return Sharded(draft, param, kept, kept, tensors, None, spans.group, begins)
 
 
-def _fitted(draft: Work, slot: str, shape: Shape, value: Any) -> Tensor:
-    return fitted(value, slot, draft.param, (shape, slot_dtype(slot, draft.settings, draft.param.dtype)), draft.name)
+def _fitted(draft: Work, slot: str, shape: Shape, state: Mapping[str, Any]) -> Tensor:
+    wanted = shape, slot_dtype(slot, draft.settings, draft.param.dtype)
+    return fitted(state.get(slot), slot, draft.param, wanted, draft.name)

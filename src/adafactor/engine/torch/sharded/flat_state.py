@@ -9,15 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adafactor.core.intervals import Flat
+from adafactor.core.factoring import Shape
+from adafactor.core.intervals import FlatPlacement
 from adafactor.engine.torch.blocks import kept
-from adafactor.engine.torch.sharded.flat import FlatParam
+from adafactor.engine.torch.sharded.held import Held, Sharded
 from adafactor.engine.torch.work import math_dtype
 
 Whole = dict[str, Tensor]  # step, and the statistics by their names and shapes in the tensor's layout
+STATISTICS = ("row", "column", "second_moment")
 
 
-def gather(params: Sequence[FlatParam]) -> list[list[Whole]]:
+def gathered(param: Sharded) -> tuple[str, ...]:
+    """The slots that engines cannot put together: those of other shapes, or that some tensors do not have."""
+    return (*(("step",) if len(param.tensors) > 1 else ()), *STATISTICS)
+
+
+def gather(params: Sequence[Sharded]) -> list[list[Whole]]:
     """Of every flat parameter the whole state of each of its tensors; nothing where no step was made.
 
     A collective: all processes of the groups call it with the same parameters in the same order. What several of them
@@ -26,67 +33,64 @@ def gather(params: Sequence[FlatParam]) -> list[list[Whole]]:
     states: list[list[Whole]] = []
     groups: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[Whole]]] = {}
     for param in params:
-        rooms: list[Whole] = []
-        for k, (flat, works) in enumerate(zip(param.flats, param.works, strict=True)):
-            whole = {"step": param.state["step"].view(-1)[k].cpu() * bool(works)}
+        wholes: list[Whole] = []
+        for step, held in zip(param.state["step"].view(-1), param.tensors, strict=True):
+            flat, whole = _flat(held), {"step": step.cpu() * bool(held.works)}
             for slot, shape in flat.given.slots.items():
                 whole[slot] = torch.zeros(shape, dtype=math_dtype(param.param.dtype))
-                room, lacks = _room(flat, whole[slot], slot), _lacks(flat, slot)
-                for box, w in zip(flat.boxes, works, strict=True):
-                    room[box.place(lacks)] = w.state[_side(flat, slot)].view(kept(box, lacks)).cpu()
-            rooms.append(whole)
-        states.append(rooms)
-        if (group := param.spans.group) is not None and group.size() > 1:
-            groups.setdefault(tuple(dist.get_process_group_ranks(group)), (group, []))[1].extend(rooms)
-    for group, wholes in groups.values():
-        _greatest([whole["step"] for whole in wholes], group)
-        _greatest([whole[slot] for whole in wholes for slot in whole if slot != "step"], group)
-    return [rooms if any(bool(whole["step"]) for whole in rooms) else [] for rooms in states]
+                room, lacks = _room(flat, whole[slot], slot)
+                for box, w in zip(flat.parts, held.works, strict=True):
+                    room[box.within(lacks)] = w.state[flat.here(slot)].view(kept(box, lacks)).cpu()
+            wholes.append(whole)
+        states.append(wholes)
+        if (group := param.group) is not None and group.size() > 1:
+            groups.setdefault(tuple(dist.get_process_group_ranks(group)), (group, []))[1].extend(wholes)
+    for group, all_wholes in groups.values():
+        _greatest([whole["step"] for whole in all_wholes], group)
+        _greatest([whole[slot] for whole in all_wholes for slot in whole if slot != "step"], group)
+    return [wholes if any(bool(whole["step"]) for whole in wholes) else [] for wholes in states]
 
 
-def cut(param: FlatParam, wholes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def cut(param: Sharded, wholes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """What a flat parameter's state has of its tensors'.
 
     Raises:
         ValueError: they are other tensors.
     """
     made: dict[str, Tensor] = {}
-    if len(wholes) != len(param.flats):
-        raise ValueError(f"{len(param.flats)} tensors, got {len(wholes)}")
-    for slot in ("step", "row", "column", "second_moment"):
+    if len(wholes) != len(param.tensors):
+        raise ValueError(f"{len(param.tensors)} tensors, got {len(wholes)}")
+    for slot in ("step", *STATISTICS):
         if slot not in param.state:
             continue
         like = param.state[slot]
         pieces = [like.new_zeros(0)]
-        for flat, whole in zip(param.flats, wholes, strict=True):
+        for flat, whole in zip(map(_flat, param.tensors), wholes, strict=True):
             if slot == "step":
                 pieces.append(torch.as_tensor(whole["step"]).view(1))
-            elif slot in flat.given.slots and flat.boxes:
+            elif slot in flat.given.slots and flat.parts:
                 shape = flat.given.slots[slot]
                 value = whole.get(slot)
                 if not isinstance(value, Tensor) or tuple(value.shape) != shape:
                     raise ValueError(f"{slot} of shape {shape}, got {tuple(getattr(value, 'shape', ()))}")
                 if flat.given.factored:
-                    value = _room(flat, value, slot)[flat.hull.place(_lacks(flat, slot))]
+                    room, lacks = _room(flat, value, slot)
+                    pieces.append(room[flat.hull.within(lacks)].reshape(-1))
                 else:
-                    value = value.reshape(-1)[slice(*flat.intervals[flat.rank])]
-                pieces.append(value.reshape(-1))
+                    pieces.append(value.reshape(-1)[slice(*flat.intervals[flat.rank])])
         made[slot] = torch.cat([piece.to(like.device, like.dtype) for piece in pieces]).view(like.shape)
     return made
 
 
-def _side(flat: Flat, slot: str) -> str:
-    """The slot's name in the layout of intervals."""
-    return {"row": "column", "column": "row"}.get(slot, slot) if flat.transposed else slot
+def _flat(held: Held) -> FlatPlacement:
+    assert isinstance(held.placement, FlatPlacement)
+    return held.placement
 
 
-def _lacks(flat: Flat, slot: str) -> tuple[int, ...]:
-    return flat.layout.lacks(_side(flat, slot))
-
-
-def _room(flat: Flat, whole: Tensor, slot: str) -> Tensor:
-    """A whole statistic, as a view with the axes of the layout of intervals."""
-    return whole.view(kept(flat.layout, _lacks(flat, slot)))
+def _room(flat: FlatPlacement, whole: Tensor, slot: str) -> tuple[Tensor, Shape]:
+    """A whole statistic as a view with the axes of the layout of intervals, and those that it lacks."""
+    lacks = flat.layout.lacks(flat.here(slot))
+    return whole.view(kept(flat.layout, lacks)), lacks
 
 
 def _greatest(values: Sequence[Tensor], group: dist.ProcessGroup) -> None:
