@@ -1,7 +1,7 @@
 """Build the wheel where no framework is installed, and test it as users have it, in an environment per framework.
 
     python scripts/wheel.py                                   # the oldest and the newest of each framework
-    python scripts/wheel.py tensorflow-cpu==2.19.1 jax==0.7.2
+    python scripts/wheel.py tensorflow-cpu==2.19.1 jax==0.7.2,keras==3.12.0
     python scripts/wheel.py --wheel dist/adafactor-0.1.0-py3-none-linux_x86_64.whl jax==0.10.2
 
 An environment holds the wheel, one framework, Keras, and what the tests import. In it a model is fitted, `adafactor
@@ -49,7 +49,10 @@ FRAMEWORKS = {
     ),
 }
 #: The newest are those of constraints.txt. torch's oldest, 2.6, is not here: that release comes with gigabytes of CUDA.
-DEFAULT = ("tensorflow-cpu==2.18.1", "tensorflow-cpu==2.21.0", "jax==0.6.2", "jax==0.10.2", "torch==2.13.0")
+DEFAULT = (
+    *("tensorflow-cpu==2.18.1,keras==3.10.0", "tensorflow-cpu==2.21.0"),
+    *("jax==0.6.2,keras==3.10.0", "jax==0.10.2", "torch==2.13.0,keras==3.10.0"),
+)
 
 FIT = """
 import keras, numpy as np
@@ -97,9 +100,8 @@ def build(place: Path) -> Path:
 def test(wheel: Path, requirement: str, place: Path) -> str:
     """What ran with this framework, in one line."""
     backend, packages, tests = FRAMEWORKS[requirement.partition("==")[0]]
-    python = environment(
-        place / "venv", wheel, requirement, *packages, "keras>=3.15", "pytest>=9", "ml_dtypes", "psutil"
-    )
+    asked = (*requirement.split(","), "keras>=3.10")
+    python = environment(place / "venv", wheel, *asked, *packages, "pytest>=9", "ml_dtypes", "psutil")
     tree = place / "tree"
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -104,6 +106,7 @@ def test_the_first_arguments_are_keras_own_in_its_order():
     import inspect
 
     theirs = list(inspect.signature(keras.optimizers.Adafactor.__init__).parameters.values())[1:-1]
+    theirs[-1] = theirs[-1].replace(default=None)  # the name, "adafactor" in Keras 3.10
     ours = list(inspect.signature(Adafactor.__init__).parameters.values())[1:]
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) : -1])
@@ -117,6 +120,16 @@ def test_hyperparameters_are_attributes_that_cannot_be_set_by_mistake():
         optimizer.hyperparameters = None
     with pytest.raises(AttributeError, match="no attribute 'beta_7'"):
         _ = optimizer.beta_7
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("version", ["2.15.0", "3.9.2"])
+def test_a_keras_that_is_too_old_is_refused_in_a_sentence(version):
+    code = f"import keras; keras.__version__ = {version!r}; import adafactor.keras"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: the version of Keras must be >= 3.10, got '{version}'. Run pip install -U keras."
+    )
 
 
 # -- configuration ----

@@ -204,7 +204,7 @@ class Adafactor(keras.optimizers.Optimizer):
                               stacklevel=2)  # fmt: skip
 
     def _layout_of(self, variable: Any) -> Layout | None:
-        if self._overwrite_variable_with_gradient(variable):
+        if getattr(variable, "overwrite_with_gradient", False):
             return None
         shape = tuple(variable.shape)
         if None in shape:
