@@ -192,7 +192,7 @@ def tile_of(form: Canonical, whole_rows: bool = True, transposed: bool = False) 
         return Tile(1, TILE // M, M, 8, True)
     wide = form.columns > WIDEST or not whole_rows
     M = TILE if form.columns > WIDEST else _width(form.columns, TILE // 4)
-    rows = max(TILE // M, 1)
+    rows = max((TILE if M >= 16 else TILE // 4) // M, 1)  # addresses of short rows fill the registers
     warps = max(4, min(16, max(TILE, M) // 512))
     if matrices == 1 or form.rows >= rows or not whole_rows:
         return Tile(1, rows, M, warps, wide)
