@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,9 @@ def read(
     family = family_of(source)
     if family == STATE:
         state, written_by = states.read(source), STATE
-    elif family == "keras":
-        from adafactor.convert import keras
-
-        state = keras.read(source, report=report, shapes=shapes, axes=axes, hyperparameters=hyperparameters)
-        written_by = state.optimizer
     else:
-        state = _converter(family).read(os.fspath(source), report=report, shapes=shapes, axes=axes)
+        more = {"hyperparameters": hyperparameters} if family == "keras" else {}
+        state = _converter(family).read(os.fspath(source), report=report, shapes=shapes, axes=axes, **more)
         written_by = state.optimizer
     if format not in (None, written_by):
         raise Refused(message(f"{source}", f"of {format}", written_by, f"Leave --from out, or pass {written_by}."))
@@ -155,28 +152,15 @@ def write(
         states.write(rename(state, names, None, state.framework, report), target)
         report.changes.extend(Change(parameter.name, "kept") for parameter in state.parameters)
         return report
-    framework = FORMATS[format].framework
+    framework, path = FORMATS[format].framework, None if template is None else os.fspath(template)
+    converter, told = _converter(framework), {"names": names, "report": report}
     if framework == "keras":
-        from adafactor.convert import keras
-
-        if template is None:
+        if path is None:
             raise Refused(message("template", "a .keras or .weights.h5 file", None, "Save the target's model once."))
-        keras.write(
-            state,
-            template,
-            target,
-            names=names,
-            report=report,
-            shapes=shapes,
-            axes=axes,
-            hyperparameters=template_hyperparameters,
-            format=format,
-        )
-        return report
-    converter = _converter(framework)
-    path = None if template is None else os.fspath(template)
-    content = converter.write(state, format, template=path, names=names, report=report)
-    converter.save(content, target)
+        told |= {"shapes": shapes, "axes": axes, "hyperparameters": template_hyperparameters, "format": format}
+        converter.write(state, path, target, **told)
+    else:
+        converter.save(converter.write(state, format, template=path, **told), target)
     return report
 
 
@@ -211,13 +195,7 @@ def convert(
 
 
 def _converter(framework: str) -> Any:
-    if framework == "torch":
-        from adafactor.convert import torch
-
-        return torch
-    from adafactor.convert import jax
-
-    return jax
+    return import_module(f"adafactor.convert.{framework}")
 
 
 def _known(format: str | None) -> None:

@@ -3,15 +3,9 @@
 A tree is a live pytree, or nested dictionaries as ``flax.serialization`` and Orbax give them. Either may hold more than
 the optimizer's state; with parameters beside it (``params``, or ``target`` in T5X) their shapes are known.
 
-    ours (AdafactorState)       optax (FactoredState, EmaState)     T5X (per parameter)
-    row, column                 v_row, v_col                        v_row, v_col
-    second_moment               v                                   v
-    momentum                    ema                                 m
-    count                       count                               step, beside param_states
-
-All are means. optax and T5X name a statistic for the axes it keeps: ``v_row`` lacks the largest axis (T5X: the axes
-with the role COLUMN) and ``v_col`` the second largest (ROW); of two equal ones the later counts as larger. What does
-not exist is an array of shape (1,) there, and ``None`` here.
+Their words are in ``core/dialects.py``. optax and T5X name a statistic for the axes it keeps: ``v_row`` lacks the
+largest axis (T5X: the axes with the role COLUMN) and ``v_col`` the second largest (ROW); of two equal ones the later
+counts as larger. What does not exist is an array of shape (1,) there, and ``None`` here.
 """
 
 from __future__ import annotations

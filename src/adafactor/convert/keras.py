@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from adafactor.convert import adapt
-from adafactor.convert.axes import Axes, Shapes, fitted, rms_of
+from adafactor.convert.axes import Axes, Shapes, fitted, rms_of, wide
 from adafactor.convert.keras_order import ACCUMULATOR, AVERAGE, STEPS, Order, Saved, order_of
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
@@ -132,8 +132,7 @@ def _live(optimizer: Any) -> Saved:
     values = [_numpy(variable) for variable in _saved_variables(optimizer)]
     saved = Saved(ours, values, optimizer.get_config())
     saved.variables = [(path_of(variable), tuple(variable.shape)) for variable in variables]
-    saved.dtypes = [keras.backend.standardize_dtype(variable.dtype) for variable in variables]
-    saved.rms = [rms_of(_numpy(variable)) for variable in variables]
+    saved.known = [(keras.backend.standardize_dtype(each.dtype), rms_of(_numpy(each))) for each in variables]
     if callable(getattr(optimizer, "factoring", None)):
         saved.config["factoring"] = optimizer.factoring
     return saved
@@ -188,22 +187,11 @@ def read(
                 lossy=True,
             )
         parameters = []
-        for index, member in enumerate(order.members):
+        known: list[Any] = saved.known or [(None, None)] * len(order.members)
+        for member, (dtype, rms) in zip(order.members, known, strict=True):
             slots = {slot: saved.values[at] for slot, at in member.slots.items()}
-            for slot in member.layout.slots:
-                if slots[slot].dtype != np.float64:
-                    slots[slot] = slots[slot].astype(np.float32)
-            parameters.append(
-                Parameter(
-                    member.name,
-                    member.layout,
-                    slots,
-                    steps // accumulated,
-                    saved.dtypes[index] if saved.dtypes else None,
-                    0,
-                    saved.rms[index] if saved.rms else None,
-                )
-            )
+            slots |= {slot: wide(slots[slot]) for slot in member.layout.slots}
+            parameters.append(Parameter(member.name, member.layout, slots, steps // accumulated, dtype, 0, rms))
     return State(tuple(parameters), (group,), "keras", saved.format)
 
 
@@ -268,9 +256,9 @@ def write(
     wanted = {member.name: member.layout.shape for member in order.members}
     group = adapt.one_group(state, saved.format, report)
     state = adapt.momentum_as(rename(state, names, wanted, "keras", report), saved.format, report)
-    told = adapt.in_its_words(
-        saved.format, {k: v for k, v in group.items() if k not in ("factoring", "min_dim_size_to_factor")}, report
-    )
+    told = adapt.in_its_words(saved.format, group, report)
+    for word in ("factoring", "min_dim_size_to_factor"):
+        told.pop(word, None)  # as the template's are
     values = _values(state, saved, order, report)
     if order.learning_rate is not None and isinstance(told.get("learning_rate"), int | float):
         values[order.learning_rate] = np.asarray(told["learning_rate"], saved.values[order.learning_rate].dtype)
@@ -307,12 +295,12 @@ def _values(state: State, saved: Saved, order: Order, report: Report) -> list[Ar
             else:
                 at = member.slots[slot]
                 values[at] = _cast(value, saved.values[at], saved.format, report)
-        for slot in [slot for slot in (AVERAGE, "momentum") if slot in member.slots and slot not in parameter.slots]:
-            if slot == AVERAGE:  # of the weights, which the template has and the state has not
-                values[member.slots[slot]] = saved.values[member.slots[slot]]
-                report.dropped("The moving average", [member.name], "the source has none: the template's stays")
-            else:
-                report.dropped("Momentum", [member.name], adapt.STARTS)
+        lacks = member.slots.keys() - parameter.slots.keys()
+        if AVERAGE in lacks:  # of the weights, which the template has and the state has not
+            values[member.slots[AVERAGE]] = saved.values[member.slots[AVERAGE]]
+            report.dropped("The moving average", [member.name], "the source has none: the template's stays")
+        if "momentum" in lacks:
+            report.dropped("Momentum", [member.name], adapt.STARTS)
         if not saved.ours and member.layout.factored:
             at = member.slots["column"] + 1  # the velocity
             values[at] = _velocity(parameter, saved.values[at])

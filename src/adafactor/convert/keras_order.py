@@ -27,8 +27,7 @@ class Saved:
     values: list[Array]
     config: dict[str, Any]
     variables: list[tuple[str, Shape]] | None = None
-    dtypes: list[str] = field(default_factory=list)
-    rms: list[float | None] = field(default_factory=list)
+    known: list[tuple[str, float | None]] = field(default_factory=list)  # dtype and RMS of every variable
 
     @property
     def format(self) -> str:

@@ -14,27 +14,29 @@ Tree = Any
 Flat = dict[str, Any]  # leaves by path
 
 
-def plain(tree: Tree) -> Any:
-    """A pytree as ``flax.serialization.to_state_dict`` has it: dictionaries, lists by their indices as text."""
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return {name: plain(getattr(tree, name)) for name in tree._fields}
-    if isinstance(tree, list | tuple):
-        return {str(index): plain(value) for index, value in enumerate(tree)}
-    if isinstance(tree, Mapping):
-        return {str(name): plain(value) for name, value in tree.items()}
-    if tree is None or isinstance(tree, bool | int | float | str | np.ndarray | np.generic):
-        return tree
-    if hasattr(tree, "__array__"):
-        return array(tree)
+def _node(tree: Tree) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Tree]] | None:
+    """The members of a node by name, and what makes a node like it of others; ``None`` for a leaf."""
+    if isinstance(tree, Mapping):  # JAX would sort it
+        kind: Any = type(tree)
+        return [(str(name), value) for name, value in tree.items()], lambda new: kind(dict(zip(tree, new, strict=True)))
+    if tree is None or isinstance(tree, bool | int | float | str) or hasattr(tree, "__array__"):
+        return None
     import jax
 
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)[0]
-    if len(leaves) == 1 and not leaves[0][0]:
-        return tree  # a leaf of a kind that nobody here knows
-    nested: dict[str, Any] = {}
-    for path, leaf in leaves:
-        put(nested, jax.tree_util.keystr(path, simple=True, separator="/"), plain(leaf))
-    return nested
+    structure: Any
+    named, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda each: each is not tree)
+    if len(named) == 1 and not named[0][0]:
+        return None  # a leaf of a kind that nobody here knows
+    return [(jax.tree_util.keystr(path, simple=True), value) for path, value in named], structure.unflatten
+
+
+def plain(tree: Tree) -> Any:
+    """A pytree as ``flax.serialization.to_state_dict`` has it: dictionaries, lists by their indices as text."""
+    node = _node(tree)
+    if node is not None:
+        return {name: plain(value) for name, value in node[0]}
+    known = isinstance(tree, np.ndarray | np.generic) or not hasattr(tree, "__array__")
+    return tree if known else array(tree)
 
 
 def put(nested: dict[str, Any], path: str, value: Any) -> None:
@@ -70,23 +72,11 @@ def grafted(tree: Tree, leaves: Flat, path: str = "") -> Tree:
     """The tree with new leaves by the paths that ``plain`` and ``flat`` give; its structure and dtypes stay."""
     if path in leaves:
         return _like(tree, leaves[path])
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(grafted(getattr(tree, name), leaves, joined(path, name)) for name in tree._fields))
-    if isinstance(tree, list | tuple):
-        return type(tree)(grafted(value, leaves, joined(path, str(index))) for index, value in enumerate(tree))
-    if isinstance(tree, Mapping):
-        members = {name: grafted(value, leaves, joined(path, str(name))) for name, value in tree.items()}
-        kind: Any = type(tree)
-        return members if kind is dict else kind(members)
-    if tree is None or hasattr(tree, "__array__") or isinstance(tree, bool | int | float | str):
+    node = _node(tree)
+    if node is None:
         return tree
-    import jax
-
-    structure: Any
-    named, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
-    paths = [joined(path, jax.tree_util.keystr(each, simple=True, separator="/")) for each, _ in named]
-    pairs = zip(paths, named, strict=True)
-    return structure.unflatten([_like(leaf, leaves[at]) if at in leaves else leaf for at, (_, leaf) in pairs])
+    members, made = node
+    return made([grafted(value, leaves, joined(path, name)) for name, value in members])
 
 
 def _like(old: Any, value: Array) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from adafactor.cli.bench.shapes import MIXES, Shapes, parameters
-from adafactor.cli.bench.timing import Candidate, Group, Problem
+from adafactor.cli.bench.timing import Candidate, Group, Problem, over
 from adafactor.optax import adafactor
 
 Tree = Any
@@ -51,15 +51,12 @@ STEPS: dict[str, tuple[Callable[..., Any], Callable[[Tree], Tree]]] = {
 }
 
 
-def start(shapes: Shapes) -> tuple[list[jax.Array], list[jax.Array]]:
-    rng = np.random.default_rng(0)
-    draw = lambda scale: [jnp.asarray(scale * rng.standard_normal(shape, np.float32)) for shape in shapes]  # noqa: E731
-    return draw(0.02), draw(1.0)
-
-
 def candidate(name: str, shapes: Shapes) -> Candidate:
     function, init = STEPS[name]
-    params, grads = start(shapes)
+    rng = np.random.default_rng(0)
+    params, grads = (
+        [jnp.asarray(scale * rng.standard_normal(shape, np.float32)) for shape in shapes] for scale in (0.02, 1.0)
+    )
     held = [params, init(params)]
     compiled = jax.jit(function, donate_argnums=(0, 1)).lower(*held, grads).compile()
     costs: Any = compiled.cost_analysis() or {}
@@ -75,11 +72,9 @@ def candidate(name: str, shapes: Shapes) -> Candidate:
 
 def problem(mix: str, shapes: Shapes) -> Problem:
     """Ratios are to our fastest."""
-    count = parameters(shapes)
     names = [FASTEST, *(name for name in STEPS if name != FASTEST)]
     group = Group(lambda: {name: candidate(name, shapes) for name in names})
-    title = f"JAX {jax.__version__}, {mix}, float32, {count / 1e6:.1f} M parameters"
-    return Problem(title, {"mix": mix}, count, [group])
+    return over(f"JAX {jax.__version__}", {"mix": mix}, shapes, [group])
 
 
 def problems(full: bool) -> list[Problem]:

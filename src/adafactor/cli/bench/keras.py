@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 import adafactor.keras
-from adafactor.cli.bench.shapes import MIXES, Shapes, parameters
-from adafactor.cli.bench.timing import Candidate, Group, Problem
+from adafactor.cli.bench.shapes import MIXES, Shapes
+from adafactor.cli.bench.timing import Candidate, Group, Problem, over
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adafactor.keras.Adafactor": lambda: adafactor.keras.Adafactor(1e-3),
@@ -58,10 +58,9 @@ def step_of(optimizer: Any, shapes: Shapes) -> Callable[[], object]:
 
 def problem(mix: str, shapes: Shapes) -> Problem:
     """Ratios are to ours."""
-    backend, count = keras.backend.backend(), parameters(shapes)
+    backend = keras.backend.backend()
     group = Group(lambda: {name: Candidate(step_of(make(), shapes)) for name, make in OPTIMIZERS.items()})
-    title = f"Keras {keras.__version__} on {backend}, {mix}, float32, {count / 1e6:.1f} M parameters"
-    return Problem(title, {"backend": backend, "mix": mix}, count, [group])
+    return over(f"Keras {keras.__version__} on {backend}", {"backend": backend, "mix": mix}, shapes, [group])
 
 
 def problems(full: bool) -> list[Problem]:

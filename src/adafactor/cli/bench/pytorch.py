@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import adafactor.torch
-from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, MATRIX, Shapes, parameters, transformer
-from adafactor.cli.bench.timing import Candidate, Group, Problem
+from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, MATRIX, Shapes, transformer
+from adafactor.cli.bench.timing import Candidate, Group, Problem, over
 
 Tensors = list[torch.Tensor]
 
@@ -84,14 +84,14 @@ def candidates(names: Sequence[str], shapes: Shapes, dtype: torch.dtype) -> dict
 
 def problem(mix: str, shapes: Shapes, dtype: torch.dtype) -> Problem:
     """Ratios are to ours. The slow peers take their turns with ours again, apart from the others."""
-    kind, count, threads = str(dtype).removeprefix("torch."), parameters(shapes), torch.get_num_threads()
+    kind, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
     fast = [name for name in OPTIMIZERS if name not in PEERS and (name != ROUNDED or dtype != torch.float32)]
-    title = f"PyTorch {torch.__version__}, {mix}, {kind}, {count / 1e6:.1f} M parameters, {threads} threads"
     groups = [
         Group(partial(candidates, fast, shapes, dtype)),
         Group(partial(candidates, [OURS, *PEERS], shapes, dtype), turns=0.3),
     ]
-    return Problem(title, {"mix": mix, "dtype": kind, "threads": threads}, count, groups)
+    labels = {"mix": mix, "dtype": kind, "threads": threads}
+    return over(f"PyTorch {torch.__version__}", labels, shapes, groups)
 
 
 def problems(full: bool) -> list[Problem]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from adafactor.cli.bench.shapes import Shapes, parameters
+
 #: Does a candidate's work once, and returns when it is done.
 Step = Callable[[], object]
 Times = dict[str, list[Any]]
@@ -85,6 +87,14 @@ class Problem:
     labels: dict[str, Any]
     parameters: int
     groups: Sequence[Group]
+
+
+def over(what: str, labels: dict[str, Any], shapes: Shapes, groups: Sequence[Group]) -> Problem:
+    """One step over a mix of shapes, float32 unless the labels say otherwise."""
+    count = parameters(shapes)
+    threads = f", {labels['threads']} threads" if "threads" in labels else ""
+    title = f"{what}, {labels['mix']}, {labels.get('dtype', 'float32')}, {count / 1e6:.1f} M parameters{threads}"
+    return Problem(title, labels, count, groups)
 
 
 @dataclass(frozen=True)
