@@ -91,6 +91,10 @@ def test_names_and_rules_of_a_file(tmp_path):
         ({"names": {"a": 3}}, None, "an entry of names must be a name"),
         ({"rules": [{"to": "a"}]}, None, "a rule of names must be"),
         ({"rules": [{"from": "(", "to": "a"}]}, None, "a rule of names must be"),
+        ({"rules": [{"from": "(.*)", "to": r"\2"}]}, None, "a rule of names must be"),
+        ({"rules": [{"from": "(.*)", "to": r"\g<x>"}]}, None, "a rule of names must be"),
+        ({"names": {"a": {"to": "b", "permute": 10}}}, None, "permute must be a list of axes, got 10"),
+        ({"names": {"a": {"to": "b", "permute": [0, "x"]}}}, None, "permute must be a list of axes"),
         ({"rules": [{"from": ".*", "to": "a"}]}, None, "name must be used once, got 'a'"),
         ({"names": {"m/a/bias": {"to": "b", "permute": [0, 1]}}}, None, "permute must be every axis from 0 to 0 once"),
         ("position", None, "names must be a names file here"),
@@ -157,3 +161,16 @@ def test_every_hyperparameter_returns_or_is_named(format):
         said = any(f" {name}=" in note for note in report.notes)
         by_eps = FORMATS[format].framework == "torch" and name.startswith("epsilon")  # in the pair eps
         assert by_eps or said != (back.get(name) == value), (name, back.get(name), report.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epsilon_1", "abc"), ("learning_rate", [1]), ("relative_step", "maybe"), ("min_dim_size_to_factor", "x"),
+        ("factoring", "first_two"), ("weight_decay", {}), ("learning_rte", 1),
+    ],
+)  # fmt: skip
+def test_hyperparameters_that_nobody_takes(name, value):
+    with pytest.raises(Refused, match=name):
+        adapt.check({name: value})
+    adapt.check({"learning_rate": None, "epsilon_1": 1e-30, "factoring": "smallest", "momentum_of": "step"})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adafactor.convert import state as states
-from adafactor.convert.adapt import KNOWN
+from adafactor.convert.adapt import check
 from adafactor.convert.axes import Axes, Shapes
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Change, Report
@@ -100,9 +100,7 @@ def read(
     """
     report = Report() if report is None else report
     _known(format)
-    for name in hyperparameters or ():
-        if name not in KNOWN:
-            raise Refused(message("a hyperparameter", f"one of {', '.join(sorted(KNOWN))}", name, "Check its name."))
+    check(hyperparameters or {})
     family = family_of(source)
     if family == STATE:
         state, written_by = states.read(source), STATE

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from adafactor.convert.report import Report
 from adafactor.convert.state import State
+from adafactor.core import factoring
 from adafactor.core.dialects import FORMATS, step_size
+from adafactor.core.errors import Refused, message
+from adafactor.core.hyperparameters import Hyperparameters
 
 # What a source that is silent about it does, so that nobody is told of a difference that there is not.
 _USUAL = {
@@ -25,9 +28,25 @@ _HARMLESS = {
 }
 
 
+_NUMBERS = {"learning_rate", "weight_decay", "decay_offset", "gradient_accumulation_steps"}
+
 #: Every name that a state's hyperparameters can have.
 KNOWN = {name for known in FORMATS.values() for name in (*known.words.values(), *known.always)} | _HARMLESS
 STARTS = "the source has none, and the target keeps it: it starts at zero"
+
+
+def check(told: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters that no optimizer has, or takes."""
+    for name, value in told.items():
+        if name not in KNOWN:
+            raise Refused(message("a hyperparameter", f"one of {', '.join(sorted(KNOWN))}", name, "Check its name."))
+        if name in _NUMBERS and not isinstance(value, int | float | None):
+            raise Refused(message(name, "a number", value, "Leave it out if it is unknown."))
+    try:
+        Hyperparameters(**{each.name: told[each.name] for each in fields(Hyperparameters) if each.name in told})
+        factoring.validate(told.get("factoring", "last_two"), told.get("min_dim_size_to_factor", 1))
+    except (TypeError, ValueError) as error:
+        raise Refused(str(error)) from None
 
 
 def in_its_words(format: str, group: Mapping[str, Any], report: Report) -> dict[str, Any]:

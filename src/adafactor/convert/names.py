@@ -66,10 +66,13 @@ def check(names: Names) -> None:
     for entry in [*dict(names.get("names", {})).values(), *names.get("rules", [])]:
         if not isinstance(entry, str) and not (isinstance(entry, Mapping) and isinstance(entry.get("to"), str)):
             raise Refused(message("an entry of names", 'a name, or a mapping with "to"', entry, remedy))
+        order = None if isinstance(entry, str) else entry.get("permute")
+        if order is not None and not (isinstance(order, Sequence) and all(type(axis) is int for axis in order)):
+            raise Refused(message("permute", "a list of axes", order, remedy))
     for rule in names.get("rules", []):
         try:
-            re.compile(rule["from"])
-        except (re.error, TypeError, KeyError) as error:
+            re.compile(rule["from"]).sub(rule["to"], "")
+        except (re.error, TypeError, LookupError) as error:
             raise Refused(message("a rule of names", 'a mapping with a pattern as "from"', rule, f"{error}.")) from None
 
 
