@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,14 @@ _PACKAGES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    from adafactor.core.dialects import FORMATS
+    from adafactor.convert import NAMES, WRITTEN
 
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a checkpoint with the state of Adafactor")
-    parser.add_argument(
-        "--to",
-        required=True,
-        metavar="FORMAT",
-        choices=("state", *(name for name, each in FORMATS.items() if each.written)),
-        help="format of TARGET",
-    )
+    parser.add_argument("--to", required=True, metavar="FORMAT", choices=WRITTEN, help="format of TARGET")
     parser.add_argument(
         "-o", "--output", required=True, metavar="TARGET", type=Path, help="the file or folder to write"
     )
-    parser.add_argument(
-        "--from", dest="format", metavar="FORMAT", choices=("state", *FORMATS), help="insist on SOURCE's format"
-    )
+    parser.add_argument("--from", dest="format", metavar="FORMAT", choices=NAMES, help="insist on SOURCE's format")
     parser.add_argument("--template", type=Path, help="a file of the target's format whose optimizer state is replaced")
     parser.add_argument("--names", metavar="FILE", help="a names file, or one of the words layers, position")
     parser.add_argument(
@@ -97,31 +90,34 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _shapes(path: Path | None) -> Any:
     from adafactor.core.safetensors import header
-    from adafactor.core.untrusted import reading
 
-    if path is None:
-        return None
-    if path.suffix == ".safetensors":
+    if path is not None and path.suffix == ".safetensors":
         return {tensor.name: tensor.shape for tensor in header(path)[0]}
-    with reading(path, "JSON of names and shapes"):
-        shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text(encoding="utf-8")).items()}
-        if not all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape):
+
+    def shape(value: Any) -> tuple[int, ...]:
+        if not all(type(n) is int and n >= 0 for n in value):
             raise ValueError("a shape must be a list of integers >= 0")
-    return shapes
+        return tuple(value)
+
+    return _by_name(path, "shapes", shape)
 
 
 def _axes(path: Path | None) -> Any:
     from adafactor.core.factoring import Factored
+
+    def factored(value: Any) -> Factored | None:
+        return None if value is None else Factored(**{role: tuple(axes) for role, axes in value.items()})
+
+    return _by_name(path, "axes", factored)
+
+
+def _by_name(path: Path | None, what: str, made: Callable[[Any], Any]) -> dict[str, Any] | None:
     from adafactor.core.untrusted import reading
 
     if path is None:
         return None
-    with reading(path, "JSON of names and axes"):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: None if each is None else Factored(**{k: tuple(v) for k, v in each.items()})
-            for name, each in told.items()
-        }
+    with reading(path, f"JSON of names and {what}"):
+        return {name: made(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _setting(text: str) -> tuple[str, Any]:

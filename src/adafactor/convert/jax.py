@@ -250,8 +250,6 @@ def write(
         template: what ``optimizer.init(params)`` gives, a tree that holds it, or a path: the result has its
             structure, and nothing else of it changes. Without one the parameters are nested dictionaries by the ``/``
             in their names, and the optimizer is the one that the hyperparameters describe.
-        names: see :mod:`adafactor.convert.names`.
-        report: receives what changed.
 
     Raises:
         Refused: the template does not fit, or there is none and the hyperparameters do not say enough.

@@ -238,8 +238,6 @@ def write(
         template: a built optimizer, whose variables are assigned; or the path of a ``.keras`` or ``.weights.h5`` file
             with such an optimizer in it, of which ``target`` becomes a copy with the state in place of its own.
         target: the file to write, with a template that is a file.
-        names: see :mod:`adafactor.convert.names`.
-        report: receives what changed.
         shapes, axes, hyperparameters: of the template, as for :func:`read`; a ``.keras`` file tells its shapes.
         format: ``"keras"`` or ``"adafactor.keras"``, to insist on the template's class.
 

@@ -31,6 +31,8 @@ SCHEMA = 1
 LARGEST_HEADER = 64_000_000
 METADATA, DIGEST = "adafactor", "sha256"
 STATISTICS = ("row", "column", "second_moment")
+#: What the file says of a parameter beside its shape and its slots.
+_ROLES, _TOLD = ("rows", "columns", "batch"), ("name", "count", "dtype", "group", "rms")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,8 @@ def _check(parameter: Parameter, groups: int) -> None:
     if isinstance(parameter.count, bool) or not isinstance(parameter.count, int) or not 0 <= parameter.count < 1 << 63:
         remedy = "It counts the updates made."
         raise Refused(message(f"the count of {name}", "an integer >= 0 and < 2**63", parameter.count, remedy))
+    if parameter.rms is not None and not isinstance(parameter.rms, int | float):
+        raise Refused(message(f"the rms of {name}", "a number or None", parameter.rms, "Save the file again."))
     if not 0 <= parameter.group < groups:
         rule = f"an index into {groups} groups"
         raise Refused(message(f"the group of {name}", rule, parameter.group, "Save the file again."))
@@ -217,16 +221,9 @@ def _describe(state: State) -> dict[str, Any]:
         "groups": [dict(group) for group in state.groups],
         "parameters": [
             {
-                "name": parameter.name,
-                "shape": parameter.shape,
-                "rows": parameter.layout.rows,
-                "columns": parameter.layout.columns,
-                "batch": parameter.layout.batch,
+                **{word: getattr(parameter.layout, word) for word in ("shape", *_ROLES)},
+                **{word: getattr(parameter, word) for word in _TOLD},
                 "slots": list(parameter.slots),
-                "count": parameter.count,
-                "dtype": parameter.dtype,
-                "group": parameter.group,
-                "rms": parameter.rms,
             }
             for parameter in state.parameters
         ],
@@ -236,11 +233,10 @@ def _describe(state: State) -> dict[str, Any]:
 def _restore(told: dict[str, Any], tensors: dict[str, Array]) -> State:
     parameters = []
     for each in told["parameters"]:
-        factored = Factored(tuple(each["rows"]), tuple(each["columns"]), tuple(each["batch"]))
-        layout = factoring.layout(each["shape"], lambda name, shape, factored=factored: factored, name=each["name"])  # type: ignore[misc]
-        slots = {slot: tensors.pop(f"{slot}:{each['name']}") for slot in each["slots"]}
-        rms = None if each["rms"] is None else float(each["rms"])
-        parameters.append(Parameter(str(each["name"]), layout, slots, each["count"], each["dtype"], each["group"], rms))
+        name, factored = str(each["name"]), Factored(*(tuple(each[role]) for role in _ROLES))
+        layout = factoring.layout(each["shape"], lambda *_, factored=factored: factored, name=name)
+        slots = {slot: tensors.pop(f"{slot}:{name}") for slot in each["slots"]}
+        parameters.append(Parameter(layout=layout, slots=slots, **{word: each[word] for word in _TOLD}))
     if tensors:
         raise ValueError(f"{next(iter(tensors))} belongs to no parameter")
     return State(tuple(parameters), tuple(dict(group) for group in told["groups"]), **told["writer"])

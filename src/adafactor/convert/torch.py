@@ -194,8 +194,6 @@ def write(
         format: ``"adafactor.torch"``, ``"torch.optim"`` or ``"transformers"``.
         template: an optimizer of that class, its state dict, or a path: the order, the names and the groups of the
             parameters. Without one they are the state's.
-        names: see :mod:`adafactor.convert.names`.
-        report: receives what changed.
 
     Raises:
         Refused: the template does not fit.
