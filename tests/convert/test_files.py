@@ -264,6 +264,26 @@ def test_a_bfloat16_run_of_optax_becomes_float32_here(tmp_path):
     assert not back.exact
 
 
+def test_folders_of_a_checkpoint_manager(tmp_path):
+    tx, params = our_optax(0.1), {"w": jnp.ones((4, 6))}
+    content = {"params": params, "opt_state": tx.init(params)}
+    with orbax.checkpoint.CheckpointManager(tmp_path / "run") as manager:
+        for step in (1, 2):
+            manager.save(step, args=orbax.checkpoint.args.StandardSave(content))
+            manager.wait_until_finished()
+            assert convert.read(tmp_path / "run" / str(step)).named()["w"].shape == (4, 6)
+            if step == 1:
+                assert convert.read(tmp_path / "run").optimizer == "adafactor.optax"
+    with pytest.raises(Refused, match=r"got '2 of them \(1/default, 2/default\)'. Pass one of them\."):
+        convert.read(tmp_path / "run")
+
+
+def test_a_legacy_file_of_keras_is_called_so(tmp_path):
+    keras_net(OurKeras(0.1)).save(tmp_path / "a.h5")  # whose own class it cannot save
+    with pytest.raises(Refused, match="it is of Keras's legacy format"):
+        convert.read(tmp_path / "a.h5")
+
+
 def test_optax_with_injected_hyperparameters_tells_them():
     tx = optax.inject_hyperparams(optax.adafactor, static_args=("min_dim_size_to_factor", "factored"))(
         learning_rate=0.25, min_dim_size_to_factor=2, decay_rate=0.7

@@ -21,7 +21,7 @@ import numpy as np
 from adafactor.convert import adapt, msgpack
 from adafactor.convert.axes import Axes, Reader, Shapes, fitted, rms_of, roles
 from adafactor.convert.names import Names, rename
-from adafactor.convert.report import Report
+from adafactor.convert.report import Report, some
 from adafactor.convert.state import STATISTICS, Array, Parameter, State
 from adafactor.convert.trees import Flat, Tree, array, flat, grafted, joined, plain, put
 from adafactor.core.dialects import FORMATS, OPTAX, OUR_OPTAX, in_our_words, largest_two
@@ -158,7 +158,7 @@ def load(path: PathLike) -> Any:
         import jax
         import orbax.checkpoint
 
-        folder = Path(path).absolute()
+        folder = _pytree(Path(path).absolute())
         with orbax.checkpoint.PyTreeCheckpointer() as reader:
             metadata = reader.metadata(folder)
             told = getattr(getattr(metadata, "item_metadata", metadata), "tree", None)
@@ -171,6 +171,19 @@ def load(path: PathLike) -> Any:
             if claimed > max(1 << 30, stored << 10):
                 raise ValueError(f"its {stored} bytes claim to be {claimed}")
             return reader.restore(folder, args=orbax.checkpoint.args.PyTreeRestore(restore_args=_as_numpy(told)))
+
+
+def _pytree(folder: Path) -> Path:
+    """The one pytree in a folder, which may be a step, or all steps, of ``CheckpointManager``."""
+    if (folder / "_METADATA").exists():
+        return folder
+    there = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/_METADATA"))
+    if len(there) > 1:
+        names = some([str(each.relative_to(folder)) for each in there])
+        raise Refused(
+            message("the folder", "of one checkpoint", f"{len(there)} of them ({names})", "Pass one of them.")
+        )
+    return there[0] if there else folder
 
 
 def _as_numpy(told: Any) -> Any:

@@ -74,6 +74,8 @@ def _h5(file: Any) -> Saved:
 
     with h5py.File(file, "r") as opened:
         _check_h5(opened)
+        if "optimizer_weights" in opened:
+            raise ValueError("it is of Keras's legacy format, which Keras can load and save as .keras")
         if _VARS not in opened:
             raise ValueError(f"it has no {_VARS}: the model was saved without its optimizer, or inside another one")
         group = opened[_VARS]
