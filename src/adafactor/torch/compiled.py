@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,22 +19,36 @@ from adafactor.core.errors import message
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded import spans_of
 from adafactor.engine.torch.work import is_sharded
+from adafactor.torch.members import Chosen
+from adafactor.torch.prepare import Preparation, Prepared
 
-if TYPE_CHECKING:
-    from adafactor.torch.optimizer import Adafactor
 
-_optimizers: WeakValueDictionary[int, Adafactor] = WeakValueDictionary()
+class Stepped(Protocol):
+    """What an optimizer is here."""
+
+    param_groups: list[dict[str, Any]]
+    _handle: int
+    _preparation: Preparation
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: list[Tensor]
+    ) -> bool: ...
+    def _prepared(self, chosen: Chosen) -> Prepared: ...
+    def _count_of(self, device: torch.device) -> Tensor: ...
+
+
+_optimizers: WeakValueDictionary[int, Stepped] = WeakValueDictionary()
 _handles = count()
 
 
-def register(optimizer: Adafactor) -> int:
+def register(optimizer: Stepped) -> int:
     """A number by which compiled code, which holds no objects, finds an optimizer again."""
     handle = next(_handles)
     _optimizers[handle] = optimizer
     return handle
 
 
-def traced_step(optimizer: Adafactor) -> None:
+def traced_step(optimizer: Stepped) -> None:
     """What ``step`` does while the compiler traces it."""
     number = 0
     for group in optimizer.param_groups:
@@ -48,7 +62,7 @@ def traced_step(optimizer: Adafactor) -> None:
 
 
 def list_tensors(
-    optimizer: Adafactor, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: list[Tensor]
+    optimizer: Stepped, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], state: list[Tensor]
 ) -> None:
     """List the tensors that the operator is to have of a group.
 
@@ -58,14 +72,14 @@ def list_tensors(
     if any(is_sharded(param) or spans_of(param) is not None for param in group["params"]):
         remedy = "Compile the model, and call step outside of what is compiled."
         raise RuntimeError(message("a parameter in a compiled step", "an unsharded tensor", "a shard", remedy))
-    plan, its_grads = _plan_of(optimizer, next(k for k, other in enumerate(optimizer.param_groups) if other is group))
-    for w, grad in zip(plan.work if plan else (), its_grads, strict=True):
+    plan, present = _plan_of(optimizer, next(k for k, other in enumerate(optimizer.param_groups) if other is group))
+    for w, grad in zip(plan.work if plan else (), present, strict=True):
         params.append(w.param)
         grads.append(grad)
         state.extend(w.state[name] for name in w.slots)
 
 
-def _plan_of(optimizer: Adafactor, number: int) -> tuple[Plan | None, Sequence[Tensor]]:
+def _plan_of(optimizer: Stepped, number: int) -> tuple[Plan | None, Sequence[Tensor]]:
     """What updates a group, and its gradients."""
     chosen = optimizer._preparation.collect(optimizer.param_groups, [(number, None)])
     if not chosen.params:

@@ -6,62 +6,64 @@ In operations that wait for no device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adafactor.core.errors import message
+from adafactor.engine.torch.sharded import spans_of
 from adafactor.engine.torch.work import is_sharded, math_dtype
 from adafactor.torch.arguments import layout_of, translate
 
-if TYPE_CHECKING:
-    from adafactor.torch.optimizer import Adafactor
-
 COLUMNS = ("update_rms", "clip_factor", "parameter_scale", "skipped")  # of ``Work.diagnostics``
 
+Words = Mapping[str, Any]  # a group
+State = Mapping[Tensor, Any]
 
-def named(optimizer: Adafactor) -> Iterator[tuple[str, int, Tensor]]:
+
+def named(groups: Sequence[Words]) -> Iterator[tuple[str, int, Tensor]]:
     """Every parameter by its name, with its group's number."""
     first = 0
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(groups):
         names = group.get("param_names") or range(first, first + len(group["params"]))
         first += len(group["params"])
         for name, param in zip(names, group["params"], strict=True):
             yield str(name), number, param
 
 
-def diagnostics(optimizer: Adafactor) -> dict[str, dict[str, Tensor]]:
-    """What `Adafactor.diagnostics` gives."""
-    recorded = optimizer._diagnostics
+def diagnostics(
+    groups: Sequence[Words], state: State, recorded: Mapping[Tensor, Tensor] | None, lrs: Mapping[int, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """What `Adafactor.diagnostics` gives; ``lrs``: the learning rates of groups' last updates."""
     if recorded is None:
         raise RuntimeError(message("diagnostics", "True to have any", False, "Pass it to the constructor."))
     given = {}
-    for name, number, param in named(optimizer):
+    for name, number, param in named(groups):
         if param in recorded:
             of = recorded[param].clone()
             values = dict(zip(COLUMNS, (of[0] if of.shape[0] == 1 else of).unbind(-1), strict=True))
-            step, group = optimizer.state.get(param, {}).get("step", 1), optimizer.param_groups[number]
-            rate = rho(param, group["relative_step"], optimizer._lrs.get(number, group["lr"]), step)
+            step, group = state.get(param, {}).get("step", 1), groups[number]
+            rate = rho(param, group["relative_step"], lrs.get(number, group["lr"]), step)
             given[name] = {**values, "effective_lr": rate * values["parameter_scale"]}
     return given
 
 
-def effective_lr(optimizer: Adafactor) -> dict[str, Tensor]:
+def effective_lr(groups: Sequence[Words], state: State) -> dict[str, Tensor]:
     """What `Adafactor.effective_lr` gives."""
-    if optimizer._preparation.flat_params(optimizer.param_groups, optimizer.state):
+    if any(spans_of(param) is not None for _, _, param in named(groups)):
         remedy = "diagnostics() has that of the last update of a parameter that holds one tensor."
         raise RuntimeError(message("effective_lr", "asked of whole tensors or DTensors", "flat shards", remedy))
     return {
-        name: step_size(param, name, optimizer.param_groups[number], optimizer.state.get(param, {}).get("step", 0) + 1)
-        for name, number, param in named(optimizer)
+        name: step_size(param, name, groups[number], state.get(param, {}).get("step", 0) + 1)
+        for name, number, param in named(groups)
         if param.numel()
     }
 
 
 @torch.no_grad()
-def step_size(param: Tensor, name: str, group: Mapping[str, Any], step: Tensor | int) -> Tensor:
+def step_size(param: Tensor, name: str, group: Words, step: Tensor | int) -> Tensor:
     """alpha of update ``step`` at the weights that are there (eqs. 8 and 9).
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,9 +22,21 @@ from adafactor.torch.arguments import translate
 from adafactor.torch.members import Chosen, Place, Positions
 from adafactor.torch.prepare import Preparation, Prepared
 
-if TYPE_CHECKING:
-    from adafactor.torch.backward import StepInBackward
-    from adafactor.torch.host import HostStep
+T = TypeVar("T")
+
+
+class InBackward(Protocol):
+    """What steps parameters in the backward pass."""
+
+    def _in(self, closure: Callable[[], T]) -> T: ...
+    def _close(self) -> None: ...
+
+
+class OnHost(Protocol):
+    """What steps parameters on the host."""
+
+    def take(self, positions: Positions) -> None: ...
+    def wait(self) -> None: ...
 
 
 class Adafactor(Optimizer):
@@ -130,8 +142,8 @@ class Adafactor(Optimizer):
             raise TypeError(message("diagnostics", "True or False", diagnostics, "Leave it out for the default."))
         self._diagnostics: dict[Tensor, Tensor] | None = {} if diagnostics else None
         self._lrs: dict[int, float | Tensor] = {}  # of the groups' last updates, for diagnostics
-        self._in_backward: StepInBackward | None = None
-        self._host: HostStep | None = None
+        self._in_backward: InBackward | None = None
+        self._host: OnHost | None = None
         self._preparation = Preparation()
         self._skipped: dict[torch.device, Tensor] = {}
         self._handle = compiled.register(self)
@@ -165,7 +177,7 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: they are not recorded.
         """
-        return diagnostics.diagnostics(self)
+        return diagnostics.diagnostics(self.param_groups, self.state, self._diagnostics, self._lrs)
 
     def effective_lr(self) -> dict[str, Tensor]:
         """The step size that the next update of every parameter will have (eqs. 8 and 9).
@@ -181,7 +193,7 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: a parameter is flat (FSDP1, ZeRO): of its tensors this rank has intervals.
         """
-        return diagnostics.effective_lr(self)
+        return diagnostics.effective_lr(self.param_groups, self.state)
 
     def _name(self, number: int, position: int) -> str:
         """What errors call a parameter."""
