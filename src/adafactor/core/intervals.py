@@ -122,7 +122,12 @@ class FlatPlacement(Placement):
 
     def shared(self, reduced: Shape) -> Shared:
         """The numbers that more than one box of all processes adds to."""
-        count = self._counts[reduced]
+        whole = self.layout.shape
+        count = np.zeros([1 if axis in reduced else n for axis, n in enumerate(whole)], np.uint8)
+        for interval in self.intervals:
+            for offset, shape in boxes(whole, *interval):
+                room = count[within(offset, shape, reduced)]
+                np.minimum(room + 1, 2, out=room)
         numbers = np.flatnonzero(count > 1)
         order: NDArray[np.int64] = np.full(count.shape, -1)
         order.reshape(-1)[numbers] = np.arange(len(numbers))
@@ -133,25 +138,6 @@ class FlatPlacement(Placement):
             if len(mine):
                 spots.append(Spot(k, None if len(mine) == len(there) else index(mine), index(there[mine])))
         return Shared(numbers, tuple(spots))
-
-    @cached_property
-    def _counts(self) -> dict[Shape, NDArray[np.uint8]]:
-        """How many boxes of all processes have a part in each number, by the axes that it lacks: 2 for more as well."""
-        layout = self.layout
-        kinds = {layout.whole}
-        if layout.factored:
-            kinds |= {layout.columns, layout.rows, (*layout.rows, *layout.columns)}
-        shapes = {axes: [1 if k in axes else n for k, n in enumerate(layout.shape)] for axes in kinds}
-        counts = {axes: np.zeros(shape, np.uint8) for axes, shape in shapes.items()}
-        for interval in self.intervals:
-            for offset, shape in boxes(layout.shape, *interval):
-                for axes, count in counts.items():
-                    room = count[within(offset, shape, axes)]
-                    np.minimum(room + 1, 2, out=room)
-        return counts
-
-    def forget(self) -> None:
-        self.__dict__.pop("_counts", None)
 
     @property
     def stacked(self) -> bool:

@@ -137,20 +137,16 @@ class Placement(ABC):
         """The slices of which there is more than one part."""
         return self.shared(self.layout.whole)
 
-    def forget(self) -> None:  # noqa: B027 - most need nothing
-        """Let go of what only `shared` needs."""
-
-    @property
-    def slice_of(self) -> NDArray[np.int64]:
-        """Of every matrix in `matrices` its slice, by its number among those that are added up."""
+    def slice_of(self, matrices: Shared, slices: Shared) -> NDArray[np.int64]:
+        """Of every matrix its slice, by its number among those that are added up."""
         layout = self.layout
         sides = (*layout.rows, *layout.columns)
         shapes = [[1 if k in axes else n for k, n in enumerate(layout.shape)] for axes in (sides, layout.whole)]
-        places = np.unravel_index(self.matrices.numbers, shapes[0])
-        slices = np.ravel_multi_index(
-            tuple(np.minimum(p, n - 1) for p, n in zip(places, shapes[1], strict=True)), shapes[1]
+        places = np.unravel_index(matrices.numbers, shapes[0])
+        numbers = np.ravel_multi_index(
+            tuple(np.minimum(place, n - 1) for place, n in zip(places, shapes[1], strict=True)), shapes[1]
         )
-        return np.searchsorted(self.slices.numbers, slices)
+        return np.searchsorted(slices.numbers, numbers)
 
     def sums(self, scaled: bool) -> tuple[int, int]:
         """How many numbers the parameter adds to the first and to the second round.

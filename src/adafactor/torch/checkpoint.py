@@ -21,7 +21,7 @@ from adafactor.core.factoring import POLICIES, Layout, Shape
 from adafactor.core.untrusted import reading
 from adafactor.engine.torch import int8
 from adafactor.engine.torch.sharded import spans_of
-from adafactor.engine.torch.work import Group, Settings, Work, is_sharded, slot_dtype
+from adafactor.engine.torch.work import Group, Settings, Work, is_sharded, slot_dtype, whole_of
 from adafactor.torch.arguments import layout_of, translate
 from adafactor.torch.writers import recognise
 
@@ -323,10 +323,8 @@ def _checked(value: Any, shape: Shape, slot: str, target: _Target) -> Tensor:
         raise target.refused(slot, "a dense tensor of floating point numbers", f"{value.dtype}, {value.layout}")
     if value.is_meta and not target.param.is_meta:
         raise target.refused(slot, "a tensor with data", "one on the meta device", "Load it with map_location='cpu'.")
-    if is_sharded(value) and not is_sharded(target.param):
-        whole: Tensor = value.full_tensor()  # type: ignore[attr-defined]
-        return whole
-    return value
+    checked: Tensor = value if is_sharded(target.param) else whole_of(value)
+    return checked
 
 
 def _step(value: Any, target: _Target) -> Tensor:
@@ -346,8 +344,7 @@ def _count(value: Any, target: _Target) -> int:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_meta or value.is_complex():
             raise target.refused("step", rule, f"{value.dtype} of shape {tuple(value.shape)} on {value.device}")
-        value = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
-        got = value = value.item()
+        got = value = whole_of(value).item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise target.refused("step", rule, got)
     if not 0 <= value < 1 << 63:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adafactor.core.errors import message
 from adafactor.engine.torch.sharded import spans_of
-from adafactor.engine.torch.work import is_sharded, math_dtype
+from adafactor.engine.torch.work import math_dtype, whole_of
 from adafactor.torch.arguments import layout_of, translate
 
 COLUMNS = ("update_rms", "clip_factor", "parameter_scale", "skipped")  # of ``Work.diagnostics``
@@ -81,8 +81,7 @@ def step_size(param: Tensor, name: str, group: Words, step: Tensor | int) -> Ten
     batch = layout_of(group, tuple(param.shape), name).batch
     axes = [axis for axis in range(param.dim()) if axis not in batch]
     norm: Tensor = torch.linalg.vector_norm(param, dim=axes or None, dtype=alpha.dtype)
-    whole: Tensor = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
-    rms = whole / math.sqrt(max(1, math.prod(param.shape[axis] for axis in axes)))
+    rms: Tensor = whole_of(norm) / math.sqrt(max(1, math.prod(param.shape[axis] for axis in axes)))
     return (alpha * rms.clamp_(min=hyperparameters.epsilon_2)).reshape(-1 if batch else ())
 
 

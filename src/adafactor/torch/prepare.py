@@ -22,7 +22,7 @@ from adafactor.core.factoring import Layout
 from adafactor.engine.torch import accelerator, checks, choose
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded import check_origin, spans_of
-from adafactor.engine.torch.work import Group, Work, is_sharded, new_diagnostics
+from adafactor.engine.torch.work import Group, Work, is_sharded, local_of, new_diagnostics
 from adafactor.torch.arguments import STRUCTURE, check_lr, translate, values_of
 from adafactor.torch.members import Chosen, Members, Place, Positions
 
@@ -182,8 +182,7 @@ class Preparation:
             return without()
         for (members, k), param, grad in zip(chosen.places, chosen.params, grads, strict=True):
             if grad is not None and param.numel():
-                local = param.to_local() if is_sharded(param) else param  # type: ignore[attr-defined]
-                checks.check_gradient(local, grad, members.name(k))
+                checks.check_gradient(local_of(param), grad, members.name(k))
         # Gradients that fit, but not every kernel: another list for each pattern of them.
         pattern = tuple(
             [

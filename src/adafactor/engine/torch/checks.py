@@ -20,7 +20,7 @@ from adafactor.core.errors import message
 from adafactor.core.factoring import Layout, Shape
 from adafactor.engine.torch import int8
 from adafactor.engine.torch.memory import Memory
-from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, is_sharded, slot_dtype, slots_of
+from adafactor.engine.torch.work import DTYPES, MOST_UPDATES, Settings, slot_dtype, slots_of, whole_of
 
 AFRESH = "Delete optimizer.state[parameter] to start it afresh"
 
@@ -293,8 +293,7 @@ def fitted(value: Any, slot: str, param: Tensor, wanted: tuple[Shape, torch.dtyp
         value = torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, Tensor):
         raise RuntimeError(message(what, f"a tensor of shape {shape}", type(value).__name__, f"{AFRESH}."))
-    if is_sharded(value):
-        value = value.full_tensor()  # type: ignore[attr-defined]
+    value = whole_of(value)
     if value.layout != torch.strided or value.is_complex() or value.is_quantized:
         raise RuntimeError(message(what, "a dense tensor of real numbers", str(value.dtype), f"{AFRESH}."))
     if value.numel() != math.prod(shape):

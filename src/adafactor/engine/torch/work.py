@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -221,3 +221,13 @@ def is_sharded(param: Tensor) -> bool:
     """Whether it is a DTensor. Not imported here: whoever has one has imported it."""
     sharded = sys.modules.get("torch.distributed.tensor")
     return sharded is not None and isinstance(param, sharded.DTensor)
+
+
+def local_of(tensor: Any) -> Any:
+    """What is here of a DTensor; anything else as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole_of(tensor: Any) -> Any:
+    """A DTensor put together, for which all its ranks call; anything else as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adafactor.core.errors import message
 from adafactor.core.hyperparameters import in_range
-from adafactor.engine.torch.work import is_sharded
+from adafactor.engine.torch.work import is_sharded, local_of, whole_of
 from adafactor.torch.members import Place
 
 Clip = Literal["global", "tensor"]
@@ -51,7 +51,7 @@ class Clipping:
                 norm = self._norms[place]
                 key = (norm.device_mesh, norm.placements) if is_sharded(norm) else norm.device  # type: ignore[attr-defined]
                 alike.setdefault(key, []).append(norm)
-            parts = [_whole(torch.linalg.vector_norm(torch.stack(norms))) for norms in alike.values()]
+            parts = [whole_of(torch.linalg.vector_norm(torch.stack(norms))) for norms in alike.values()]
             self.total = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
             self._factor = self._factor_of(self.total)
         try:
@@ -63,9 +63,9 @@ class Clipping:
         """Scale a parameter's gradient."""
         if self.max_norm is None or param.grad is None:
             return
-        factor = self._factor if self.of_all else self._factor_of(_whole(_norm(param)))
+        factor = self._factor if self.of_all else self._factor_of(whole_of(_norm(param)))
         if factor is not None:
-            grad: Tensor = param.grad.to_local() if is_sharded(param.grad) else param.grad  # type: ignore[attr-defined]
+            grad: Tensor = local_of(param.grad)
             grad.mul_(factor.to(grad.device))
 
     def _factor_of(self, norm: Tensor) -> Tensor:
@@ -78,12 +78,6 @@ def _norm(param: Tensor) -> Tensor:
     dtype = torch.promote_types(param.grad.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(param.grad, dtype=dtype)
     return norm
-
-
-def _whole(norm: Tensor) -> Tensor:
-    """A norm of shards, added up over them."""
-    whole: Tensor = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
-    return whole
 
 
 def clip_of(max_norm: float | None, clip: Clip) -> Clipping:

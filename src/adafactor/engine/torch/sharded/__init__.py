@@ -1,4 +1,4 @@
-"""Combine: which axis is split over which devices, and the all-reduce that completes the sums (docs/algorithm.md)."""
+"""Parameters of which a process holds parts: where they lie, and the all-reduces that complete their sums."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from adafactor.core.errors import message
-from adafactor.core.factoring import Layout, Shape
-from adafactor.core.placement import MeshPlacement, Split
+from adafactor.core.factoring import Layout, Part
+from adafactor.core.placement import MeshPlacement, Split, within
 from adafactor.engine.torch.checks import (
     AFRESH,
     check_complete,
@@ -25,8 +25,8 @@ from adafactor.engine.torch.checks import (
     check_param,
     fitted,
 )
-from adafactor.engine.torch.sharded.held import Held, Sharded, local_of
-from adafactor.engine.torch.work import Work, slot_dtype
+from adafactor.engine.torch.sharded.held import Held, Sharded
+from adafactor.engine.torch.work import Work, local_of, slot_dtype
 
 
 def placement_of(param: DTensor, layout: Layout) -> MeshPlacement:
@@ -38,10 +38,8 @@ def placement_of(param: DTensor, layout: Layout) -> MeshPlacement:
     placements, mesh = param.placements, param.device_mesh
     splits = []
     for placement in placements:
-        if isinstance(placement, _StridedShard):
-            splits.append(Split(placement.dim % max(1, param.dim()), int(placement.split_factor)))
-        elif isinstance(placement, Shard):
-            splits.append(Split(placement.dim % max(1, param.dim())))
+        if isinstance(placement, Shard | _StridedShard):
+            splits.append(Split(placement.dim % max(1, param.dim()), int(getattr(placement, "split_factor", 1))))
         elif isinstance(placement, Replicate):
             splits.append(Split(None))
         else:
@@ -87,7 +85,7 @@ def sharded(
     check_param(here, draft.name)
     check_float_momentum("a DTensor", draft.settings)
     check_complete(draft.layout, state, draft.name)
-    kept = {slot: _fitted(param, placement, draft, slot, state.get(slot)) for slot in draft.slots}
+    kept = {slot: _fitted(param, placement.part, draft, slot, state.get(slot)) for slot in draft.slots}
     held = {slot: local_of(value) for slot, value in kept.items()}
     its = {placement.here(slot): value for slot, value in held.items()}
     work = replace(draft, param=here, state=its, layout=part, diagnostics=diagnostics_of(param, part))
@@ -97,76 +95,65 @@ def sharded(
     return Sharded(draft, here, held, kept, [Held(placement, [work], told)], param.device_mesh)
 
 
-def _fitted(param: DTensor, placement: MeshPlacement, draft: Work, slot: str, value: Any) -> Tensor:
+def _fitted(param: DTensor, part: Part, draft: Work, slot: str, value: Any) -> Tensor:
     """A state tensor as the parameter needs it: the one that is there where it fits, else a copy, or zeros."""
-    layout, part, device = placement.given, placement.part, param.to_local().device
-    what = f"{slot} in the state of {draft.name}"
-    dtype = slot_dtype(slot, draft.settings, param.dtype)
+    layout, dtype = draft.layout, slot_dtype(slot, draft.settings, param.dtype)
     if slot == "step":
         return fitted(local_of(value), slot, param.to_local(), ((), dtype), draft.name)
-    axes = layout.keeps(slot)
-    shape, local_shape = tuple(layout.shape[axis] for axis in axes), tuple(part.shape[axis] for axis in axes)
     if value is None:
-        return statistic(torch.zeros(local_shape, dtype=dtype, device=device), param, shape, axes)
+        return adopt(None, param, layout, slot, dtype)
+    axes, what = layout.keeps(slot), f"{slot} in the state of {draft.name}"
+    shape = tuple(layout.shape[axis] for axis in axes)
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.device.type == "meta":
         remedy = f"{AFRESH}, or construct the optimizer with the factoring that wrote it."
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise RuntimeError(message(what, f"of shape {shape} for {tuple(param.shape)}", got, remedy))
-    check_memory(what, local_of(value))
-    if isinstance(value, DTensor) and value.device_mesh == param.device_mesh:
-        here = value.to_local()
-        if (
-            value.placements == tuple(placements_of(param, axes))
-            and tuple(here.shape) == local_shape
-            and (here.dtype, here.device) == (dtype, device)
-            and here.is_contiguous()
-        ):
-            return value
+    here = local_of(value)
+    check_memory(what, here)
+    wanted = tuple(part.shape[axis] for axis in axes), dtype, param.to_local().device
+    fits = (tuple(here.shape), here.dtype, here.device) == wanted and here.is_contiguous()
+    if fits and isinstance(value, DTensor) and _lies(value, param, axes):
+        return value
     return adopt(value, param, layout, slot, dtype)
 
 
-def statistic(local: Tensor, param: DTensor, shape: Shape, axes: Sequence[int]) -> DTensor:
-    """A statistic of ``param`` as a DTensor, sharded where the parameter is along the axes it keeps.
+def adopt(value: Tensor | None, param: DTensor, layout: Layout, slot: str, dtype: torch.dtype) -> DTensor:
+    """A statistic or momentum, whole or sharded in whatever way, as ``param`` needs it: a copy, or zeros for ``None``.
 
-    Args:
-        local: this process's part.
-        shape: of the whole statistic.
-        axes: the parameter's axes that it keeps, in order.
+    It is a DTensor, sharded where the parameter is along the axes that it keeps.
     """
+    part, axes = placement_of(param, layout).part, layout.keeps(slot)
+    shape = torch.Size(layout.shape[axis] for axis in axes)
+    here = torch.zeros([part.shape[axis] for axis in axes], dtype=dtype, device=param.to_local().device)
+    if isinstance(value, DTensor) and _lies(value, param, axes):
+        here.copy_(value.to_local())
+    elif value is not None:
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        place = within(part.offset, part.shape, ())
+        here.copy_(whole.reshape(shape)[tuple(place[axis] for axis in axes)])
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    made: DTensor = DTensor.from_local(
-        local, param.device_mesh, placements_of(param, axes), run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    lies = placements_of(param, axes)
+    made: DTensor = DTensor.from_local(here, param.device_mesh, lies, run_check=False, shape=shape, stride=stride)
     return made
+
+
+def _lies(value: DTensor, param: DTensor, axes: Sequence[int]) -> bool:
+    """Whether a statistic that keeps ``axes`` lies as the parameter does."""
+    return value.device_mesh == param.device_mesh and list(value.placements) == placements_of(param, axes)
 
 
 def placements_of(param: DTensor, axes: Sequence[int]) -> list[TorchPlacement]:
     """Where a statistic that keeps ``axes`` of a parameter lies: sharded where the parameter is."""
     placements: list[TorchPlacement] = []
     for placement in param.placements:
-        if not isinstance(placement, Shard | _StridedShard) or placement.dim % max(1, param.dim()) not in axes:
+        axis = placement.dim % max(1, param.dim()) if isinstance(placement, Shard | _StridedShard) else None
+        if axis not in axes:
             placements.append(Replicate())
         elif isinstance(placement, _StridedShard):
-            placements.append(_StridedShard(axes.index(placement.dim), split_factor=placement.split_factor))
+            placements.append(_StridedShard(axes.index(axis), split_factor=placement.split_factor))
         else:
-            placements.append(Shard(axes.index(placement.dim % param.dim())))
+            placements.append(Shard(axes.index(axis)))
     return placements
-
-
-def adopt(value: Tensor, param: DTensor, layout: Layout, slot: str, dtype: torch.dtype) -> DTensor:
-    """A loaded statistic or momentum, whole or sharded in whatever way, as ``param`` needs it. Copies."""
-    part, axes = placement_of(param, layout).part, layout.keeps(slot)
-    shape = tuple(layout.shape[axis] for axis in axes)
-    local = torch.empty(tuple(part.shape[axis] for axis in axes), dtype=dtype, device=param.to_local().device)
-    wanted = statistic(local, param, shape, axes)
-    if isinstance(value, DTensor):
-        if value.placements == wanted.placements and value.device_mesh == wanted.device_mesh:
-            local.copy_(value.to_local())
-            return wanted
-        value = value.full_tensor()
-    place = tuple(slice(part.offset[axis], part.offset[axis] + part.shape[axis]) for axis in axes)
-    local.copy_(value.reshape(shape)[place])
-    return wanted
 
 
 def gradient(param: DTensor, name: str) -> Tensor | None:

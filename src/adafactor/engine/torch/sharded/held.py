@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from adafactor.core.placement import Placement
-from adafactor.engine.torch.work import Work, is_sharded
+from adafactor.engine.torch.work import Work, local_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,11 +81,6 @@ class Sharded:
             return [grad]
         places = zip(self.works, self.begins, strict=True)
         return [grad[begin : begin + w.layout.size].view(w.layout.shape) for w, begin in places]
-
-
-def local_of(tensor: Any) -> Any:
-    """What is here of a DTensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _same(now: Tensor, then: Tensor) -> bool:

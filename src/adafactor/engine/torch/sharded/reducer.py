@@ -28,8 +28,6 @@ class Reducer:
         like = torch.empty(0, dtype=max(dtypes, key=lambda dtype: dtype.itemsize), device=device)
         both = [member for member in members if member.placement.cut == "both"]
         self._first, self._second = First(members, like), Second(both, like) if both else None
-        for member in members:
-            member.placement.forget()
 
     def agree(self) -> None:
         """Compare with the other processes what is about to be added up.

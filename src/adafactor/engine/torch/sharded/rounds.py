@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -52,31 +52,20 @@ class Member:
 
 
 class Room:
-    """Some numbers of a buffer, and what a tensor's parts add to them.
+    """Some numbers of a buffer, and what a tensor's parts add to them. ``region`` is of all copies of the sum."""
 
-    Attributes:
-        all, own: where in the buffer all copies of the sum lie, and this process's.
-    """
-
-    def __init__(self, member: Member, shared: Shared, first: int) -> None:
-        size, (copy, copies) = shared.size, member.copy
-        self.all = range(first, first + size * copies)
-        self.own = range(first + size * copy, first + size * (copy + 1))
-        self._member, self._shared = member, shared
-
-    def open(self, buffer: Tensor) -> None:
-        """Take the room's place in a buffer."""
-        own = buffer[self.own.start : self.own.stop]
+    def __init__(self, member: Member, shared: Shared, region: Tensor) -> None:
+        own = region.view(member.copy[1], shared.size)[member.copy[0]]
+        self._adds = member.adds
         # Of every part its place in the plan, which of its numbers (None: all), and those of the sum.
         self._spots: list[tuple[int, slice | Tensor | None, Tensor, Tensor | None]] = []
-        for spot in self._shared.spots:
+        for spot in shared.spots:
             mine, there = (torch.from_numpy(k) if isinstance(k, np.ndarray) else k for k in (spot.mine, spot.there))
             room, there = (own, there) if isinstance(there, Tensor) else (own[there], None)
-            self._spots.append((self._member.works[spot.part], mine, room, there))
-        del self._shared
+            self._spots.append((member.works[spot.part], mine, room, there))
 
     def add(self, values: Values) -> None:
-        for part, mine, room, there in self._spots if self._member.adds else ():
+        for part, mine, room, there in self._spots if self._adds else ():
             if (value := values[part]) is not None:
                 value = value.reshape(-1) if mine is None else value.reshape(-1)[mine]
                 value = value.to(room.device, room.dtype)
@@ -102,24 +91,10 @@ class Room:
                 value.view(-1)[slice(None) if mine is None else mine] = 0
 
 
-class Buffer:
-    """Rooms side by side, behind ``size`` other numbers."""
-
-    def __init__(self, size: int = 0) -> None:
-        self.size = size
-        self._rooms: list[Room] = []
-
-    def room(self, member: Member, shared: Shared) -> Room:
-        self._rooms.append(Room(member, shared, self.size))
-        self.size += len(self._rooms[-1].all)
-        return self._rooms[-1]
-
-    def opened(self, like: Tensor, more: int = 0) -> Tensor:
-        """The buffer, with some numbers more behind the rooms."""
-        buffer = like.new_zeros(self.size + more)
-        for room in self._rooms:
-            room.open(buffer)
-        return buffer
+def _rooms(of: Sequence[tuple[Member, Shared]], buffer: Tensor) -> list[Room]:
+    """Side by side in a buffer."""
+    regions = torch.split(buffer, [member.copy[1] * shared.size for member, shared in of])
+    return [Room(member, shared, region) for (member, shared), region in zip(of, regions, strict=True)]
 
 
 class First:
@@ -131,16 +106,18 @@ class First:
 
     def __init__(self, members: Sequence[Member], like: Tensor) -> None:
         self._members = members
-        buffer = Buffer(2 * len(members))
-        self._rooms: list[tuple[str, Room]] = []
-        ends = [buffer.size]
+        self._names, of, lengths = list[str](), list[tuple[Member, Shared]](), list[int]()
         for member in members:
-            for name, axes in member.placement.first(member.settings.hyperparameters.scale_parameter):
-                self._rooms.append((name, buffer.room(member, member.placement.shared(axes))))
-            ends.append(buffer.size)
-        self.buffer = buffer.opened(like)
-        self._spoilt, self._present, self._sums = torch.tensor_split(self.buffer, (len(members), ends[0]))
-        self._lengths = _numbers((end - begin for begin, end in pairwise(ends)), like)
+            kinds = list(member.placement.first(member.settings.hyperparameters.scale_parameter))
+            shared = [(member, member.placement.shared(axes)) for _, axes in kinds]
+            self._names += [name for name, _ in kinds]
+            of += shared
+            lengths.append(sum(member.copy[1] * each.size for _, each in shared))
+        count = len(members)
+        self.buffer = like.new_zeros(2 * count + sum(lengths))
+        self._spoilt, self._present, self._sums = torch.split(self.buffer, [count, count, sum(lengths)])
+        self._rooms = _rooms(of, self._sums)
+        self._lengths = _numbers(lengths, like)
         self._owner = _numbers((k for k, member in enumerate(members) for _ in member.works), like)
         self._skips = _numbers((member.settings.skip_nonfinite for member in members), like).bool()
         self._checked = [(k, member.placement.cut == "nothing") for member in members for k in member.works]
@@ -180,8 +157,8 @@ class First:
         return [member for member, on in zip(self._members, there, strict=True) if not on]
 
     def _of(self, sums: Sequence[Sums]) -> Iterator[tuple[Room, Values]]:
-        values = {name: [getattr(its, name) for its in sums] for name in {name for name, _ in self._rooms}}
-        return ((room, values[name]) for name, room in self._rooms)
+        values = {name: [getattr(its, name) for its in sums] for name in set(self._names)}
+        return ((room, values[name]) for name, room in zip(self._names, self._rooms, strict=True))
 
 
 def _check(sums: Sums, alone: bool) -> Tensor:
@@ -203,23 +180,21 @@ class Second:
 
     def __init__(self, members: Sequence[Member], like: Tensor) -> None:
         self._works = [k for member in members for k in member.works]
-        buffer, slices = Buffer(), Buffer()
-        self._starts, self._weighted = (
-            [buffer.room(member, member.placement.matrices) for member in members] for _ in range(2)
-        )
-        alone = [replace(member, adds=True, copy=(0, 1)) for member in members]
-        self._slices = [slices.room(member, member.placement.slices) for member in alone]
-        each = list(zip([member.placement for member in members], self._starts, self._slices, strict=True))
-        stacked = [k for placement, _, room in each if placement.stacked for k in room.own]
-        self._stacked = _numbers(stacked, like)
-        self.buffer, self._u2 = buffer.opened(like, len(stacked)), slices.opened(like, 1)
-        n = buffer.size // 2
-        self._of_rows, self._of_W, self._rest = torch.tensor_split(self.buffer, (n, 2 * n))
-        self._n = _numbers((placement.layout.n for placement, room, _ in each for _ in room.all), like)
-        slice_of = np.full(n, slices.size)  # what is added to other copies' slices counts nowhere here
-        for placement, matrices, room in each:
-            slice_of[matrices.own.start : matrices.own.stop] = room.own.start + placement.slice_of
-        self._slice_of = torch.from_numpy(slice_of).to(like.device)
+        matrices = [(member, member.placement.matrices) for member in members]
+        slices = [(replace(member, adds=True, copy=(0, 1)), member.placement.slices) for member in members]
+        firsts = list(accumulate((shared.size for _, shared in slices), initial=0))
+        n, slice_of, stacked = list[int](), list[int](), list[int]()
+        for (member, its), (_, of), first in zip(matrices, slices, firsts, strict=False):
+            numbers = np.full((member.copy[1], its.size), firsts[-1])  # other copies' slices count nowhere here
+            numbers[member.copy[0]] = first + member.placement.slice_of(its, of)
+            slice_of += numbers.reshape(-1).tolist()
+            n += [member.placement.layout.n] * numbers.size
+            stacked += range(first, first + of.size) if member.placement.stacked else ()
+        self._n, self._slice_of, self._stacked = (_numbers(each, like) for each in (n, slice_of, stacked))
+        self.buffer, self._u2 = like.new_zeros(2 * len(n) + len(stacked)), like.new_zeros(firsts[-1] + 1)
+        self._of_rows, self._of_W, self._rest = torch.split(self.buffer, [len(n), len(n), len(stacked)])
+        self._starts, self._weighted = (_rooms(matrices, half) for half in (self._of_rows, self._of_W))
+        self._slices = _rooms(slices, self._u2[:-1])
 
     def fill(self, work: Sequence[Work], sums: Sequence[Sums]) -> None:
         """Add what is here, and begin with what is complete here."""
