@@ -222,10 +222,12 @@ def test_what_the_kernels_do_not_know_goes_another_way(kernel):
     assert ours.state[ours.param_groups[1]["params"][0]]["row"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("on_chip", [64, 16384])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_momentum_dtypes(kernel, dtype):
+def test_momentum_dtypes(kernel, monkeypatch, dtype, on_chip):
     """8-bit: rows of whole blocks, rows that blocks cross, and slices that blocks cross."""
-    shapes = [(3, 256), (2, 512), (20, 30), (700,), (9, 3, 3)]
+    monkeypatch.setattr(triton_table, "ON_CHIP", on_chip)
+    shapes = [(3, 256), (2, 512), (20, 30), (40, 16), (700,), (9, 3, 3)]
     ours, theirs = pair(shapes, beta1=0.9, momentum_dtype=dtype, weight_decay=0.01, seed=0)
     for optimizer in (ours, theirs):
         sliced = torch.nn.Parameter(torch.ones(3, 100, device=DEVICE))
@@ -241,6 +243,12 @@ def test_momentum_dtypes(kernel, dtype):
                 assert ((first.int() - second.int()).abs() <= 1).all()
                 assert (first != second).float().mean() < 0.01
                 assert first.any()
+                scales = (optimizer.state[p]["momentum_scale"] for optimizer, p in ((ours, a), (theirs, b)))
+                torch.testing.assert_close(*scales, rtol=1e-4, atol=1e-6)
+    (prepared,) = ours._preparation._prepared.values()
+    held = {int(k) for (backend, _) in prepared.plan.backends for b in backend.tables.held.values() for k in b[:, 0]}
+    alone = {0, 1, 3, 4} if dtype == torch.int8 else {0, 1, 2, 3, 4}
+    assert held == (alone if on_chip > 64 else set())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -99,8 +99,10 @@ def test_every_launch_is_cut_so_that_it_fills_a_device():
 )  # fmt: skip
 def test_what_one_program_holds(shape, tile):
     form = canonical(layout(shape))
-    found = triton_table.on_chip(form)
+    found = triton_table.on_chip(form, coded=False)
     assert (found and (found.NP, found.M)) == tile
+    blocks_of_neighbours = tile is not None and (len(shape) < 2 or shape[1] % 256 == 0 or shape[1] == tile[1])
+    assert (triton_table.on_chip(form, coded=True) == found) is (tile is None or blocks_of_neighbours)
     if found:
         launch = triton_table.Launch(
             found,

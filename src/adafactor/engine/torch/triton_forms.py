@@ -50,7 +50,7 @@ def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool, at_onc
     if cut is not None and (not form.factored or cut not in ("stack", "both")):
         cut = "rows"
     kernels = in_kernel(form)
-    on_chip = triton_table.on_chip(form) if at_once and cut is None and not int8 else None
+    on_chip = triton_table.on_chip(form, int8) if at_once and cut is None else None
     tile = triton_table.tile_of(kernels, whole_rows=cut != "both", transposed=form.columns_first)
     return Launch(
         tile=on_chip or (tile if form.factored else None),
@@ -62,7 +62,7 @@ def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool, at_onc
         compensated=w.compensated,
         huge=(form.size if cut is None else w.layout.slice_size * form.slices) > 1 << 31,
         aligned=aligned and form.columns % 16 == 0 and (not form.columns_first or form.rows % 16 == 0),
-        flat=not form.factored or (int8 and form.columns % BLOCK != 0),
+        flat=not form.factored or (int8 and on_chip is None and form.columns % BLOCK != 0),
         sliced=form.slices > 1,
         cut=cut,
         transposed=form.columns_first,

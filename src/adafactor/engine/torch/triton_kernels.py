@@ -752,8 +752,15 @@ def on_chip(
     else:
         mask = offset < size
         tl.store(first + offset, v, mask=mask)
+    coded, coded_here = offset, mask
+    if MOMENTUM == tl.int8:  # a block of 256 neighbours in the tile is one in memory: see `on_chip` of the tables
+        block = tl.arange(0, NP * M // _BLOCK) * _BLOCK
+        if FACTORED:
+            coded, coded_here = (block // M * m + block % M) // _BLOCK, (block // M < n) & (block % M < m)
+        else:
+            coded, coded_here = block // _BLOCK, block < size
     x = move(
-        param, momentum, scales, residual, offset, offset, mask, offset, mask, u * tl.sum(factor), decay_factor,
+        param, momentum, scales, residual, offset, offset, mask, coded, coded_here, u * tl.sum(factor), decay_factor,
         tl.sum(alpha), beta1, seed, made + 1, rng_stream, PARAM, MOMENTUM, STOCHASTIC, COMPENSATED, False, NP * M,
     )  # fmt: skip
     tl.store(left, tl.sum(x * x), mask=goes_on)

@@ -200,14 +200,18 @@ def tile_of(form: Canonical, whole_rows: bool = True, transposed: bool = False) 
     return Tile(rows // NP, NP, M, warps, wide)
 
 
-def on_chip(form: Canonical) -> Tile | None:
-    """The tile of a whole tensor that one program can hold; of an unfactored one it is one row."""
-    if form.slices > 1 or form.outer * form.inner > 1:
+def on_chip(form: Canonical, coded: bool) -> Tile | None:
+    """The tile of a whole tensor that one program can hold; of an unfactored one it is one row.
+
+    ``coded``: with 8-bit momentum, whose blocks of 256 neighbours must be neighbours in the tile.
+    """
+    if form.slices > 1 or form.outer * form.inner > 1 or (coded and ON_CHIP // 4 < INT8_BLOCK):
         return None
     if form.factored:
         M = max(4, power(form.columns, 4))
         fits = M <= ON_CHIP and form.rows <= ON_CHIP // M
-        return Tile(1, ON_CHIP // M, M, 16, False) if fits else None
+        whole = not coded or form.columns % INT8_BLOCK == 0 or form.columns == M
+        return Tile(1, ON_CHIP // M, M, 16, False) if fits and whole else None
     size = ON_CHIP // 4 if form.size <= ON_CHIP // 4 else ON_CHIP // 2  # its statistic fills as many registers as g
     return Tile(1, 1, size, max(4, size // 512), False) if form.size <= size else None
 
