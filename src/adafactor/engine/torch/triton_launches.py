@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from adafactor.core.factoring import Cut
 from adafactor.engine.torch import accelerator, triton_table
 from adafactor.engine.torch.triton_table import Launch, Tile
-
-if TYPE_CHECKING:
-    from adafactor.engine.torch.triton_uploads import Uploaded
+from adafactor.engine.torch.triton_uploads import Uploaded
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
