@@ -40,13 +40,19 @@ def test_bytes_per_parameter(monkeypatch, dtype, limits):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "limits"), [(torch.float32, (16.8, 12.8)), (torch.bfloat16, (8.8, 6.8))], ids=["float32", "bfloat16"]
+    ("dtype", "options", "limits"),
+    [
+        (torch.float32, {}, (16.8, 12.8)),
+        (torch.bfloat16, {}, (8.8, 6.8)),
+        (torch.float32, {"beta1": 0.9, "momentum_dtype": torch.int8}, (18.9, 14.9)),
+    ],
+    ids=["float32", "bfloat16", "int8 momentum"],
 )
 @pytest.mark.parametrize("shape", [(16, 1024), (1024, 16)], ids=str)
-def test_bytes_per_parameter_of_what_one_program_holds(monkeypatch, dtype, limits, shape):
+def test_bytes_per_parameter_of_what_one_program_holds(monkeypatch, dtype, options, limits, shape):
     """One read of g, one read and one write of x, and the statistics' 8 bytes each."""
     use(monkeypatch, small=False)
-    _, optimizer = made(dtype, [shape] * 3)
+    _, optimizer = made(dtype, [shape] * 3, **options)
     for step, limit in enumerate(limits):
         with Traffic(monkeypatch) as traffic:
             optimizer.step()
