@@ -11,6 +11,7 @@ import pytest
 
 from adafactor import Factored, layout
 from adafactor.convert import jax as jax_files
+from adafactor.convert import msgpack
 from adafactor.convert import torch as torch_files
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter, State
@@ -164,3 +165,13 @@ def test_two_states_are_one_too_many():
     params = {"a": jnp.ones((2, 2))}
     with pytest.raises(Refused, match="got '2 of them'"):
         jax_files.read({"x": adafactor(0.1).init(params), "y": adafactor(0.1).init(params)})
+
+
+def test_large_arrays_are_in_chunks_as_flax_has_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(msgpack, "_CHUNK", 40)
+    tree = {"a": {"w": RNG.uniform(size=(5, 7)).astype("f4")}, "small": np.ones(3, "f4"), "count": np.int32(3)}
+    msgpack.write(tree, tmp_path / "a.msgpack")
+    data = (tmp_path / "a.msgpack").read_bytes()
+    assert data.count(b"__msgpack_chunked_array__") == 1
+    for back in (msgpack.read(tmp_path / "a.msgpack"), flax.serialization.msgpack_restore(data)):
+        jax.tree.map(np.testing.assert_array_equal, back, tree)

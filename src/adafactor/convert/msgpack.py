@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import msgpack
@@ -27,13 +26,13 @@ def read(path: PathLike) -> Any:
     with reading(path, "a msgpack file of flax.serialization"):
         with open(path, "rb") as file:
             data = file.read()
-        return _whole(msgpack.unpackb(data, ext_hook=_unpack, raw=False, strict_map_key=True))
+        return msgpack.unpackb(data, ext_hook=_unpack, object_hook=_whole, raw=False, strict_map_key=True)
 
 
 def write(tree: Any, path: PathLike) -> None:
     """Write nested dictionaries of arrays and numbers; the file is there whole or not at all."""
     with replacing(path) as new, open(new, "wb") as file:
-        file.write(msgpack.packb(_split(tree), default=_pack, strict_types=True))
+        file.write(msgpack.packb(tree, default=_pack, strict_types=True))
 
 
 def _unpack(code: int, data: bytes) -> Any:
@@ -52,12 +51,10 @@ def _unpack(code: int, data: bytes) -> Any:
     return array if code == _ARRAY else array[()]
 
 
-def _whole(tree: Any) -> Any:
-    """Arrays put together from their chunks."""
-    if not isinstance(tree, dict):
-        return tree
+def _whole(tree: dict[str, Any]) -> Any:
+    """An array put together from its chunks."""
     if _CHUNKED not in tree:
-        return {name: _whole(value) for name, value in tree.items()}
+        return tree
     shape = [int(tree["shape"][str(axis)]) for axis in range(len(tree["shape"]))]
     chunks = [tree["chunks"][str(number)] for number in range(len(tree["chunks"]))]
     if math.prod(shape) != sum(chunk.size for chunk in chunks):
@@ -65,23 +62,13 @@ def _whole(tree: Any) -> Any:
     return np.concatenate([chunk.reshape(-1) for chunk in chunks]).reshape(shape)
 
 
-def _split(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {str(name): _split(value) for name, value in tree.items()}
-    if isinstance(tree, np.ndarray) and tree.nbytes > _CHUNK:
-        flat, step = tree.reshape(-1), _CHUNK // tree.itemsize
-        parts = [flat[start : start + step] for start in range(0, flat.size, step)]
-        return {
-            _CHUNKED: True,
-            "shape": {str(axis): n for axis, n in enumerate(tree.shape)},
-            "chunks": {str(number): part for number, part in enumerate(parts)},
-        }
-    return tree
-
-
-def _pack(value: Any) -> msgpack.ExtType:
+def _pack(value: Any) -> msgpack.ExtType | dict[str, Any]:
     if not isinstance(value, np.ndarray | np.generic):
         raise Refused(message("a leaf of the tree", "an array or a number", type(value).__name__, "Convert it."))
     array = np.asarray(value)
+    if array.nbytes > _CHUNK:
+        flat, step = array.reshape(-1), _CHUNK // array.itemsize
+        chunks = {str(number): flat[start : start + step] for number, start in enumerate(range(0, flat.size, step))}
+        return {_CHUNKED: True, "shape": {str(axis): n for axis, n in enumerate(array.shape)}, "chunks": chunks}
     content = msgpack.packb((array.shape, array.dtype.name, array.tobytes()), use_bin_type=True)
     return msgpack.ExtType(_ARRAY if isinstance(value, np.ndarray) else _SCALAR, content)

@@ -17,9 +17,10 @@ from typing import Any
 
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Shape
-from adafactor.core.untrusted import BITS, MAX_TENSORS, check_size, cut, decode, parse_text, regular, shape_of
+from adafactor.core.untrusted import BITS, MAX_TENSORS, check_size, cut, decode, opened, parse_text, shape_of
 
 MAX_HEADER = 100_000_000
+DAMAGED = "The file is damaged or not safetensors."
 
 DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
@@ -49,34 +50,30 @@ def header(path: Path, largest: int = MAX_HEADER, wanted: str = "") -> tuple[lis
     Raises:
         Refused: the file is damaged, or something else.
     """
-    name, damaged = cut(path.name), "The file is damaged or not safetensors."
-    size = regular(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise Refused(message(f"the header of {name}", "inside the file", f"{length} bytes", damaged))
-            if length > largest:
-                raise Refused(message(f"the header of {name}", f"at most {largest:,} bytes", length, damaged))
-            data = file.read(length)
-    except OSError as error:
-        raise Refused(message(name, f"readable ({error.strerror})", cut(str(path)), "Check its rights.")) from None
+    name = cut(path.name)
+    with opened(path) as (file, size):
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise Refused(message(f"the header of {name}", "inside the file", f"{length} bytes", DAMAGED))
+        if length > largest:
+            raise Refused(message(f"the header of {name}", f"at most {largest:,} bytes", length, DAMAGED))
+        data = file.read(length)
     if data[:1] != b"{":
-        raise Refused(message(f"the header of {name}", "a JSON object", cut(repr(data[:8])), damaged))
+        raise Refused(message(f"the header of {name}", "a JSON object", cut(repr(data[:8])), DAMAGED))
     tensor_of: dict[str, Tensor] = {}
     reader = _Header(data, f"the header of {name}", wanted)
     for key, value in reader:
         if key in tensor_of:
-            raise Refused(message(f"a key in the header of {name}", "unique", cut(key), damaged))
+            raise Refused(message(f"a key in the header of {name}", "unique", cut(key), DAMAGED))
         if len(tensor_of) == MAX_TENSORS:
-            raise Refused(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", "more", damaged))
+            raise Refused(message(f"the tensors of {name}", f"at most {MAX_TENSORS:,}", "more", DAMAGED))
         tensor_of[key] = _tensor(key, value, name)
     tensors = sorted(tensor_of.values(), key=lambda tensor: (tensor.start, tensor.stop))
     end = 0
     for tensor in tensors:
         if tensor.start != end:
             rule = f"where the tensor before it ends ({end})"
-            raise Refused(message(f"the first byte of {cut(tensor.name)}", rule, tensor.start, damaged))
+            raise Refused(message(f"the first byte of {cut(tensor.name)}", rule, tensor.start, DAMAGED))
         end = tensor.stop
     if end != size - 8 - length:
         rule = f"{end:,} bytes after its header, as that says"
@@ -148,25 +145,24 @@ class _Header:
 
     def _error(self, rule: str) -> Refused:
         got = cut(self._text[self._at : self._at + 20])
-        return Refused(message(self._name, rule, got, "The file is damaged or not safetensors."))
+        return Refused(message(self._name, rule, got, DAMAGED))
 
 
 def _tensor(key: str, value: Any, name: str) -> Tensor:
     """One entry of a header."""
-    damaged = "The file is damaged or not safetensors."
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         rule = "an object of dtype, shape and data_offsets"
-        raise Refused(message(f"{cut(key)} in {name}", rule, cut(value), damaged))
+        raise Refused(message(f"{cut(key)} in {name}", rule, cut(value), DAMAGED))
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Refused(message(f"the dtype of {cut(key)}", f"one of {', '.join(DTYPES)}", cut(dtype), damaged))
+        raise Refused(message(f"the dtype of {cut(key)}", f"one of {', '.join(DTYPES)}", cut(dtype), DAMAGED))
     shape = shape_of(value["shape"], key)
     nbytes = check_size(key, shape, BITS[DTYPES[dtype]])
     offsets = value["data_offsets"]
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
-        raise Refused(message(f"the data_offsets of {cut(key)}", "two integers", cut(offsets), damaged))
+        raise Refused(message(f"the data_offsets of {cut(key)}", "two integers", cut(offsets), DAMAGED))
     start, stop = offsets
     if start < 0 or stop - start != nbytes:
         rule = f"{nbytes} bytes apart, as its shape and dtype say"
-        raise Refused(message(f"the data_offsets of {cut(key)}", rule, cut(offsets), damaged))
+        raise Refused(message(f"the data_offsets of {cut(key)}", rule, cut(offsets), DAMAGED))
     return Tensor(key, shape, DTYPES[dtype], start, stop)

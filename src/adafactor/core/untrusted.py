@@ -50,16 +50,24 @@ def regular(path: Path, what: str = "the model") -> int:
     return status.st_size
 
 
-def content(path: Path, limit: int) -> bytes:
-    """All of a small file."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file to be read, and its size."""
     size = regular(path)
-    if size > limit:
-        raise Refused(message(cut(path.name), f"at most {limit:,} bytes long", size, "Check the file."))
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file, size
     except OSError as error:
         rule = f"readable ({error.strerror})"
         raise Refused(message(cut(path.name), rule, cut(str(path)), "Check its rights.")) from None
+
+
+def content(path: Path, limit: int) -> bytes:
+    """All of a small file."""
+    with opened(path) as (file, size):
+        if size > limit:
+            raise Refused(message(cut(path.name), f"at most {limit:,} bytes long", size, "Check the file."))
+        return file.read()
 
 
 def decode(data: bytes, name: str) -> str:
