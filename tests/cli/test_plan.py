@@ -78,6 +78,8 @@ def test_a_picture(capsys, tmp_path, suffix):
         (["8x8", "--shards", "0"], "--shards"),
         (["8x8", "--dtype", "int8"], "--dtype"),
         (["8x8", "--json", "no/such/folder/x.json"], "--json"),
+        (["shapes.json", "--json", "./shapes.json"], "a file of its own"),
+        (["8x8", "--json", "x.svg", "--plot", "x.svg"], "a file of its own"),
         (["8x8", "--plot", "x.gif2"], "--plot"),
         ([], "MODEL"),
     ],

@@ -332,6 +332,18 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_over(tmp_path, capsys):
     assert convert.read(file, "torch.optim").count == 1
 
 
+@pytest.mark.parametrize("name", ["a.pt", "b.safetensors", "no/report.json"])
+def test_the_report_replaces_nothing_else_and_is_possible_before_anything_is_written(name, tmp_path, capsys):
+    optimizer = OurTorch(Net().named_parameters())
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    arguments = ["--to", "state", "-o", str(tmp_path / "b.safetensors"), "--report", str(tmp_path / name), "--force"]
+    assert main(["convert", str(tmp_path / "a.pt"), *arguments]) == 2
+    assert "--report must be a file" in capsys.readouterr().err
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pt"]
+
+
 def test_the_report_is_written(tmp_path):
     model = Net()
     optimizer = OurTorch(model.named_parameters(), factoring="smallest", min_dim_size_to_factor=100)

@@ -79,13 +79,21 @@ def need(packages: Iterable[str], what: str, install: str) -> None:
         raise Refused(f"{what} needs {' and '.join(missing)}. Install with: {install}")
 
 
-def check_outputs(command: str, arguments: argparse.Namespace) -> None:
+def check_output(option: str, file: str | Path, others: Iterable[str | Path | None]) -> None:
+    """Refuse before the work a file that could not be written after it, or that others would be lost for."""
+    path = Path(file)
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise Refused(message(option, "a file in a folder that can be written", str(file), "Pass another."))
+    if any(path.resolve() == Path(other).resolve() for other in others if other is not None):
+        raise Refused(message(option, "a file of its own", str(file), "It would replace another; pass another name."))
+
+
+def check_outputs(command: str, arguments: argparse.Namespace, models: Iterable[str] = ()) -> None:
     """Refuse before the work what ``--json`` and ``--plot`` could not write after it."""
-    for option, file in (("--json", arguments.json), ("--plot", arguments.plot)):
-        folder = Path(file or "").parent
-        if file is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise Refused(message(option, "a file in a folder that can be written", file, "Pass another."))
+    if arguments.json not in (None, "-"):
+        check_output("--json", arguments.json, [*models, arguments.plot])
     if arguments.plot:
+        check_output("--plot", arguments.plot, models)
         need(("matplotlib",), f"adafactor {command} --plot", "pip install matplotlib")
         from matplotlib.backend_bases import FigureCanvasBase
 
@@ -97,7 +105,7 @@ def check_outputs(command: str, arguments: argparse.Namespace) -> None:
 def write_outputs(arguments: argparse.Namespace, data: str, draw: Callable[[Path], None]) -> None:
     """Write the files of ``--json`` and ``--plot``."""
     try:
-        if arguments.json not in (None, "-"):
+        if arguments.json is not None:
             Path(arguments.json).write_text(data + "\n", encoding="utf-8")
         if arguments.plot:
             draw(Path(arguments.plot))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adafactor.cli.command import need
+from adafactor.cli.command import check_output, need
 from adafactor.core.errors import Refused, message
 
 SUMMARY = "move a checkpoint's optimizer state to another framework"
@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         for what, path in (("TARGET", target), ("--report", arguments.report)):
             if path is not None and path.exists() and not arguments.force:
                 raise Refused(message(what, "a new name", str(path), "Pass --force to replace it."))
+        if arguments.report is not None:
+            check_output("--report", arguments.report, [source, target, arguments.template])
         family = convert.family_of(source)
         for each in (family, "state" if arguments.to == "state" else FORMATS[arguments.to].framework):
             need(_PACKAGES[each], f"adafactor convert with files of {each}", f"pip install {' '.join(_PACKAGES[each])}")

@@ -54,10 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, then print, write and draw."""
-    check_outputs("plan", arguments)
+    check_outputs("plan", arguments, arguments.model)
     name, planned = _plan(arguments)
     told = (name, planned, arguments.gpu_memory, arguments.top, arguments.host)
-    print(report.json_text(*told) if arguments.json == "-" else report.text(*told))
+    if arguments.json == "-":
+        print(report.json_text(*told))
+        arguments.json = None
+    else:
+        print(report.text(*told))
 
     def draw(file: Path) -> None:
         from adafactor.cli.picture import draw_plan
