@@ -161,6 +161,19 @@ def ragged(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def overflowing(rank: int, world: int) -> tuple[int, int]:
+    """Updates made and left alone of experts of which one's squares overflow as soon as two ranks' are added up."""
+    grid = init_device_mesh("cpu", (2, 2))
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2, 3), grid, [S0, S1]))
+    optimizer = Adafactor([param], factoring=experts)
+    for largest in (1.5e19, 1.0):  # its square is finite, twice that is not
+        grad = torch.ones(4, 2, 3)
+        grad[0, :, 0] = largest
+        param.grad = share(grad, param)
+        optimizer.step()
+    return int(optimizer.state[param]["step"]), optimizer.skipped
+
+
 def changed(rank: int, world: int) -> float:
     """``scale_parameter`` and ``skip_nonfinite`` go off and on between steps."""
     mesh = init_device_mesh("cpu", (world,))

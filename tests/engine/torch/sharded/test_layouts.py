@@ -32,6 +32,10 @@ def test_gradients_that_are_missing_or_not_finite_on_some_ranks():
             assert got["distance"] <= 1e-6, case
 
 
+def test_what_overflows_on_some_ranks_is_left_alone_on_all():
+    assert ranks.run(CASES, "overflowing", 4) == [(1, 1)] * 4
+
+
 def test_what_is_added_up_may_change_between_steps():
     assert max(ranks.run(CASES, "changed", 2)) <= 1e-6
 

@@ -61,6 +61,12 @@ class Sharded:
         return [w for held in self.tensors for w in held.works]
 
     @property
+    def summed(self) -> tuple[bool, bool]:
+        """What decides what ranks add up, and may change from step to step."""
+        settings = self.draft.settings
+        return settings.hyperparameters.scale_parameter, settings.skip_nonfinite
+
+    @property
     def is_split(self) -> bool:
         """Whether other processes may have gradients of it."""
         return self.mesh is None or bool(self.tensors[0].placement.dims)

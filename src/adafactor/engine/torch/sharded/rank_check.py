@@ -6,14 +6,13 @@ Ranks that disagree would add one tensor's sums to another's, or wait for each o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 
 from adafactor.core.errors import message
-from adafactor.engine.torch.work import Work
 
 
 def check(
@@ -45,11 +44,6 @@ def check(
             got = f"{lines[0]} on rank {ranks[0]} and {lines[other]} on rank {ranks[other]}"
             remedy = "Build the model and the optimizer alike on all ranks."
             raise RuntimeError(message(f"{what} {number}", "the same on all ranks", _Plain(got), remedy))
-
-
-def summed(work: Iterable[Work]) -> list[tuple[bool, bool]]:
-    """What decides what ranks add up, and may change from step to step."""
-    return [(w.settings.hyperparameters.scale_parameter, w.settings.skip_nonfinite) for w in work]
 
 
 class _Plain(str):

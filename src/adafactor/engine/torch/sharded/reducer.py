@@ -9,25 +9,29 @@ from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from adafactor.core.factoring import Shape
 from adafactor.engine.torch.sharded.held import Sharded
 from adafactor.engine.torch.sharded.rank_check import check
 from adafactor.engine.torch.sharded.rounds import First, Member, Second
-from adafactor.engine.torch.work import Sums, Work, math_dtype
+from adafactor.engine.torch.work import math_dtype
 
 
 class Reducer:
-    """The tensors whose sums one group of processes adds up, in the order of the model on all of them."""
+    """The tensors whose sums one group of processes adds up, in the order of the model on all of them.
+
+    Attributes:
+        first, second: the rounds; most need no second.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, members: Sequence[Member]) -> None:
-        self._group, self._members = group, members
+        self._group, self._members, self._device = group, members, device
         dtypes = [torch.float32, *(math_dtype(member.sharded.param.dtype) for member in members)]
         like = torch.empty(0, dtype=max(dtypes, key=lambda dtype: dtype.itemsize), device=device)
         both = [member for member in members if member.placement.cut == "both"]
-        self._first, self._second = First(members, like), Second(both, like) if both else None
+        self.first = First(group, members, like)
+        self.second = Second(group, both, like) if both else None
 
     def agree(self) -> None:
         """Compare with the other processes what is about to be added up.
@@ -37,26 +41,7 @@ class Reducer:
         """
         if self._group is not None:
             told = [f"{member.held.told}\t, {member.settings}" for member in self._members]
-            check(told, self._group, self._first.buffer.device)
-
-    def first(self, sums: Sequence[Sums], present: Sequence[bool]) -> list[Member]:
-        """Complete what the first round adds up; returns the tensors without a gradient anywhere."""
-        self._first.fill(sums, present)
-        self._add_up(self._first.buffer)
-        self._first.complete(sums)
-        return self._first.absent(present)
-
-    def second(self, work: Sequence[Work], sums: Sequence[Sums]) -> None:
-        """Complete what eq. 7 adds up, where it is more than the first round's."""
-        if self._second is not None:
-            self._second.fill(work, sums)
-            self._add_up(self._second.buffer)
-            self._second.complete(sums)
-
-    def _add_up(self, buffer: Tensor) -> None:
-        """One all-reduce."""
-        if self._group is not None and self._group.size() > 1 and len(buffer):
-            dist.all_reduce(buffer, group=self._group)
+            check(told, self._group, self._device)
 
 
 def reducers(params: Sequence[Sharded]) -> list[Reducer]:

@@ -7,13 +7,14 @@ of which counts where it begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from adafactor.core.placement import Placement, Shared
@@ -97,14 +98,17 @@ def _rooms(of: Sequence[tuple[Member, Shared]], buffer: Tensor) -> list[Room]:
     return [Room(member, shared, region) for (member, shared), region in zip(of, regions, strict=True)]
 
 
+def _add_up(buffer: Tensor, group: dist.ProcessGroup | None) -> None:
+    """What everybody gives: one all-reduce."""
+    if group is not None and group.size() > 1 and len(buffer):
+        dist.all_reduce(buffer, group=group)
+
+
 class First:
-    """The first round: what `Placement.first` names, behind two flags of every tensor.
+    """The first round: what `Placement.first` names, behind two flags of every tensor."""
 
-    Attributes:
-        buffer: what is added up between `fill` and `complete`.
-    """
-
-    def __init__(self, members: Sequence[Member], like: Tensor) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, members: Sequence[Member], like: Tensor) -> None:
+        self._group = group
         self._members = members
         self._names, of, lengths = list[str](), list[tuple[Member, Shared]](), list[int]()
         for member in members:
@@ -114,51 +118,49 @@ class First:
             of += shared
             lengths.append(sum(member.copy[1] * each.size for _, each in shared))
         count = len(members)
-        self.buffer = like.new_zeros(2 * count + sum(lengths))
-        self._spoilt, self._present, self._sums = torch.split(self.buffer, [count, count, sum(lengths)])
+        self._buffer = like.new_zeros(2 * count + sum(lengths))
+        self._spoilt, self._present, self._sums = torch.split(self._buffer, [count, count, sum(lengths)])
         self._rooms = _rooms(of, self._sums)
         self._lengths = _numbers(lengths, like)
         self._owner = _numbers((k for k, member in enumerate(members) for _ in member.works), like)
         self._skips = _numbers((member.settings.skip_nonfinite for member in members), like).bool()
         self._checked = [(k, member.placement.cut == "nothing") for member in members for k in member.works]
 
-    def fill(self, sums: Sequence[Sums], present: Sequence[bool]) -> None:
-        """Add what is here; ``present``: of every parameter, whether it has a gradient."""
-        self.buffer.zero_()
-        checks = [_check(sums[k], alone).to(self.buffer.device, self.buffer.dtype) for k, alone in self._checked]
-        if checks:
-            self._spoilt.index_add_(0, self._owner, (~torch.stack(checks).isfinite()).to(self.buffer.dtype))
-        self._present.copy_(torch.tensor([float(present[member.number]) for member in self._members]))
-        for room, values in self._of(sums):
-            room.add(values)
+    def __call__(self, sums: Sequence[Sums], present: Sequence[bool]) -> list[Member]:
+        """Complete the sums, and spoil those of tensors whose gradient is not finite anywhere.
 
-    def complete(self, sums: Sequence[Sums]) -> None:
-        """Complete the sums, and spoil those of tensors whose gradient is not finite anywhere."""
-        for room, values in self._of(sums):
-            room.take(values)
+        Args:
+            present: of every parameter, whether it has a gradient here.
+
+        Returns:
+            The tensors without a gradient anywhere.
+        """
+        buffer = self._buffer.zero_()
+        checks = [_check(sums[k], alone).to(buffer.device, buffer.dtype) for k, alone in self._checked]
+        if checks:
+            self._spoilt.index_add_(0, self._owner, (~torch.stack(checks).isfinite()).to(buffer.dtype))
+        here = [present[member.number] for member in self._members]
+        self._present.copy_(torch.tensor(here))
+        values = {name: [getattr(its, name) for its in sums] for name in set(self._names)}
+        for name, room in zip(self._names, self._rooms, strict=True):
+            room.add(values[name])
+        _add_up(buffer, self._group)
+        for name, room in zip(self._names, self._rooms, strict=True):
+            room.take(values[name])
         # What is finite everywhere may add up to what is not.
         ends = torch.segment_reduce(self._sums, "sum", lengths=self._lengths, unsafe=True)
         spoilt = ((self._spoilt > 0) | ~ends.isfinite()) & self._skips
         # All processes must leave alone what one of them does. On a device it is not asked, because that would wait.
-        if spoilt.device.type == "cpu" and not bool(spoilt.any()):
-            return
-        for member, nan in zip(self._members, torch.where(spoilt, torch.nan, 0.0).unbind(), strict=True):
-            for its in (sums[k] for k in member.works):
-                its.nonfinite = nan.to(its.W.device, its.W.dtype)
-                its.W += its.nonfinite
-                if its.u2 is not None:
-                    its.u2 += its.nonfinite
-
-    def absent(self, present: Sequence[bool]) -> list[Member]:
-        """The tensors without a gradient anywhere."""
-        if all(present[member.number] for member in self._members):
-            return []
-        there = self._present.tolist()  # the only question to a device, where a gradient is missing
+        if spoilt.device.type != "cpu" or bool(spoilt.any()):
+            for member, nan in zip(self._members, torch.where(spoilt, torch.nan, 0.0).unbind(), strict=True):
+                for its in (sums[k] for k in member.works):
+                    its.nonfinite = nan.to(its.W.device, its.W.dtype)
+                    its.W += its.nonfinite
+                    if its.u2 is not None:
+                        its.u2 += its.nonfinite
+        # The only question to a device, where a gradient is missing.
+        there = here if all(here) else self._present.tolist()
         return [member for member, on in zip(self._members, there, strict=True) if not on]
-
-    def _of(self, sums: Sequence[Sums]) -> Iterator[tuple[Room, Values]]:
-        values = {name: [getattr(its, name) for its in sums] for name in set(self._names)}
-        return ((room, values[name]) for name, room in zip(self._names, self._rooms, strict=True))
 
 
 def _check(sums: Sums, alone: bool) -> Tensor:
@@ -173,12 +175,10 @@ class Second:
 
     Two numbers of every matrix that is cut, the sum of its rows and Σ W / column; of a slice with others besides, their
     part of its Σu².
-
-    Attributes:
-        buffer: what is added up between `fill` and `complete`.
     """
 
-    def __init__(self, members: Sequence[Member], like: Tensor) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, members: Sequence[Member], like: Tensor) -> None:
+        self._group = group
         self._works = [k for member in members for k in member.works]
         matrices = [(member, member.placement.matrices) for member in members]
         slices = [(replace(member, adds=True, copy=(0, 1)), member.placement.slices) for member in members]
@@ -191,14 +191,14 @@ class Second:
             n += [member.placement.layout.n] * numbers.size
             stacked += range(first, first + of.size) if member.placement.stacked else ()
         self._n, self._slice_of, self._stacked = (_numbers(each, like) for each in (n, slice_of, stacked))
-        self.buffer, self._u2 = like.new_zeros(2 * len(n) + len(stacked)), like.new_zeros(firsts[-1] + 1)
-        self._of_rows, self._of_W, self._rest = torch.split(self.buffer, [len(n), len(n), len(stacked)])
+        self._buffer, self._u2 = like.new_zeros(2 * len(n) + len(stacked)), like.new_zeros(firsts[-1] + 1)
+        self._of_rows, self._of_W, self._rest = torch.split(self._buffer, [len(n), len(n), len(stacked)])
         self._starts, self._weighted = (_rooms(matrices, half) for half in (self._of_rows, self._of_W))
         self._slices = _rooms(slices, self._u2[:-1])
 
-    def fill(self, work: Sequence[Work], sums: Sequence[Sums]) -> None:
-        """Add what is here, and begin with what is complete here."""
-        self.buffer.zero_()
+    def __call__(self, work: Sequence[Work], sums: Sequence[Sums]) -> None:
+        """The mean of the columns of every matrix, and Σu² of every slice."""
+        self._buffer.zero_()
         self._u2.zero_()
         starts: list[Any] = [None] * len(work)
         of_matrices = list(starts)
@@ -215,15 +215,13 @@ class Second:
         for of_rows, of_W in zip(self._starts, self._weighted, strict=True):
             of_rows.add(starts)
             of_W.add(weighted)
-            of_W.clear(of_matrices)
+            of_W.clear(of_matrices)  # what is left is of matrices that are whole here
         for k in self._works:
             sums[k].u2 = total(of_matrices[k], work[k].layout.whole)
         for room in self._slices:
             room.add([its.u2 for its in sums])
         self._rest.copy_(self._u2[self._stacked])
-
-    def complete(self, sums: Sequence[Sums]) -> None:
-        """The mean of the columns of every matrix, and Σu² of every slice."""
+        _add_up(self._buffer, self._group)
         self._of_rows /= self._n
         self._u2.zero_().index_add_(0, self._slice_of, self._of_rows * self._of_W)
         self._u2[self._stacked] += self._rest

@@ -18,7 +18,6 @@ from adafactor.engine.torch.blocks import total
 from adafactor.engine.torch.checks import Witness
 from adafactor.engine.torch.choose import Plan
 from adafactor.engine.torch.sharded.held import Sharded
-from adafactor.engine.torch.sharded.rank_check import summed
 from adafactor.engine.torch.sharded.reducer import reducers
 
 
@@ -35,7 +34,7 @@ class ShardedStep:
         self.plan = Plan([w for its in params for w in its.works], self._cut(grads))
         self.reducers = reducers(params)
         self._witness = Witness(params)
-        self._summed = summed(its.draft for its in params)
+        self._summed = [its.summed for its in params]
         cuts = [held.placement.cut for its in params for held in its.tensors for _ in held.works]
         self._stacks, self._both = ({k for k, cut in enumerate(cuts) if cut == kind} for kind in ("stack", "both"))
         # Of a tensor's parts the first has its number of updates, and the others have copies, which do not count.
@@ -49,7 +48,7 @@ class ShardedStep:
 
     def current(self, grads: Sequence[Tensor | None], state: Mapping[Tensor, dict[str, Any]], dense: bool) -> bool:
         """Whether nothing has moved; ``dense``: and all gradients are there in the order of memory."""
-        if self._summed != summed(its.draft for its in self.params) or self._witness.moved():
+        if self._summed != [its.summed for its in self.params] or self._witness.moved():
             return False
         if not all(its.current(state.get(its.draft.param, {})) for its in self.params):
             return False
@@ -86,7 +85,8 @@ class ShardedStep:
             plan.measure_again()
             plan.finish_columns(self._both)
             for reducer in self.reducers:
-                reducer.second(work, sums)
+                if reducer.second is not None:
+                    reducer.second(work, sums)
             left_out = {k for member in gone for k in member.works}
             plan.apply(_uncounted if before else skipped, left_out)
         finally:
