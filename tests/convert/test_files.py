@@ -332,6 +332,14 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_over(tmp_path, capsys):
     assert convert.read(file, "torch.optim").count == 1
 
 
+def test_a_target_is_not_called_what_it_is_not(tmp_path):
+    held = torch_files.read(OurTorch(Net().named_parameters()))
+    for name, format in (("a.pt", "optax"), ("a.safetensors", "torch.optim"), ("a.pt", "state"), ("a.h5", "t5x")):
+        with pytest.raises(Refused, match=rf"target's name must be with \..* for {format}, got .*{name}"):
+            convert.write(held, tmp_path / name, format)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["a.pt", "b.safetensors", "no/report.json"])
 def test_the_report_replaces_nothing_else_and_is_possible_before_anything_is_written(name, tmp_path, capsys):
     optimizer = OurTorch(Net().named_parameters())

@@ -19,8 +19,7 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
     write_anything()
     try:
         code = run()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except Refused as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
@@ -29,9 +28,11 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
         print(f"{program}: interrupted.", file=sys.stderr)
         return 130
     except OSError as error:
-        # The reader of our output left (`adafactor plan | head`), or the disk is full. Python would fail again when it
-        # flushes at exit.
-        if sys.stdout is not None:
+        try:
+            print(end="", flush=True)
+        except OSError:
+            # The reader of our output left (`adafactor plan | head`), or the disk is full. Python would fail again when
+            # it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 1

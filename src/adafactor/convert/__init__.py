@@ -34,6 +34,15 @@ STATE = "state"
 #: Everything that ``format`` can be, and of that what is written.
 NAMES = (STATE, *FORMATS)
 WRITTEN = (STATE, *(name for name, dialect in FORMATS.items() if dialect.written))
+#: What files with these endings hold everywhere.
+_ENDINGS = {
+    ".safetensors": STATE,
+    ".pt": "torch",
+    ".pth": "torch",
+    ".keras": "keras",
+    ".h5": "keras",
+    ".msgpack": "jax",
+}
 _H5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -146,13 +155,17 @@ def write(
     _known(format)
     if format not in WRITTEN:
         raise Refused(message("the target's format", f"one of {', '.join(WRITTEN)}", format, "It is only read."))
+    family = STATE if format == STATE else FORMATS[format].framework
+    if _ENDINGS.get(Path(target).suffix, family) != family:
+        rule = " or ".join(ending for ending, its in _ENDINGS.items() if its == family)
+        raise Refused(message("the target's name", f"with {rule} for {format}", str(target), "Pass another name."))
     if format == STATE:
         states.write(rename(state, names, None, state.framework, report), target)
         report.changes.extend(Change(parameter.name, "kept") for parameter in state.parameters)
         return report
-    framework, path = FORMATS[format].framework, None if template is None else os.fspath(template)
-    converter, told = _converter(framework), {"names": names, "report": report}
-    if framework == "keras":
+    path = None if template is None else os.fspath(template)
+    converter, told = _converter(family), {"names": names, "report": report}
+    if family == "keras":
         if path is None:
             raise Refused(message("template", "a .keras or .weights.h5 file", None, "Save the target's model once."))
         told |= {"shapes": shapes, "axes": axes, "hyperparameters": template_hyperparameters, "format": format}

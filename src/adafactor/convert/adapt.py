@@ -133,35 +133,29 @@ def momentum_as(state: State, format: str, report: Report) -> State:
     """
     state = known_to(state, format, report)
     wanted = FORMATS[format].momentum_of
-    parameters, lost, unknown, approximate = [], [], [], []
+    unknown = (
+        f"{format} averages {'steps' if wanted == 'step' else 'updates'}, and the step size is unknown (tell "
+        "learning_rate, epsilon_2 and scale_parameter with --set, and the parameters' values): it starts at zero"
+    )
+    parameters, approximate = [], 0
     for parameter in state.parameters:
-        group = state.groups[parameter.group]
-        slots = dict(parameter.slots)
-        momentum = slots.get("momentum")
+        group, slots, momentum = state.groups[parameter.group], dict(parameter.slots), parameter.momentum
         if momentum is not None and wanted is None:
-            lost.append(parameter.name)
+            report.dropped("Momentum", [parameter.name], f"{format} has none")
             del slots["momentum"]
         elif momentum is not None and group.get("momentum_of", wanted) != wanted:
             size, constant = step_size(group, parameter.count, parameter.rms)
             if size is None:
-                unknown.append(parameter.name)
+                report.dropped("Momentum", [parameter.name], unknown)
                 slots["momentum"] = np.zeros_like(momentum)
             else:
-                if not constant:
-                    approximate.append(parameter.name)
+                approximate += not constant
                 factor = size if wanted == "step" else 1 / size if size else 0.0
                 slots["momentum"] = (np.asarray(momentum, np.float64) * factor).astype(momentum.dtype)
         parameters.append(replace(parameter, slots=slots))
-    report.dropped("Momentum", lost, f"{format} has none")
-    report.dropped(
-        "Momentum",
-        unknown,
-        f"{format} averages {'steps' if wanted == 'step' else 'updates'}, and the step size is unknown (tell "
-        "learning_rate, epsilon_2 and scale_parameter with --set, and the parameters' values): it starts at zero",
-    )
     if approximate:
         report.note(
-            f"momentum of {len(approximate)} parameters is rescaled by the last step size, which was not constant: it "
+            f"momentum of {approximate} parameters is rescaled by the last step size, which was not constant: it "
             "carries over approximately",
             lossy=True,
         )
