@@ -132,8 +132,7 @@ class Triton:
         launches = Launches(self.tables, varying, self.sums)
         launches.measure(known)
         launches.on_chip(known, skipped)
-        for cut in self.tables.cuts:
-            launches.columns(cut, totals=False)
+        launches.columns(self.tables.cuts)
         if len(self.tables.plan.slices):
             launches.slices(measured=True, finished=True)
             launches.finish(skipped, count=True)
@@ -151,7 +150,7 @@ class Triton:
                 self.sums, self._sums = self._own(), None
             self._launches = launches = Launches(self.tables, varying, self.sums)
             launches.measure(known=())
-            launches.totals(self.tables.cuts)
+            launches.columns(self.tables.cuts, finish=False)
             launches.slices(measured=True, finished=False)
             launches.run()
         if self._sums is None:
@@ -175,7 +174,7 @@ class Triton:
             return
         with accelerator.device_of(self.device):
             self._launches.measure(known=(), again=True)
-            self._launches.totals(("both",))
+            self._launches.columns(("both",), finish=False)
             self._launches.run()
         for sums, its in self._cut_both():
             sums.rows = its.rows
@@ -186,9 +185,9 @@ class Triton:
         chosen = [k for k in places if self.work[k].layout.factored]
         assert self._sums is not None
         with accelerator.device_of(self.device):
-            for cut in {self.tables.described[k].launch.cut for k in chosen}:
-                self._launches.columns(cut, totals=True, matrix_sums=True)
-                self._unfinished.remove(cut)
+            cuts = {self.tables.described[k].launch.cut for k in chosen}
+            self._launches.columns(cuts, add=False, matrix_sums=True)
+            self._unfinished -= cuts
             self._launches.run()
         for k in chosen:
             sums, layout, partials = self._sums[k], self.work[k].layout, self._buffered[k].partials
@@ -200,8 +199,7 @@ class Triton:
         assert self._sums is not None
         with accelerator.device_of(self.device):
             launches = self._launches
-            for cut in self._unfinished:
-                launches.columns(cut, totals=True)
+            launches.columns(self._unfinished, add=False)
             launches.slices(measured=False, finished=True)
             launches.run()
             for k, sums in enumerate(self._sums):

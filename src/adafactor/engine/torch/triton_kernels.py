@@ -8,8 +8,7 @@ addresses and its numbers. A tile is K matrices × NP rows × M columns; a matri
     begin     per tensor: t, eq. 1 and eq. 8
     measure   rows, and per part of a matrix S and W, and Q (eqs. 2, 4, 5, 6); flat tensors eq. 11
     row_sums  Σg² of rows that a tile, or this process, does not hold as a whole, from what measure has left of it
-    totals    S and W over the parts: where other processes add theirs before the columns are finished
-    columns   the columns (eq. 3), and what eq. 7 needs of them
+    columns   S and W over the parts, to which other processes add theirs; the columns (eq. 3), and what eq. 7 needs
     slices    Σu² and Q of a clip factor
     finish    per tensor: whether it is updated; per slice eqs. 9 and 10
     count     t, and how many tensors were left alone
@@ -315,24 +314,19 @@ def measure_flat(
 
 
 @triton.jit
-def _over_parts(record, source, k, j, mask, parts, m, matrices, K: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
-    """S and W of C columns of K matrices, added up over the parts."""
-    S = tl.zeros((K, C), tl.float32)
-    W = tl.zeros((K, C), tl.float32)
-    stride = tl.load(record + _PARTS) * m
-    for p0 in range(0, parts, P):
-        p = p0 + tl.arange(0, P)
-        offset = k[:, None, None] * stride + p[None, :, None] * m + j[None, None, :]
-        inside = mask[:, None, :] & (p < parts)[None, :, None]
-        S += tl.sum(tl.load(source + offset, mask=inside, other=0), axis=1)
-        W += tl.sum(tl.load(source + matrices * stride + offset, mask=inside, other=0), axis=1)
-    return S, W
+def columns(
+    tensors, numbers, grads, scalars, blocks, sums, partials, roots,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
+    MATRIX_SUMS: tl.constexpr,
+):  # fmt: skip
+    """C columns of K matrices: S and W over all parts, or the columns and what eq. 7 needs of them.
 
-
-@triton.jit
-def totals(tensors, grads, blocks, sums, K: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
-    """C columns of K matrices: S and W over all parts, in the place of the first part's."""
-    tensor, matrix, tile, end, _ = _block(blocks)
+    S and the columns are left in the place of the first part's S, which nobody else reads. Where the tile holds all
+    columns of its matrices their Σu² is known here; otherwise `slices` adds up the tiles.
+    ADD: or else that was done before. FINISH: the columns (eq. 3).
+    MATRIX_SUMS: leave the sum of each matrix's columns, and of W / column: eq. 7 takes other processes' too.
+    """
+    tensor, matrix, tile, end, index = _block(blocks)
     if tl.load(grads + tensor) == 0:
         return
     record = tensors + tensor * _F
@@ -340,58 +334,38 @@ def totals(tensors, grads, blocks, sums, K: tl.constexpr, P: tl.constexpr, C: tl
     k = matrix + tl.arange(0, K)
     j = tile * C + tl.arange(0, C)
     mask = (k < end)[:, None] & (j < m)[None, :]
-    source = sums + tl.load(record + _SUMS)
-    S, W = _over_parts(record, source, k, j, mask, parts, m, matrices, K, P, C)
-    first = source + k[:, None] * parts * m + j[None, :]
-    tl.store(first, S, mask=mask)
-    tl.store(first + matrices * parts * m, W, mask=mask)
-
-
-@triton.jit
-def columns(
-    tensors, numbers, grads, scalars, blocks, sums, partials, roots,
-    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, TOTALS: tl.constexpr, MATRIX_SUMS: tl.constexpr,
-):  # fmt: skip
-    """C columns of K matrices: finished (eq. 3) in the place of the first part's S, and what eq. 7 needs of them.
-
-    Where the tile holds all columns of its matrices their Σu² is known here; otherwise `slices` adds up the tiles.
-    TOTALS: S and W stand in the first part's place alone.
-    MATRIX_SUMS: leave the sum of each matrix's columns, and of W / column: eq. 7 takes other processes' too.
-    """
-    tensor, matrix, tile, end, index = _block(blocks)
-    if tl.load(grads + tensor) == 0:
-        return
-    record = tensors + tensor * _F
-    m, parts = tl.load(record + _m), tl.load(record + _PARTS)
-    matrices, tiles = tl.load(record + _MATRICES), tl.load(record + _TILES)
-    ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
-    old = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32))
-    k = matrix + tl.arange(0, K)
-    j = tile * C + tl.arange(0, C)
-    mask = (k < end)[:, None] & (j < m)[None, :]
-    source = sums + tl.load(record + _SUMS)
-    if TOTALS:
-        S, W = _over_parts(record, source, k, j, mask, 1, m, matrices, K, 1, C)
+    first_S = sums + tl.load(record + _SUMS) + k[:, None] * parts * m + j[None, :]
+    first_W = first_S + matrices * parts * m
+    S = tl.zeros((K, C), tl.float32)
+    W = tl.zeros((K, C), tl.float32)
+    for p0 in range(0, parts if ADD else 1, P):
+        p = p0 + tl.arange(0, P)
+        inside = mask[:, None, :] & (p < parts)[None, :, None]
+        S += tl.sum(tl.load(first_S[:, None, :] + p[None, :, None] * m, mask=inside, other=0), axis=1)
+        W += tl.sum(tl.load(first_W[:, None, :] + p[None, :, None] * m, mask=inside, other=0), axis=1)
+    if not FINISH:
+        tl.store(first_S, S, mask=mask)
+        tl.store(first_W, W, mask=mask)
     else:
-        S, W = _over_parts(record, source, k, j, mask, parts, m, matrices, K, P, C)
-    offset = k[:, None] * m + j[None, :]
-    n = tl.load(record + _GLOBAL_ROWS).to(tl.float32)
-    c = _average(tl.load(old + offset, mask=mask, other=0), S / n, ema_weight, past, eps1)  # eq. 3
-    c = tl.where(mask, c, 0.0)
-    # All of this column's parts have been added up: nobody reads its first one again.
-    tl.store(source + k[:, None] * parts * m + j[None, :], c, mask=mask)
-    total = tl.sum(c, axis=1)
-    weighted = tl.sum(tl.where(mask, _weighted(W, c), 0.0), axis=1)
-    out = partials + (tl.load(record + _PARTIAL) + index) * 3
-    tl.store(out + 2, tl.sum(S) + tl.sum(W))
-    mu, u2 = _mean_and_u2(total, weighted, m)
-    if tiles == 1:
-        tl.store(roots + tl.load(record + _ROOT_MU) + k, tl.sqrt(mu), mask=k < end)
-    if tl.where(tiles == 1, 0 if MATRIX_SUMS else 1, 0) != 0:
-        tl.store(out, tl.sum(u2))
-    else:
-        tl.store(out, tl.sum(total))
-        tl.store(out + 1, tl.sum(weighted))
+        ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
+        old = tl.load(record + _SECOND).to(tl.pointer_type(tl.float32)) + k[:, None] * m + j[None, :]
+        n = tl.load(record + _GLOBAL_ROWS).to(tl.float32)
+        c = _average(tl.load(old, mask=mask, other=0), S / n, ema_weight, past, eps1)  # eq. 3
+        c = tl.where(mask, c, 0.0)
+        tl.store(first_S, c, mask=mask)
+        total = tl.sum(c, axis=1)
+        weighted = tl.sum(tl.where(mask, _weighted(W, c), 0.0), axis=1)
+        out = partials + (tl.load(record + _PARTIAL) + index) * 3
+        tl.store(out + 2, tl.sum(S) + tl.sum(W))
+        mu, u2 = _mean_and_u2(total, weighted, m)
+        tiles = tl.load(record + _TILES)
+        if tiles == 1:
+            tl.store(roots + tl.load(record + _ROOT_MU) + k, tl.sqrt(mu), mask=k < end)
+        if tl.where(tiles == 1, 0 if MATRIX_SUMS else 1, 0) != 0:
+            tl.store(out, tl.sum(u2))
+        else:
+            tl.store(out, tl.sum(total))
+            tl.store(out + 1, tl.sum(weighted))
 
 
 @triton.jit

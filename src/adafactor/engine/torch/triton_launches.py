@@ -100,19 +100,15 @@ class Launches:
                 **self._written(launch), warps=tile.warps, cap=tile.M >= 16,
             )  # fmt: skip
 
-    def totals(self, cuts: Container[Cut | None]) -> None:
-        for (K, P, C, cut), blocks in self._t.columns.items():
-            if cut in cuts:
-                where = self._t.records, self._varying, blocks, self._sums
-                self._launch(self._k.totals, len(blocks), *where, K=K, P=P, C=C)
-
-    def columns(self, cut: Cut | None, totals: bool, matrix_sums: bool = False) -> None:
+    def columns(
+        self, cuts: Container[Cut | None], add: bool = True, finish: bool = True, matrix_sums: bool = False
+    ) -> None:
         t = self._t
-        for (K, P, C, which), blocks in t.columns.items():
-            if which == cut:
+        for (K, P, C, cut), blocks in t.columns.items():
+            if cut in cuts:
                 self._launch(
                     self._k.columns, len(blocks), *self._numbers, blocks, self._sums, t.partials, t.roots,
-                    K=K, P=P, C=C, TOTALS=totals, MATRIX_SUMS=matrix_sums,
+                    K=K, P=P if add else 1, C=C, ADD=add, FINISH=finish, MATRIX_SUMS=matrix_sums,
                 )  # fmt: skip
 
     def slices(self, measured: bool, finished: bool) -> None:
