@@ -123,6 +123,11 @@ def test_a_target_in_pytorch_may_have_parameters_without_state():
     content = torch_files.write(made("torch", {"a": (2, 3)}), template=optimizer, report=report)
     assert list(content["state"]) == [0]
     assert "The state of frozen did not carry over" in report.notes[0]
+    groups = [{"params": [("a", torch.zeros(2, 3))]}, {"params": [("frozen", torch.zeros(2))]}]
+    content = torch_files.write(
+        made("torch", {"a": (2, 3)}), template=Adafactor(groups, factoring=lambda name, shape: None)
+    )
+    assert not any(callable(value) for group in content["param_groups"] for value in group.values())
 
 
 def test_groups_stay_groups():

@@ -55,7 +55,7 @@ class _Index:
     rates: dict[str, tuple[str, Any]] = field(default_factory=dict)
 
     @property
-    def whole_or_factored(self) -> bool:
+    def has_placeholders(self) -> bool:
         """Whether what does not exist is an array of shape (1,), and not ``None``."""
         return FORMATS[self.format].axes is not None
 
@@ -232,7 +232,7 @@ def _read_one(index: _Index, reader: Reader, name: str, slots: dict[str, Array],
         if not (single and any(leaf.shape != (1,) for leaf in index.slots["momentum"].values())):
             del slots["momentum"]
     shape = reader.shape(name, slots, known)
-    if index.whole_or_factored:
+    if index.has_placeholders:
         whole = _placeholder(slots["row"]) and _placeholder(slots["column"])
         whole = whole and (shape is None or slots["second_moment"].shape == shape)
         for slot in ("row", "column") if whole else ("second_moment",):
@@ -332,14 +332,14 @@ def _write_one(parameter: Parameter, index: _Index, group: Mapping[str, Any], re
     """The slots of one parameter as the template's shapes ask for them."""
     shape, name, own = parameter.shape, parameter.name, parameter.layout
     leaves = {slot: np.shape(index.slots[slot][name]) for slot in STATISTICS if index.slots[slot].get(name) is not None}
-    if index.whole_or_factored:
+    if index.has_placeholders:
         whole = leaves["second_moment"] == shape and (len(shape) < 2 or leaves["row"] == leaves["column"] == (1,))
         leaves = {slot: size for slot, size in leaves.items() if (slot == "second_moment") == whole}
     if "second_moment" in leaves:
         return dict(fitted(parameter, Layout(shape, (), (), own.batch), report).slots)
     liked: list[Layout] = [own, replace(own, rows=own.columns, columns=own.rows)]
     reader = Reader(index.format)
-    if index.whole_or_factored or group.get("factoring"):
+    if index.has_placeholders or group.get("factoring"):
         liked[:0] = [chooser(shape) for chooser in reader.choosers(name, group)]
     told = (each for each in liked if each.factored)
     at_once = next((each for each in told if each.slots == leaves), None)

@@ -220,6 +220,8 @@ def write(
             told = state.groups[members[0].group]
             policy = policy if choose is not None else _policy(group, told, members)
             _write_group(format, group, told, report)
+        if callable(group.get("factoring")):
+            del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
         if group.get("beta1"):
             report.dropped("Momentum", [p.name for p in members if p.momentum is None], adapt.STARTS)
         for key, name in zip(group["params"], listed, strict=True):
@@ -271,7 +273,6 @@ def _policy(group: dict[str, Any], told: Mapping[str, Any], members: list[Parame
     """``factoring`` and least side for a group of ours: what keeps the statistics as they are, if anything does."""
     own = group["factoring"], group["min_dim_size_to_factor"]
     if callable(own[0]):
-        del group["factoring"]  # code does not belong in a state dict: the optimizer that loads has it
         return own
     first = told.get("factoring", own[0]), told.get("min_dim_size_to_factor", own[1])
     tried = [first, *((policy, side) for policy in POLICIES for side in sorted({first[1], own[1], 1, 2, 128}))]
