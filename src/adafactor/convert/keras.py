@@ -28,7 +28,7 @@ from adafactor.convert.keras_order import ACCUMULATOR, AVERAGE, STEPS, Order, Sa
 from adafactor.convert.names import Names, rename
 from adafactor.convert.report import Report
 from adafactor.convert.state import Array, Parameter, State
-from adafactor.core.dialects import in_our_words
+from adafactor.core.dialects import KERAS, OUR_KERAS, in_our_words
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Shape
 from adafactor.core.files import PathLike, replacing
@@ -86,7 +86,7 @@ def _h5(file: Any) -> Saved:
         version = int(np.asarray(group[VERSION_KEY])) if VERSION_KEY in group else None
     if version not in (None, 1):
         raise ValueError(f"it has version {version} of the state, from a later release of adafactor")
-    return Saved(version is not None, values, {})
+    return Saved(KERAS if version is None else OUR_KERAS, values, {})
 
 
 def _check_h5(opened: Any) -> None:
@@ -129,10 +129,9 @@ def _live(optimizer: Any) -> Saved:
     if not optimizer.built:
         remedy = "Call optimizer.build(model.trainable_variables)."
         raise Refused(message("the optimizer", "built", "one without state", remedy))
-    ours = hasattr(optimizer, "_layouts")
     variables = optimizer._trainable_variables
     values = [_numpy(variable) for variable in _saved_variables(optimizer)]
-    saved = Saved(ours, values, optimizer.get_config())
+    saved = Saved(OUR_KERAS if hasattr(optimizer, "_layouts") else KERAS, values, optimizer.get_config())
     saved.variables = [(path_of(variable), tuple(variable.shape)) for variable in variables]
     saved.known = [(keras.backend.standardize_dtype(each.dtype), rms_of(_numpy(each))) for each in variables]
     if callable(getattr(optimizer, "factoring", None)):
@@ -301,7 +300,7 @@ def _values(state: State, saved: Saved, order: Order, report: Report) -> list[Ar
             report.dropped("The moving average", [member.name], "the source has none: the template's stays")
         if "momentum" in lacks:
             report.dropped("Momentum", [member.name], adapt.STARTS)
-        if not saved.ours and member.layout.factored:
+        if saved.format == KERAS and member.layout.factored:
             at = member.slots["column"] + 1  # the velocity
             values[at] = _velocity(parameter, saved.values[at])
     for slot, names in extra.items():

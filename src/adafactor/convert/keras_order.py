@@ -10,7 +10,7 @@ from typing import Any
 from adafactor.convert.axes import Axes
 from adafactor.convert.state import Array
 from adafactor.core import factoring
-from adafactor.core.dialects import KERAS, OUR_KERAS, keras_order, last_two
+from adafactor.core.dialects import FORMATS, OUR_KERAS, keras_order
 from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import Factored, Layout, Shape
 
@@ -23,15 +23,11 @@ STEPS = "gradient_accumulation_steps"
 class Saved:
     """The optimizer part of a live optimizer or a file: arrays by position, and what is known of them."""
 
-    ours: bool
+    format: str
     values: list[Array]
     config: dict[str, Any]
     variables: list[tuple[str, Shape]] | None = None
     known: list[tuple[str, float | None]] = field(default_factory=list)  # dtype and RMS of every variable
-
-    @property
-    def format(self) -> str:
-        return OUR_KERAS if self.ours else KERAS
 
 
 @dataclass
@@ -58,7 +54,7 @@ def order_of(saved: Saved, axes: Axes | None) -> Order:
         Refused: no reading fits, or several do.
     """
     orders = list(_orders(saved, axes))
-    if not orders and saved.ours and saved.variables is None:
+    if not orders and saved.format == OUR_KERAS and saved.variables is None:
         remedy = "Pass the shapes of the model's trainable variables, in order (--shapes)."
         raise Refused(message("a file of adafactor.keras without a model", "read with shapes", None, remedy))
     if len(orders) != 1:
@@ -77,10 +73,11 @@ def _orders(saved: Saved, axes: Axes | None) -> Iterator[Order]:
     averages = [0, 1] if "use_ema" not in config else [int(bool(config["use_ema"]))]
     accumulators = [int(bool(config[STEPS]))] if STEPS in config else [0, 1]
     momenta = [0, 1] if "beta_1" not in config else [int(bool(config["beta_1"]))]
-    variables = saved.variables
-    if not saved.ours:
+    variables, dialect = saved.variables, FORMATS[saved.format]
+    if dialect.momentum_of is None:
         momenta = [0]
-        variables = variables if variables is not None else _shapes_of_theirs(saved.values)
+    if dialect.axes is not None and variables is None:
+        variables = _shapes_of_theirs(saved.values)
     if variables is None:
         return
     for rate, average, accumulator, momentum in itertools.product(rates, averages, accumulators, momenta):
@@ -92,7 +89,7 @@ def _orders(saved: Saved, axes: Axes | None) -> Iterator[Order]:
                 extra[index][slot] = position
                 position += 1
         for (name, shape), slots in zip(variables, extra, strict=True):
-            layout = _layout(config, name, shape, axes) if saved.ours else last_two(shape)
+            layout = _layout(config, name, shape, axes) if dialect.axes is None else dialect.axes(shape, 0)
             words = keras_order(saved.format, layout, bool(momentum))
             own = {slot: position + offset for offset, slot in enumerate(words) if slot in layout.slots}
             own |= {"momentum": position + words.index("momentum")} if momentum else {}
