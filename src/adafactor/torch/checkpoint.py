@@ -20,6 +20,7 @@ from adafactor.core.errors import Refused, message
 from adafactor.core.factoring import POLICIES, Layout, Shape
 from adafactor.core.untrusted import reading
 from adafactor.engine.torch import int8
+from adafactor.engine.torch.checks import recoded, write
 from adafactor.engine.torch.sharded import spans_of
 from adafactor.engine.torch.work import Group, Settings, Work, is_sharded, slot_dtype, whole_of
 from adafactor.torch.arguments import layout_of, translate
@@ -254,7 +255,9 @@ def _state(values: State, target: _Target, settings: Settings) -> State:
         for slot, of in (("momentum", shape), ("momentum_scale", (int8.scales(param.numel()),))):
             if slot in values:
                 values[slot] = _checked(values[slot], of, slot, target)
-        _recode(values, coded)
+        if values["momentum"].dtype == torch.int8 and "momentum_scale" not in values:
+            raise target.refused("momentum_scale", "there beside 8-bit momentum", "none")
+        write(values, recoded(values, roles, coded, target.name))
     wanted = {s: (of, slot_dtype(s, settings, param.dtype)) for s, of in shapes.items() if s in values}
     if "master" in values:  # of HostStep
         wanted["master"] = (shape, _checked(values["master"], shape, "master", target).dtype)
@@ -350,18 +353,6 @@ def _count(value: Any, target: _Target) -> int:
     if not 0 <= value < 1 << 63:
         raise target.refused("step", rule, got)
     return int(value)
-
-
-def _recode(values: State, coded: bool) -> None:
-    """Turn 8-bit momentum into numbers and back, where the file has the one and the group asks for the other."""
-    momentum: Tensor = values["momentum"]
-    scale: Tensor | None = values.pop("momentum_scale", None)
-    if scale is not None and not coded:
-        values["momentum"] = int8.decode(momentum, scale)
-    elif scale is None and coded:
-        values["momentum"], values["momentum_scale"] = int8.encode(momentum.to(torch.float32))
-    elif scale is not None:
-        values["momentum_scale"] = scale
 
 
 def _shape(value: Any) -> object:

@@ -89,6 +89,9 @@ class Adafactor(Optimizer):
         TypeError, ValueError: an argument does not fit. Nothing has been modified.
     """
 
+    _in_backward: InBackward | None = None
+    _host: OnHost | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -142,8 +145,6 @@ class Adafactor(Optimizer):
             raise TypeError(message("diagnostics", "True or False", diagnostics, "Leave it out for the default."))
         self._diagnostics: dict[Tensor, Tensor] | None = {} if diagnostics else None
         self._lrs: dict[int, float | Tensor] = {}  # of the groups' last updates, for diagnostics
-        self._in_backward: InBackward | None = None
-        self._host: OnHost | None = None
         self._preparation = Preparation()
         self._skipped: dict[torch.device, Tensor] = {}
         self._handle = compiled.register(self)
@@ -401,8 +402,6 @@ class Adafactor(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Both unpickling and the base class's load_state_dict come through here.
         super().__setstate__(state)
-        self.__dict__.setdefault("_in_backward", None)
-        self.__dict__.setdefault("_host", None)
         self.__dict__.setdefault("_diagnostics", None)
         self.__dict__.setdefault("_lrs", {})
         if "_preparation" not in self.__dict__:

@@ -174,6 +174,11 @@ def test_momentum_of_other_optimizers_is_coded_and_ours_decoded():
     decoded = floats.state[params[0]]
     assert torch.equal(decoded["momentum"], int8.decode(found["momentum"], found["momentum_scale"]))
     assert "momentum_scale" not in decoded
+    del state["state"][0]["momentum_scale"]
+    with pytest.raises(
+        ValueError, match="^momentum_scale of parameter 0 must be there beside 8-bit momentum, got 'none'"
+    ):
+        coded.load_state_dict(state)
 
 
 def test_under_torch_compile():

@@ -251,7 +251,7 @@ def fit(param: Tensor, layout: Layout, settings: Settings, state: Mapping[str, A
     changes: dict[str, Any] = {}
     held = dict(state)
     if "momentum" in slots and "momentum" in held:
-        changes |= _recoded(held, layout, "momentum_scale" in slots, name)
+        changes |= recoded(held, layout, "momentum_scale" in slots, name)
         held |= changes
     for slot in slots:
         wanted = shapes[slot], slot_dtype(slot, settings, param.dtype)
@@ -315,7 +315,7 @@ def fitted(value: Any, slot: str, param: Tensor, wanted: tuple[Shape, torch.dtyp
     return fit
 
 
-def _recoded(state: Mapping[str, Any], layout: Layout, coded: bool, name: str) -> dict[str, Any]:
+def recoded(state: Mapping[str, Any], layout: Layout, coded: bool, name: str) -> dict[str, Any]:
     """Momentum turned from 8-bit codes into numbers or back, where the state has the one and the group the other."""
     momentum, scale = state["momentum"], state.get("momentum_scale")
     if not isinstance(momentum, Tensor) or momentum.numel() != math.prod(layout.shape):

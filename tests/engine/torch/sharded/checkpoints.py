@@ -52,13 +52,13 @@ def steps(
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=save)
     whole = StateDictOptions(full_state_dict=True)
-    found = {"model": get_model_state_dict(model, options=whole)}
-    found["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
+    trained = {"model": get_model_state_dict(model, options=whole)}
+    trained["optimizer"] = get_optimizer_state_dict(model, optimizer, options=whole)
     if world > 1:  # a whole state goes back into shards
         model.zero_grad()
         again = adafactor.torch.Adafactor(model.parameters(), lr=0.05, beta1=0.9, compensated=half)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_optimizer_state_dict(model, again, found["optimizer"] if rank == 0 else {}, options=options)
+        set_optimizer_state_dict(model, again, trained["optimizer"] if rank == 0 else {}, options=options)
         for p, values in optimizer.state.items():
             for name, value in values.items():
                 other = again.state[p][name]
@@ -66,4 +66,4 @@ def steps(
                     assert other.placements == value.placements, (name, other.placements, value.placements)
                     value, other = value.to_local(), other.to_local()
                 assert torch.equal(value, other), name
-    return found if rank == 0 else {}
+    return trained if rank == 0 else {}

@@ -38,25 +38,25 @@ def sentences(rank: int, world: int) -> dict[str, str]:
         made.grad = DTensor.from_local(torch.ones(shape), mesh, [placement], run_check=False)
         return made
 
-    found = {}
-    found["shape"] = refusal(Adafactor([parameter(2, 3), parameter(2, 4 if rank else 3)]))
-    found["missing"] = refusal(Adafactor([parameter(2, 3)] + [parameter(3, 3) for _ in range(1 - rank)]))
-    found["partial"] = refusal(Adafactor([parameter(2, 3, placement=Partial())]))
+    told = {}
+    told["shape"] = refusal(Adafactor([parameter(2, 3), parameter(2, 4 if rank else 3)]))
+    told["missing"] = refusal(Adafactor([parameter(2, 3)] + [parameter(3, 3) for _ in range(1 - rank)]))
+    told["partial"] = refusal(Adafactor([parameter(2, 3, placement=Partial())]))
     odd = DTensor.from_local(torch.ones(1 + 3 * rank, 2), mesh, [Shard(0)], shape=torch.Size((5, 2)), stride=(2, 1))
-    found["cut"] = refusal(Adafactor([nn.Parameter(odd)]))
+    told["cut"] = refusal(Adafactor([nn.Parameter(odd)]))
     piece = nn.Parameter(torch.ones(4))
     piece._fsdp_flattened, piece.grad = True, torch.ones(4)  # of a model that is not there
-    found["FSDP1"] = refusal(Adafactor([piece]))
+    told["FSDP1"] = refusal(Adafactor([piece]))
     conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     net = FullyShardedDataParallel(conv, device_id=torch.device("cpu"))
     net(torch.ones(1, 3, 3, 3)).sum().backward()
-    found["channels last"] = refusal(Adafactor(net.parameters()))
+    told["channels last"] = refusal(Adafactor(net.parameters()))
     net = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
     net(torch.ones(1, 4)).sum().backward()
-    found["int8"] = refusal(Adafactor(net.parameters(), beta1=0.9, momentum_dtype=torch.int8))
+    told["int8"] = refusal(Adafactor(net.parameters(), beta1=0.9, momentum_dtype=torch.int8))
     compiled = Adafactor([parameter(2, 3)])
-    found["compiled"] = refusal(compiled, torch.compile(compiled.step, backend="eager"))
+    told["compiled"] = refusal(compiled, torch.compile(compiled.step, backend="eager"))
     elsewhere, *_ = [DeviceMesh("cpu", [k]) for k in range(world)]  # every rank makes every mesh
     lone = DTensor.from_local(torch.ones(2, 3), elsewhere, [Shard(0)], run_check=False, shape=(2, 3), stride=(3, 1))
-    found["elsewhere"] = refusal(Adafactor([nn.Parameter(lone)])) if rank else ""
-    return found
+    told["elsewhere"] = refusal(Adafactor([nn.Parameter(lone)])) if rank else ""
+    return told

@@ -76,11 +76,11 @@ class Case:
 
     @property
     def intervals(self) -> list[tuple[tuple[int, int], ...]]:
-        at, found = 0, []
+        at, cut = 0, []
         for shape in self.shapes:
-            found.append(cuts(at, prod(shape), self.pieces))
+            cut.append(cuts(at, prod(shape), self.pieces))
             at += prod(shape)
-        return found
+        return cut
 
 
 def drawn(random: Random) -> Case:
@@ -147,10 +147,10 @@ def formula(case: Case) -> list[int]:
     return [width * numbers for numbers in map(sum, zip(*each, strict=True)) if numbers]
 
 
-def joined(case: Case, found: list[Tensor]) -> list[Tensor]:
+def joined(case: Case, held: list[Tensor]) -> list[Tensor]:
     """The whole tensors from what the ranks hold."""
     parts: list[list[Tensor]] = [[] for _ in case.shapes]
-    for rank, values in enumerate(found):
+    for rank, values in enumerate(held):
         for room, piece in zip(
             parts, values.split([its[rank][1] - its[rank][0] for its in case.intervals]), strict=True
         ):
@@ -182,12 +182,12 @@ def compared(case: Case, seed: int, steps: int = 3, faults: bool = True) -> dict
                 drawn[0][-1].view(-1)[begin:end] = 0
         if not bool(drawn[0][-1].any()):
             grads[0][-1] = None
-    found = simulated.run(len(case.pieces), lambda group: flat(case, group, values, grads))
+    by_rank = simulated.run(len(case.pieces), lambda group: flat(case, group, values, grads))
     worst = 0.0
-    for a, b in zip(joined(case, [its["values"] for its in found]), whole(case, values, grads), strict=True):
+    for a, b in zip(joined(case, [its["values"] for its in by_rank]), whole(case, values, grads), strict=True):
         assert bool(a.isfinite().all())
         worst = max(worst, float((a - b).abs().max() / b.abs().max()))
-    return {"worst": worst, "reduced": [its["reduced"] for its in found], "steps": steps}
+    return {"worst": worst, "reduced": [its["reduced"] for its in by_rank], "steps": steps}
 
 
 def cases(count: int, first: int = 0) -> Iterator[tuple[int, Case]]:
@@ -199,10 +199,10 @@ def main(count: int) -> None:
     worst = {torch.float32: 0.0, torch.float64: 0.0}
     collectives: dict[int, int] = {}
     for seed, case in cases(count):
-        found = compared(case, seed)
-        worst[case.dtype] = max(worst[case.dtype], found["worst"])
+        result = compared(case, seed)
+        worst[case.dtype] = max(worst[case.dtype], result["worst"])
         expected = formula(case)
-        assert found["reduced"] == [expected * found["steps"]] * len(case.pieces), (seed, case)
+        assert result["reduced"] == [expected * result["steps"]] * len(case.pieces), (seed, case)
         collectives[len(expected)] = collectives.get(len(expected), 0) + 1
     single, double = worst[torch.float32], worst[torch.float64]
     print(f"{count} cases, worst relative difference {single:.1e} in float32, {double:.1e} in float64")

@@ -72,8 +72,8 @@ def whole(net: FullyShardedDataParallel) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in net.state_dict().items()}
 
 
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    a, b = (torch.cat([values[name].reshape(-1) for name in sorted(expected)]) for values in (found, expected))
+def distance(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    a, b = (torch.cat([values[name].reshape(-1) for name in sorted(expected)]) for values in (ours, expected))
     return float((a - b).norm() / b.norm())
 
 

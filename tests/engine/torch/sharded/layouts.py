@@ -35,14 +35,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def meshes(world: int) -> dict[str, tuple[DeviceMesh, list[Placement]]]:
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("line",))
-    found: dict[str, tuple[DeviceMesh, list[Placement]]] = {
+    made: dict[str, tuple[DeviceMesh, list[Placement]]] = {
         "Shard(0)": (line, [S0]),
         "Shard(1)": (line, [S1]),
         "Replicate": (line, [R]),
     }
     if world == 4:
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("left", "right"))
-        found |= {
+        made |= {
             "HSDP": (grid, [R, S0]),
             "FSDP x TP rowwise": (grid, [S0, S1]),
             "Shard(1) x Shard(0)": (grid, [S1, S0]),
@@ -50,7 +50,7 @@ def meshes(world: int) -> dict[str, tuple[DeviceMesh, list[Placement]]]:
             "FSDP x replicated": (grid, [S0, R]),
             "Shard(0) x Shard(0)": (grid, [S0, S0]),
         }
-    return found
+    return made
 
 
 def shard(whole: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor | None:
@@ -89,7 +89,7 @@ def distance(ours: DTensor, single: torch.Tensor) -> float:
 
 def compare(rank: int, world: int, steps: int = 50, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """The largest difference of a parameter or a statistic from the single process's, per layout and variant."""
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     for layout, (mesh, placements) in meshes(world).items():
         torch.manual_seed(0)
         pairs: dict[str, list[tuple[torch.nn.Parameter, torch.nn.Parameter]]] = {variant: [] for variant in VARIANTS}
@@ -119,14 +119,14 @@ def compare(rank: int, world: int, steps: int = 50, dtype: torch.dtype = torch.f
                     else:
                         assert other.shape == value.shape
                         worst = max(worst, distance(other, value) if name != "momentum" else 0.0)
-            found[f"{layout}, {variant}"] = worst
-    return found
+            differences[f"{layout}, {variant}"] = worst
+    return differences
 
 
 def ragged(rank: int, world: int) -> dict[str, Any]:
     """Gradients that are missing or not finite on some ranks only."""
     mesh = init_device_mesh("cpu", (world,))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     cases = {"rows and experts": (S0, experts), "columns": (S1, "last_two"), "a stack": (S0, "last_two")}
     for (case, (split, factoring)), fused in product(cases.items(), (None, False)):
         torch.manual_seed(0)
@@ -153,12 +153,12 @@ def ragged(rank: int, world: int) -> dict[str, Any]:
                     b.grad = None
             one.step()
             many.step()
-        found[f"{case}, {fused}"] = {
+        results[f"{case}, {fused}"] = {
             "steps": [int(many.state[p]["step"]) for p in shards],
             "skipped": (one.skipped, many.skipped),
             "distance": max(distance(b, a) for a, b in zip(singles, shards, strict=True)),
         }
-    return found
+    return results
 
 
 def overflowing(rank: int, world: int) -> tuple[int, int]:
@@ -244,7 +244,7 @@ def kernels() -> dict[str, bool]:
         "a vector": ((9,), [S0, S0]),
         "rows and columns": ((8, 6), [S0, S1]),
     }
-    found = {}
+    reached = {}
     for name, (shape, placements) in cases.items():
         param = torch.nn.Parameter(distribute_tensor(torch.ones(shape), mesh, placements))
         param.grad = distribute_tensor(torch.ones(shape), mesh, placements)
@@ -253,13 +253,13 @@ def kernels() -> dict[str, bool]:
         (prepared,) = optimizer._preparation._prepared.values()
         optimizer.step()
         assert list(optimizer._preparation._prepared.values()) == [prepared], "nothing moved, and all was made anew"
-        found[name] = [type(backend) for backend, _ in prepared.sharded.plan.backends] == [Native]
-    return found
+        reached[name] = [type(backend) for backend, _ in prepared.sharded.plan.backends] == [Native]
+    return reached
 
 
 def rounding(rank: int, world: int) -> dict[str, float]:
     """bfloat16 weights with stochastic rounding: the share that is not the same as a single process's."""
-    found = {}
+    shares = {}
     for layout, (mesh, placements) in meshes(world).items():
         for fused in (None, False):
             different = total = 0
@@ -280,13 +280,13 @@ def rounding(rank: int, world: int) -> dict[str, float]:
                 ours, theirs = b.detach().to_local(), whole(a.detach(), b)
                 different += int((ours != theirs).sum())
                 total += ours.numel()
-            found[f"{layout}, {fused}"] = different / max(1, total)
-    return found
+            shares[f"{layout}, {fused}"] = different / max(1, total)
+    return shares
 
 
 def compensated(rank: int, world: int) -> dict[str, float]:
     """Compensated bfloat16 against the single process: the distance of parameter and residual together."""
-    found = {}
+    distances = {}
     for layout, (mesh, placements) in meshes(world).items():
         for fused in (None, False):
             torch.manual_seed(0)
@@ -306,5 +306,5 @@ def compensated(rank: int, world: int) -> dict[str, float]:
                 assert (residual.placements, residual.dtype) == (b.placements, torch.bfloat16)
                 ours = b.detach().to_local().double() + residual.to_local().double()
                 theirs = whole(a.detach().double() + one.state[a]["residual"].double(), b)
-                found[f"{layout}, {fused}, {shape}"] = float((ours - theirs).norm() / max(theirs.norm(), 1e-30))
-    return found
+                distances[f"{layout}, {fused}, {shape}"] = float((ours - theirs).norm() / max(theirs.norm(), 1e-30))
+    return distances

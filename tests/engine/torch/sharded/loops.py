@@ -59,7 +59,7 @@ def average(params: Iterable[nn.Parameter], world: int) -> None:
 
 def every_loop(rank: int, world: int) -> dict[str, Any]:
     """The distance from one process after ten steps, and for some kinds what shows that they were what they claim."""
-    found: dict[str, Any] = {}
+    distances: dict[str, Any] = {}
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for kind in KINDS:
         single, many = models.Model(2), sharded(kind, world)
@@ -87,10 +87,10 @@ def every_loop(rank: int, world: int) -> dict[str, Any]:
                 norms[1] = norms[1].full_tensor()
             one.step()
             optimizer.step()
-        found[kind] = models.distance(many, single)
+        distances[kind] = models.distance(many, single)
         if kind == "clipping":
-            found["clipped"] = [float(norm) for norm in norms]
-    return found
+            distances["clipped"] = [float(norm) for norm in norms]
+    return distances
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def fsdp2_by_accelerate(rank: int, world: int, place: str) -> dict[str, Any]:
     """With activation checkpointing, accumulation, clipping, a schedule, and a state to resume."""
     import accelerate
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def prepared() -> tuple[Any, ...]:
         plugin = accelerate.FullyShardedDataParallelPlugin(
@@ -147,9 +147,9 @@ def fsdp2_by_accelerate(rank: int, world: int, place: str) -> dict[str, Any]:
 
     objects = prepared()
     runner, model, optimizer, _ = objects
-    found["fsdp2"] = runner.is_fsdp2
-    found["sharded"] = [isinstance(p, DTensor) for p in model.parameters()]
-    found["stepped"] = optimizer.optimizer.param_groups[0]["params"] == list(model.parameters())
+    results["fsdp2"] = runner.is_fsdp2
+    results["sharded"] = [isinstance(p, DTensor) for p in model.parameters()]
+    results["stepped"] = optimizer.optimizer.param_groups[0]["params"] == list(model.parameters())
     train(objects, 0, 5)
     runner.save_state(place)
     train(objects, 5, STEPS)
@@ -163,16 +163,16 @@ def fsdp2_by_accelerate(rank: int, world: int, place: str) -> dict[str, Any]:
         one.step()
         for _ in range(world):  # Accelerate moves a schedule once for every process
             schedule.step()
-    found["distance"] = models.distance(model, single)
+    results["distance"] = models.distance(model, single)
 
     again = prepared()
     train(again, 20, 22)  # a state of its own, to be overwritten
     again[0].load_state(place)
     train(again, 5, STEPS)
-    found["resumed"] = models.distance(again[1], single)
+    results["resumed"] = models.distance(again[1], single)
     same = [
         torch.equal(a.to_local(), b.to_local()) for a, b in zip(again[1].parameters(), model.parameters(), strict=True)
     ]
-    found["same bits"] = all(same)
-    found["steps"] = sorted({int(s["step"]) for s in again[2].optimizer.state.values()})
-    return found
+    results["same bits"] = all(same)
+    results["steps"] = sorted({int(s["step"]) for s in again[2].optimizer.state.values()})
+    return results

@@ -144,11 +144,11 @@ def train(rank: int, world: int, kinds: Sequence[str] = KINDS, steps: int = 50, 
 
 def collectives(rank: int, world: int, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What one optimizer step sends."""
-    found: dict[str, dict[str, Any]] = {"experts": experts(world)}
+    by_kind: dict[str, dict[str, Any]] = {"experts": experts(world)}
     for kind in kinds:
         model = sharded(kind, world)
-        found[kind] = sent(model, adafactor(model))
-    return found
+        by_kind[kind] = sent(model, adafactor(model))
+    return by_kind
 
 
 def buffers_of(step: Callable[[], Any]) -> list[int]:

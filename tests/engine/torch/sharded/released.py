@@ -21,13 +21,13 @@ def local(x: torch.Tensor) -> torch.Tensor:
 
 def different(model: nn.Module, optimizer: Adafactor, other: nn.Module, its: Adafactor) -> list[str]:
     """The names of parameters that differ in a bit of theirs or of their state."""
-    found = []
+    names = []
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         same = torch.equal(local(p), local(q)) and optimizer.state[p].keys() == its.state[q].keys()
         same = same and all(torch.equal(local(v), local(its.state[q][slot])) for slot, v in optimizer.state[p].items())
         if not same:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 class Count:
@@ -49,7 +49,7 @@ class Count:
 
 def train(rank: int, world: int) -> dict[str, Any]:
     """Per kind of sharding: what differs from the ordinary step, gradients left, and all-reduces of a later step."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for kind in (
         "FSDP2",
         "HSDP",
@@ -105,10 +105,10 @@ def train(rank: int, world: int) -> dict[str, Any]:
                     released = step_in_backward(model, optimizer) if release else None
             left = [name for name, p in model.named_parameters() if p.grad is not None]
             runs += [model, optimizer]
-            found[f"{kind}: gradients left"] = left
-            found[f"{kind}: all-reduces {release}"] = count.calls
-        found[f"{kind}: different"] = different(*runs)
-    return found
+            results[f"{kind}: gradients left"] = left
+            results[f"{kind}: all-reduces {release}"] = count.calls
+        results[f"{kind}: different"] = different(*runs)
+    return results
 
 
 def clipped(rank: int, world: int) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def clipped(rank: int, world: int) -> dict[str, Any]:
 
     One parameter is nobody's: it gets the gradients of one pass.
     """
-    found: dict[str, Any] = {}
+    distances: dict[str, Any] = {}
     for kind in ("FSDP2", "HSDP", "TP", "FSDP2, accumulated"):
         layout, micro = kind.partition(",")[0], 2 if "accumulated" in kind else 1
         runs, norms = [], []
@@ -142,8 +142,8 @@ def clipped(rank: int, world: int) -> dict[str, Any]:
             norms.append(float(norm))
             runs.append([local(p).clone() for p in (*params, nobodys.grad)])
         pairs = zip(*runs, strict=True)
-        found[kind] = max(float((a - b).norm() / a.norm().clamp(min=1e-3)) for a, b in pairs if a.numel()), norms
-    return found
+        distances[kind] = max(float((a - b).norm() / a.norm().clamp(min=1e-3)) for a, b in pairs if a.numel()), norms
+    return distances
 
 
 class Half(nn.Module):
@@ -181,7 +181,7 @@ def unused(rank: int, world: int) -> dict[str, Any]:
 
 def refusals(rank: int, world: int) -> dict[str, str]:
     """DDP that comes later or averages in a way of its own, and FSDP1."""
-    found = {}
+    told = {}
 
     def attempt(case: str, model: nn.Module, trained: nn.Module, wrap_later: bool = False) -> None:
         params = list(trained.parameters())
@@ -192,10 +192,10 @@ def refusals(rank: int, world: int) -> dict[str, str]:
             runner = nn.parallel.DistributedDataParallel(trained) if wrap_later else model
             runner(torch.ones(2, 4)).sum().backward()
             released.remove()
-            found[case] = "no error"
+            told[case] = "no error"
         except RuntimeError as error:
             same = all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
-            found[case] = f"{error}" if same and not optimizer.state else "something was written"
+            told[case] = f"{error}" if same and not optimizer.state else "something was written"
 
     def plain() -> nn.Module:
         torch.manual_seed(0)
@@ -211,7 +211,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     for original in (False, True):
         flat = FullyShardedDataParallel(plain(), device_id=torch.device("cpu"), use_orig_params=original)
         attempt(f"FSDP1 {original}", flat, flat)
-    return found
+    return told
 
 
 def everything(rank: int, world: int) -> dict[str, Any]:

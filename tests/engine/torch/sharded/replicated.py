@@ -40,7 +40,7 @@ def batch(step: int, rank: int) -> torch.Tensor:
 
 def train(rank: int, world: int) -> dict[str, Any]:
     """Per case: the largest relative difference from DDP, whether replicas agree, the most bytes of gradients."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     cases: dict[str, dict[str, Any]] = {
         "DDP": {},
         "gradient_as_bucket_view": {},
@@ -114,7 +114,7 @@ def train(rank: int, world: int) -> dict[str, Any]:
         mine = torch.cat([p.detach().float().flatten() for p in b.parameters()])
         everyone = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(everyone, mine)
-        found[case] = {
+        results[case] = {
             "difference": difference,
             "identical": all(torch.equal(mine, other) for other in everyone),
             "left": [name for name, p in b.named_parameters() if p.grad is not None],
@@ -123,33 +123,33 @@ def train(rank: int, world: int) -> dict[str, Any]:
             "state": len(optimizer.state),
             "updates": sorted({int(state["step"]) for state in optimizer.state.values()}),
         }
-    return found
+    return results
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
     """Models that are not the same, a group beside DDP, a reentrant checkpoint."""
     from torch.utils.checkpoint import checkpoint
 
-    found = {}
+    told = {}
     layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4 + rank))
     same = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     wrapped = DistributedDataParallel(nn.Linear(4, 4))
     for case, model in (("shapes", layers), ("both", wrapped)):
         try:
             step_in_backward(model, Adafactor(model.parameters()), process_group=dist.group.WORLD)
-            found[case] = "no error"
+            told[case] = "no error"
         except (RuntimeError, ValueError) as error:
-            found[case] = f"{error}"
+            told[case] = f"{error}"
     before = [p.detach().clone() for p in same.parameters()]
     optimizer = Adafactor(same.parameters())
     with step_in_backward(same, optimizer, process_group=dist.group.WORLD):
         try:
             checkpoint(same, torch.ones(1, 4, requires_grad=True), use_reentrant=True).sum().backward()
-            found["checkpoint"] = "no error"
+            told["checkpoint"] = "no error"
         except RuntimeError as error:
             written = optimizer.state or not all(map(torch.equal, before, same.parameters()))
-            found["checkpoint"] = "something was written" if written and rank == 0 else f"{error}"
-    return found
+            told["checkpoint"] = "something was written" if written and rank == 0 else f"{error}"
+    return told
 
 
 def removed(rank: int, world: int) -> dict[str, Any]:

@@ -10,21 +10,21 @@ CASES = str(Path(__file__).with_name("faults.py"))
 
 
 def test_refusals_come_on_every_rank_and_before_the_first_write():
-    for found in ranks.run(CASES, "sentences", 2):
-        assert found["shape"].startswith("sharded parameter 1 must be the same on all ranks, got parameter 1 (4, 3) of")
-        assert "(4, 3)" in found["shape"]
-        assert "rank 1" in found["shape"]
-        assert "no such parameter on rank 1" in found["missing"]
-        assert found["partial"].startswith("a parameter's placements must be Shard or Replicate, got ")
-        assert "torch.chunk" in found["cut"]
-        assert "of contiguous parameters" in found["channels last"]
-        assert found["FSDP1"].startswith(
+    for told in ranks.run(CASES, "sentences", 2):
+        assert told["shape"].startswith("sharded parameter 1 must be the same on all ranks, got parameter 1 (4, 3) of")
+        assert "(4, 3)" in told["shape"]
+        assert "rank 1" in told["shape"]
+        assert "no such parameter on rank 1" in told["missing"]
+        assert told["partial"].startswith("a parameter's placements must be Shard or Replicate, got ")
+        assert "torch.chunk" in told["cut"]
+        assert "of contiguous parameters" in told["channels last"]
+        assert told["FSDP1"].startswith(
             "a parameter must be a tensor with the rows and columns of its layer, got 'a flat"
         )
-        assert found["int8"].startswith("momentum_dtype of a flat parameter must be a float dtype, got torch.int8.")
-        assert "a parameter in a compiled step must be an unsharded tensor, got 'a shard'. " in found["compiled"]
-        assert "Compile the model, and call step outside of what is compiled." in found["compiled"]
-        where = found["elsewhere"]
+        assert told["int8"].startswith("momentum_dtype of a flat parameter must be a float dtype, got torch.int8.")
+        assert "a parameter in a compiled step must be an unsharded tensor, got 'a shard'. " in told["compiled"]
+        assert "Compile the model, and call step outside of what is compiled." in told["compiled"]
+        where = told["elsewhere"]
         assert not where or where.startswith("a parameter's device mesh must be a mesh with this rank in it, got ")
 
 

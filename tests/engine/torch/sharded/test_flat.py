@@ -20,9 +20,9 @@ FSDP1 = str(Path(__file__).with_name("fsdp1.py"))
 
 def test_random_cuts_agree_with_the_whole_and_send_what_the_formula_says():
     for seed, case in flat_cases.cases(150):
-        found = flat_cases.compared(case, seed)
-        assert found["worst"] <= (1e-14 if case.dtype.itemsize == 8 else 1e-6), (seed, case)
-        assert found["reduced"] == [flat_cases.formula(case) * found["steps"]] * len(case.pieces), (seed, case)
+        result = flat_cases.compared(case, seed)
+        assert result["worst"] <= (1e-14 if case.dtype.itemsize == 8 else 1e-6), (seed, case)
+        assert result["reduced"] == [flat_cases.formula(case) * result["steps"]] * len(case.pieces), (seed, case)
 
 
 def test_the_gradients_that_are_measured_live_until_they_are_applied(monkeypatch):
@@ -129,9 +129,9 @@ def test_bfloat16_rounds_as_the_whole_does(kind, fused):
     case = flat_cases.Case(shapes, [(0, 1000), (1000, 1777), (1777, 4641)], arguments, torch.bfloat16, True)
     values = [torch.randn(shape).bfloat16() for shape in shapes]
     grads = [[torch.randn(shape).bfloat16() for shape in shapes] for _ in range(5)]
-    found = simulated.run(3, lambda group: flat_cases.flat(case, group, values, grads)["values"])
+    held = simulated.run(3, lambda group: flat_cases.flat(case, group, values, grads)["values"])
     expected = flat_cases.whole(case, values, grads)
-    different = sum(int((a != b).sum()) for a, b in zip(flat_cases.joined(case, found), expected, strict=True))
+    different = sum(int((a != b).sum()) for a, b in zip(flat_cases.joined(case, held), expected, strict=True))
     assert different <= 2e-3 * 4641  # sums in another order move an element across its threshold now and then
 
 
@@ -139,17 +139,17 @@ def test_bfloat16_rounds_as_the_whole_does(kind, fused):
 @pytest.mark.parametrize("orig", [True, False])
 def test_fsdp1_arrives_where_one_process_does(world, orig):
     for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"):
-        for found in ranks.run(FSDP1, "train", world, orig=orig, strategy=strategy):
-            assert found["distance"] <= 1e-6, strategy
-            assert found["state"] == ["column", "row", "second_moment", "step"]
+        for result in ranks.run(FSDP1, "train", world, orig=orig, strategy=strategy):
+            assert result["distance"] <= 1e-6, strategy
+            assert result["state"] == ["column", "row", "second_moment", "step"]
 
 
 def test_fsdp1_in_mixed_precision_and_hybrid():
-    for found in ranks.run(FSDP1, "train", 3, orig=True, half=True):
-        assert found["distance"] <= 1e-6
+    for result in ranks.run(FSDP1, "train", 3, orig=True, half=True):
+        assert result["distance"] <= 1e-6
     for orig in (True, False):
-        for found in ranks.run(FSDP1, "train", 4, orig=orig, strategy="HYBRID_SHARD"):
-            assert found["distance"] <= 1e-6
+        for result in ranks.run(FSDP1, "train", 4, orig=orig, strategy="HYBRID_SHARD"):
+            assert result["distance"] <= 1e-6
 
 
 @pytest.mark.parametrize("orig", [True, False])
@@ -159,7 +159,7 @@ def test_fsdp1_resumes_on_another_number_of_ranks(orig, tmp_path):
     folder = str(tmp_path / "distributed")
     ranks.run(FSDP1, "save_distributed", 2, orig=orig, path=folder, arguments=arguments)
     for world in (2, 3):
-        for found in ranks.run(FSDP1, "resume", world, orig=orig, path=path, steps=(10, 20), arguments=arguments):
-            assert found <= 1e-6
-        for found in ranks.run(FSDP1, "resume_distributed", world, orig=orig, path=folder, arguments=arguments):
-            assert found <= 1e-6
+        for distance in ranks.run(FSDP1, "resume", world, orig=orig, path=path, steps=(10, 20), arguments=arguments):
+            assert distance <= 1e-6
+        for distance in ranks.run(FSDP1, "resume_distributed", world, orig=orig, path=folder, arguments=arguments):
+            assert distance <= 1e-6

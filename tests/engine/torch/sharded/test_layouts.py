@@ -13,20 +13,20 @@ CASES = str(Path(__file__).with_name("layouts.py"))
 
 @pytest.mark.parametrize(("world", "steps"), [(2, 50), (3, 12), (4, 12)])
 def test_every_layout_agrees_with_one_process(world, steps):
-    for found in ranks.run(CASES, "compare", world, steps=steps):
-        assert len(found) == (45 if world == 4 else 15)
-        assert {case: worst for case, worst in found.items() if not worst <= 1e-6} == {}
+    for result in ranks.run(CASES, "compare", world, steps=steps):
+        assert len(result) == (45 if world == 4 else 15)
+        assert {case: worst for case, worst in result.items() if not worst <= 1e-6} == {}
 
 
 def test_float64():
-    for found in ranks.run(CASES, "compare", 2, steps=10, dtype=torch.float64):
-        assert {case: worst for case, worst in found.items() if not worst <= 1e-14} == {}
+    for result in ranks.run(CASES, "compare", 2, steps=10, dtype=torch.float64):
+        assert {case: worst for case, worst in result.items() if not worst <= 1e-14} == {}
 
 
 def test_gradients_that_are_missing_or_not_finite_on_some_ranks():
-    for found in ranks.run(CASES, "ragged", 3):
-        assert len(found) == 6
-        for case, got in found.items():
+    for result in ranks.run(CASES, "ragged", 3):
+        assert len(result) == 6
+        for case, got in result.items():
             assert got["steps"] == [4, 3, 3, 3], case
             assert got["skipped"] == (2, 2), case
             assert got["distance"] <= 1e-6, case
@@ -46,20 +46,20 @@ def test_a_shard_of_one_element_without_a_gradient_is_left_alone():
 
 def test_several_groups_and_dtypes_in_one_model_and_the_kernel_of_every_layout():
     limits = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-3, "float16": 1e-4}  # of halves a rounding or two
-    for found in ranks.run(CASES, "groups_and_kernels", 4):
-        assert len(found["groups"]) == 20
-        assert {case: d for case, d in found["groups"].items() if not d <= limits[case.rpartition(".")[2]]} == {}
+    for result in ranks.run(CASES, "groups_and_kernels", 4):
+        assert len(result["groups"]) == 20
+        assert {case: d for case, d in result["groups"].items() if not d <= limits[case.rpartition(".")[2]]} == {}
         if native.available():
-            assert [case for case, is_native in found["kernels"].items() if not is_native] == []
+            assert [case for case, is_native in result["kernels"].items() if not is_native] == []
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_stochastic_rounding_draws_the_same_bits(world):
     # The sums differ in their last bit, which moves an element across its random threshold now and then.
-    for found in ranks.run(CASES, "rounding", world):
-        assert {case: share for case, share in found.items() if not share <= 2e-3} == {}
+    for result in ranks.run(CASES, "rounding", world):
+        assert {case: share for case, share in result.items() if not share <= 2e-3} == {}
 
 
 def test_compensated_bfloat16():
-    for found in ranks.run(CASES, "compensated", 2):
-        assert {case: worst for case, worst in found.items() if not worst <= 1e-5} == {}
+    for result in ranks.run(CASES, "compensated", 2):
+        assert {case: worst for case, worst in result.items() if not worst <= 1e-5} == {}

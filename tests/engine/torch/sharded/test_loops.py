@@ -9,19 +9,19 @@ CASES = str(Path(__file__).with_name("loops.py"))
 
 
 def test_every_loop_arrives_where_one_process_does():
-    for found in ranks.run(CASES, "every_loop", 2):
-        sharded, single = found.pop("clipped")
+    for result in ranks.run(CASES, "every_loop", 2):
+        sharded, single = result.pop("clipped")
         assert sharded == pytest.approx(single, rel=1e-5)
         assert sharded > 0.01
         # Averaging the gradients over ranks alone moves the weights by parts in a million.
-        assert {kind: worst for kind, worst in found.items() if not worst <= 1e-5} == {}
+        assert {kind: worst for kind, worst in result.items() if not worst <= 1e-5} == {}
 
 
 def test_accelerate_shards_saves_and_resumes(tmp_path):
-    for found in ranks.run(CASES, "accelerated", 2, place=str(tmp_path)):
-        assert found["fsdp2"]
-        assert all(found["sharded"])
-        assert found["stepped"]
-        assert found["distance"] <= 1e-5
-        assert found["same bits"]
-        assert found["steps"] == [10]
+    for result in ranks.run(CASES, "accelerated", 2, place=str(tmp_path)):
+        assert result["fsdp2"]
+        assert all(result["sharded"])
+        assert result["stepped"]
+        assert result["distance"] <= 1e-5
+        assert result["same bits"]
+        assert result["steps"] == [10]

@@ -34,20 +34,20 @@ def computed(cost, kind):
 
 def test_fifty_steps_end_as_near_to_one_process_as_adamws():
     kinds = [kind for kind in models.KINDS if kind != "DDP"]
-    for found in ranks.run(CASES, "train", 4, kinds=kinds):
+    for result in ranks.run(CASES, "train", 4, kinds=kinds):
         for kind in kinds:
-            for ours, adamw in zip(found[f"{kind}: ours"], found[f"{kind}: adamw"], strict=True):
-                assert ours <= max(adamw, 1e-6), found
+            for ours, adamw in zip(result[f"{kind}: ours"], result[f"{kind}: adamw"], strict=True):
+                assert ours <= max(adamw, 1e-6), result
 
 
 def test_one_all_reduce_per_step():
     cost = cost_model()
     kinds = ["FSDP2", "TP", "HSDP", "FSDP x TP"]
-    for found in ranks.run(CASES, "collectives", 4, kinds=kinds):
+    for result in ranks.run(CASES, "collectives", 4, kinds=kinds):
         # Experts keep their statistics to themselves: two flags for each of three tensors.
-        assert found["experts"] == {"bytes": [3 * 2 * 4], "row": (2, 5), "column": (2, 7)}
+        assert result["experts"] == {"bytes": [3 * 2 * 4], "row": (2, 5), "column": (2, 7)}
         for kind in kinds:
-            sent = found[kind]
+            sent = result[kind]
             assert sent["collectives"] == len(sent["bytes"]) == (2 if kind == "FSDP x TP" else 1)
             assert sent["bytes"] == sent["formula"]
             if kind != "TP":

@@ -12,9 +12,9 @@ CASES = str(Path(__file__).with_name("triton_layouts.py"))
 def test_every_layout_reaches_the_kernels_and_agrees_with_one_process(world):
     ranks.end(world)  # the interpreter is chosen before Triton is imported
     try:
-        for found in ranks.run(CASES, "compare", world):
-            assert len(found["differences"]) == (18 if world == 4 else 12)
-            assert {case: worst for case, worst in found["differences"].items() if not worst <= 1e-6} == {}
-            assert found["elsewhere"] == []
+        for result in ranks.run(CASES, "compare", world):
+            assert len(result["differences"]) == (18 if world == 4 else 12)
+            assert {case: worst for case, worst in result["differences"].items() if not worst <= 1e-6} == {}
+            assert result["elsewhere"] == []
     finally:
         ranks.end(world)

@@ -23,10 +23,10 @@ def test_every_stage_arrives_where_one_process_does(stage, world):
     (planned,) = plan(shapes, shards=world, optimizers=[Adafactor(momentum="float32")]).under_zero(stage).usages
     for config in ({}, {"gradient_accumulation_steps": 2, "gradient_clipping": 0.5}):
         everywhere = ranks.run(ZERO, "train", world, stage=stage, **config)
-        for found in everywhere:
-            assert found["distance"] <= 1e-6, config
-            assert found["state"] == ["column", "momentum", "row", "second_moment", "step"]
-        most = everywhere[0]["bytes"] if stage == 3 else max(found["bytes"] for found in everywhere)
+        for result in everywhere:
+            assert result["distance"] <= 1e-6, config
+            assert result["state"] == ["column", "momentum", "row", "second_moment", "step"]
+        most = everywhere[0]["bytes"] if stage == 3 else max(result["bytes"] for result in everywhere)
         assert most == planned.state
 
 
@@ -38,8 +38,8 @@ def test_sub_groups_offload_and_bf16_optimizer():
         {"stage": 1, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     ]
     for config in variants:
-        for found in ranks.run(ZERO, "train", 2, **config):
-            assert found["distance"] <= 1e-6, config
+        for result in ranks.run(ZERO, "train", 2, **config):
+            assert result["distance"] <= 1e-6, config
 
 
 def test_elastic_checkpoints_are_refused():
@@ -52,15 +52,15 @@ def test_elastic_checkpoints_are_refused():
 def test_master_weights_of_half_precision(stage):
     halves = {"bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 1.0}}}
     for name, config in halves.items():
-        for found in ranks.run(ZERO, "train", 2, stage=stage, **config):
-            assert found["distance"] <= 1e-6, name
+        for result in ranks.run(ZERO, "train", 2, stage=stage, **config):
+            assert result["distance"] <= 1e-6, name
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_statistics_of_two_ranks_go_on_in_three(stage, tmp_path):
     ranks.run(ZERO, "save_ten", 2, stage=stage, folder=str(tmp_path))
-    for found in ranks.run(ZERO, "resume_elsewhere", 3, stage=stage, folder=str(tmp_path)):
-        assert found <= 1e-6
+    for distance in ranks.run(ZERO, "resume_elsewhere", 3, stage=stage, folder=str(tmp_path)):
+        assert distance <= 1e-6
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -69,5 +69,5 @@ def test_resumes_from_the_last_whole_checkpoint_when_killed_in_the_next(stage, t
     with pytest.raises(AssertionError, match="ended with 9"):
         ranks.run(ZERO, "save", 2, stage=stage, folder=str(tmp_path), kill=True, limit=60)
     assert len(list((tmp_path / "eleven").glob("*optim*"))) < len(list((tmp_path / "ten").glob("*optim*")))
-    for found in ranks.run(ZERO, "resume", 2, stage=stage, folder=str(tmp_path)):
-        assert found <= 1e-6
+    for distance in ranks.run(ZERO, "resume", 2, stage=stage, folder=str(tmp_path)):
+        assert distance <= 1e-6
