@@ -176,7 +176,7 @@ def test_momentum_of_other_optimizers_is_coded_and_ours_decoded():
     assert "momentum_scale" not in decoded
     del state["state"][0]["momentum_scale"]
     with pytest.raises(
-        ValueError, match="^momentum_scale of parameter 0 must be there beside 8-bit momentum, got 'none'"
+        ValueError, match=r"^momentum_scale of parameter 0 must be there beside 8-bit momentum, got 'none'"
     ):
         coded.load_state_dict(state)
 
