@@ -23,7 +23,7 @@ import torch
 
 import gpu_static
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, Shapes, parameters
-from adafactor.engine.torch import triton_table
+from adafactor.engine.torch.triton import table
 from adafactor.torch import Adafactor
 
 START, ISSUED = 2.5e-6, 0.7
@@ -44,7 +44,7 @@ MIXES: dict[str, Shapes] = {"Llama 7B layer": LLAMA_LAYER, "GPT-2 small": GPT2_S
 
 
 def field(records: Any, name: str) -> Any:
-    return records[:, triton_table.FIELDS.index(name)]
+    return records[:, table.FIELDS.index(name)]
 
 
 def seconds(capability: int, call: Any, records: Any) -> float:

@@ -24,7 +24,8 @@ from triton.runtime.jit import JITFunction
 import adafactor.torch
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, Shapes
 from adafactor.cli.bench.timing import Step, ratio, take_turns
-from adafactor.engine.torch import choose, cpu, cuda, triton_table
+from adafactor.engine.torch import choose, cpu, cuda
+from adafactor.engine.torch.triton import table
 
 ADAMW, NATIVE, TRITON = "torch.optim.AdamW(fused=True)", "native kernels", "Triton kernels, not launched"
 
@@ -64,7 +65,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     JITFunction.run = lambda kernel, *args, **kwargs: None
-    triton_table.ON_CHIP = 0  # the tensors stand for large ones, and take their launches
+    table.ON_CHIP = 0  # the tensors stand for large ones, and take their launches
     rows: list[dict[str, Any]] = []
     for shapes, share in ((LLAMA_LAYER, 1.0), (GPT2_SMALL, 1.0), (LORA, 1.0), (LORA, 0.7)):
         made = optimizers([tuple(-(-n // 64) for n in shape) for shape in shapes])

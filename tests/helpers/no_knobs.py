@@ -8,7 +8,7 @@ import triton
 if hasattr(triton, "knobs"):  # its own modules have imported what they need of it
     del triton.knobs
 
-from adafactor.engine.torch import triton_kernels, triton_numbers
+from adafactor.engine.torch.triton import kernels, numbers
 
-assert triton_numbers.interpreted()
-assert triton_kernels.dtype("float32") == triton.language.float32
+assert numbers.interpreted()
+assert kernels.dtype("float32") == triton.language.float32

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from adafactor.engine.torch.triton_numbers import random_bits
+from adafactor.engine.torch.triton.numbers import random_bits
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from adafactor.engine.torch.triton_numbers import encode
+from adafactor.engine.torch.triton.numbers import encode
 
 
 @triton.jit

@@ -8,8 +8,9 @@ import sys
 
 import torch
 
-from adafactor.engine.torch import choose, triton_table
+from adafactor.engine.torch import choose
 from adafactor.engine.torch.cuda import Triton
+from adafactor.engine.torch.triton import table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -56,12 +57,12 @@ def use(monkeypatch, small=True):
     if DEVICE.type == "cpu":
         from triton.runtime import interpreter
 
-        from adafactor.engine.torch.triton_numbers import interpreted
+        from adafactor.engine.torch.triton.numbers import interpreted
 
         assert interpreted(), "Triton was imported too early: run tests/engine/torch by itself"
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call)
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", _bounds(interpreter._patch_lang_tensor))
     if small:
         for name, value in SMALL.items():
-            monkeypatch.setattr(triton_table, name, value)
+            monkeypatch.setattr(table, name, value)
     monkeypatch.setattr(choose, "kernels_on", lambda device: Triton)

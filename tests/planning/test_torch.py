@@ -288,7 +288,7 @@ def test_temporaries_of_torch_operations(dtype, momentum, monkeypatch):
 @pytest.mark.parametrize("model", ["Llama layer", "Llama", "GPT-2", "LoRA", "convolutions"])
 def test_temporaries_of_the_triton_kernels(model):
     """Against the tables that the kernels get, which no parameter has to exist for."""
-    from adafactor.engine.torch import triton_table
+    from adafactor.engine.torch.triton import table
 
     shapes = {
         "Llama layer": LLAMA_LAYER, "Llama": [*LLAMA_LAYER * 32, (32000, 4096), (32000, 4096)], "GPT-2": GPT2_SMALL,
@@ -296,13 +296,13 @@ def test_temporaries_of_the_triton_kernels(model):
     }[model]  # fmt: skip
     forms = [canonical(layout(shape)) for shape in shapes]
     launches = [
-        triton_table.Launch(
-            triton_table.tile_of(form) if form.factored else None, "float32", "float32", "", True, False, False, False,
+        table.Launch(
+            table.tile_of(form) if form.factored else None, "float32", "float32", "", True, False, False, False,
             True, not form.factored, False, None, False,
         )
         for form in forms
     ]  # fmt: skip
-    sizes = triton_table.tables(list(map(triton_table.Tensor, forms, launches))).sizes
+    sizes = table.tables(list(map(table.Tensor, forms, launches))).sizes
     needed = 4 * (sizes["sums"] + 3 * sizes["partials"] + sizes["squares"] + sizes["roots"])
     (usage,) = plan(shapes, optimizers=[rules.Adafactor()]).usages
     assert 0.8 * needed <= usage.temporaries <= 1.2 * needed

@@ -32,7 +32,7 @@ HALF = ("bfloat16", "float16")
 ONCE = {"torch": 0, "keras": 8, "jax": 4}
 #: Elements of a block of torch operations on an accelerator (``engine/torch/blocks.py``).
 DEVICE_BLOCK = 1 << 22
-#: How the Triton kernels cut matrices (``engine/torch/triton_table.py``): most and fewest rows of a part, warps in all.
+#: How the Triton kernels cut matrices (``engine/torch/triton/table.py``): most and fewest rows of a part, warps in all.
 PART_ROWS, WARPS = (512, 32), 2 * 132 * 16
 
 

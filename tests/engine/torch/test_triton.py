@@ -18,8 +18,9 @@ from triton_support import DEVICE, use
 
 from adafactor import Factored
 from adafactor.core import rounding
-from adafactor.engine.torch import cuda, triton_table
+from adafactor.engine.torch import cuda
 from adafactor.engine.torch import rounding as torch_rounding
+from adafactor.engine.torch.triton import table
 from adafactor.torch import Adafactor
 
 pytest.importorskip("triton")
@@ -60,11 +61,11 @@ def test_storage_dtypes(kernel, dtype, options):
     compare(SHAPES, dtype, options, steps=2)
 
 
-@pytest.mark.parametrize("on_chip", [0, triton_table.ON_CHIP])
+@pytest.mark.parametrize("on_chip", [0, table.ON_CHIP])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiles_of_the_size_that_a_device_gets(monkeypatch, dtype, on_chip):
     use(monkeypatch, small=False)
-    monkeypatch.setattr(triton_table, "ON_CHIP", on_chip)
+    monkeypatch.setattr(table, "ON_CHIP", on_chip)
     more = [(6, 1), (3, 16), (2, 1, 3, 2, 4), (5, 5000), (300, 20), (70, 3, 3)]
     compare([*SHAPES, *more], dtype, {}, steps=2)
 
@@ -226,7 +227,7 @@ def test_what_the_kernels_do_not_know_goes_another_way(kernel):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_momentum_dtypes(kernel, monkeypatch, dtype, on_chip):
     """8-bit: rows of whole blocks, rows that blocks cross, and slices that blocks cross."""
-    monkeypatch.setattr(triton_table, "ON_CHIP", on_chip)
+    monkeypatch.setattr(table, "ON_CHIP", on_chip)
     shapes = [(3, 256), (2, 512), (20, 30), (40, 16), (700,), (9, 3, 3)]
     ours, theirs = pair(shapes, beta1=0.9, momentum_dtype=dtype, weight_decay=0.01, seed=0)
     for optimizer in (ours, theirs):
@@ -343,10 +344,10 @@ def test_a_compiled_step_goes_to_the_same_kernels(kernel):
 
 def launches(optimizer, monkeypatch):
     """How many kernels one step launches, by name."""
-    from adafactor.engine.torch import triton_kernels
+    from adafactor.engine.torch.triton import kernels
 
     counted = []
-    cls = type(triton_kernels.apply)
+    cls = type(kernels.apply)
     run = cls.run
 
     def count(self, *args, **kwargs):

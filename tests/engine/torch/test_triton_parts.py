@@ -9,7 +9,8 @@ from triton_support import DEVICE, use
 
 from adafactor import layout as layout_of
 from adafactor.core.factoring import Factored, Part
-from adafactor.engine.torch import cuda, triton_forms
+from adafactor.engine.torch import cuda
+from adafactor.engine.torch.triton import forms
 from adafactor.engine.torch.work import Group, Work
 from adafactor.torch import Adafactor
 from adafactor.torch.arguments import translate
@@ -77,7 +78,7 @@ def test_parts_cut_along_one_axis(monkeypatch, shape, axis, options):
     length = shape[axis]
     places, parts = zip(*cut(whole, (length // 2, length // 3, length - length // 2 - length // 3), axis), strict=True)
     work = [work_of(x[place].clone(), part, **options) for place, part in zip(places, parts, strict=True)]
-    assert all(triton_forms.form_of(w) is not None for w in work)
+    assert all(forms.form_of(w) is not None for w in work)
     alone, backends = cuda.Triton([one]), [cuda.Triton([w]) for w in work]
     skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
     with torch.no_grad():

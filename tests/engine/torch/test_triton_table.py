@@ -13,7 +13,7 @@ from triton_support import SMALL
 
 from adafactor import layout
 from adafactor.core.canonical import canonical
-from adafactor.engine.torch import triton_table
+from adafactor.engine.torch.triton import table
 
 LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
 
@@ -22,16 +22,16 @@ def described(shape, factoring="last_two", flat=False):
     form = canonical(layout(shape, factoring))
     if form is None:
         return None
-    tile = triton_table.tile_of(form) if form.factored else None
-    launch = triton_table.Launch(
+    tile = table.tile_of(form) if form.factored else None
+    launch = table.Launch(
         tile, "float32", "float32", "", True, False, False, False, False, flat or not tile, False, None, False
     )
-    return triton_table.Tensor(form, launch)
+    return table.Tensor(form, launch)
 
 
 def visits(tables, number, blocks, tile):
     """How often each element of a tensor is visited."""
-    r = dict(zip(triton_table.FIELDS, tables.records[number], strict=True))
+    r = dict(zip(table.FIELDS, tables.records[number], strict=True))
     seen = np.zeros(r["size"], np.int64)
     for tensor, a, b, c, _ in blocks:
         if tensor != number:
@@ -50,12 +50,12 @@ def visits(tables, number, blocks, tile):
 def test_every_element_is_visited_once_in_each_pass(small, monkeypatch):
     if small:
         for name, value in SMALL.items():
-            monkeypatch.setattr(triton_table, name, value)
+            monkeypatch.setattr(table, name, value)
     cases = [((2, 3, 4, 5), factoring) for factoring in LAYOUTS.values()]
     cases += [(shape, "last_two") for shape in [(), (3,), (5000,), (40, 70), (3, 600), (600, 3), (9, 40, 3, 3)]]
     tensors = [described(*case, flat=flat) for case in cases for flat in (False, True)]
     tensors = [tensor for tensor in tensors if tensor is not None]
-    tables = triton_table.tables(tensors)
+    tables = table.tables(tensors)
     assert sum(map(len, tables.measure.values())) > len(tensors)
     for number, tensor in enumerate(tensors):
         tile, launch = tensor.launch.tile, tensor.launch
@@ -68,25 +68,25 @@ def test_every_element_is_visited_once_in_each_pass(small, monkeypatch):
 
 
 def test_what_a_block_of_8_bit_momentum_holds_is_one_programs():
-    tables = triton_table.tables([described((77, 999), flat=True)])
+    tables = table.tables([described((77, 999), flat=True)])
     (blocks,) = tables.apply.values()
     assert (blocks[:, 1:3] % 256 == 0).all()
 
 
 def test_the_buffers_of_a_model_that_fills_a_device():
     layers = 16
-    sizes = triton_table.tables([described(shape) for shape in LLAMA_LAYER * layers]).sizes
+    sizes = table.tables([described(shape) for shape in LLAMA_LAYER * layers]).sizes
     size = 4 * layers * sum(map(math.prod, LLAMA_LAYER))
     buffers = 4 * (sizes["sums"] + 3 * sizes["partials"] + sizes["squares"] + sizes["roots"])
     assert 0.002 * size < buffers < 0.0075 * size
 
 
 def test_every_launch_is_cut_so_that_it_fills_a_device():
-    tables = triton_table.tables([described(shape) for shape in LLAMA_LAYER])
-    rows = {launch.tile.M: tables.records[numbers[0]][triton_table.FIELDS.index("part_rows")]
+    tables = table.tables([described(shape) for shape in LLAMA_LAYER])
+    rows = {launch.tile.M: tables.records[numbers[0]][table.FIELDS.index("part_rows")]
             for launch, numbers in tables.members.items() if launch.tile}  # fmt: skip
     assert rows == {4096: 64, 16384: 32}
-    (alone,) = triton_table.tables([described((4096, 4096))]).measure.values()
+    (alone,) = table.tables([described((4096, 4096))]).measure.values()
     assert len(alone) == 128
 
 
@@ -99,12 +99,12 @@ def test_every_launch_is_cut_so_that_it_fills_a_device():
 )  # fmt: skip
 def test_what_one_program_holds(shape, tile):
     form = canonical(layout(shape))
-    found = triton_table.on_chip(form, coded=False)
+    found = table.on_chip(form, coded=False)
     assert (found and (found.NP, found.M)) == tile
     blocks_of_neighbours = tile is not None and (len(shape) < 2 or shape[1] % 256 == 0 or shape[1] == tile[1])
-    assert (triton_table.on_chip(form, coded=True) == found) is (tile is None or blocks_of_neighbours)
+    assert (table.on_chip(form, coded=True) == found) is (tile is None or blocks_of_neighbours)
     if found:
-        launch = triton_table.Launch(
+        launch = table.Launch(
             found,
             "float32",
             "float32",
@@ -120,7 +120,7 @@ def test_what_one_program_holds(shape, tile):
             False,
             True,
         )
-        tables = triton_table.tables([triton_table.Tensor(form, launch)] * 3)
+        tables = table.tables([table.Tensor(form, launch)] * 3)
         (blocks,) = tables.on_chip.values()
         assert blocks[:, 0].tolist() == [0, 1, 2]
         assert not any(map(len, (tables.measure, tables.apply, tables.columns, tables.slices)))
@@ -128,15 +128,15 @@ def test_what_one_program_holds(shape, tile):
 
 
 def test_a_thousand_matrices_are_as_many_launches_as_two():
-    few, many = (triton_table.tables([described(s) for s in [(16, 1024), (1024, 16)] * n]) for n in (1, 500))
+    few, many = (table.tables([described(s) for s in [(16, 1024), (1024, 16)] * n]) for n in (1, 500))
     for name in ("measure", "apply", "columns"):
         assert getattr(few, name).keys() == getattr(many, name).keys()
 
 
 def test_offsets_beyond_four_billion_elements():
-    tables = triton_table.tables([described((70000, 70000)), described((5, 5))])
+    tables = table.tables([described((70000, 70000)), described((5, 5))])
     assert tables.records.dtype == np.int64
-    assert tables.records[0][triton_table.FIELDS.index("size")] == 70000**2
+    assert tables.records[0][table.FIELDS.index("size")] == 70000**2
     assert torch.from_numpy(tables.records).dtype == torch.int64
 
 

@@ -9,7 +9,8 @@ from triton_traffic import Traffic
 
 from adafactor.cli.bench.shapes import GPT2_SMALL, LLAMA_LAYER, LORA, MATRIX, transformer
 from adafactor.core.canonical import canonical
-from adafactor.engine.torch import cuda, triton_table, triton_uploads
+from adafactor.engine.torch import cuda
+from adafactor.engine.torch.triton import table, uploads
 from adafactor.torch import Adafactor
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")
@@ -28,7 +29,7 @@ def made(dtype, shapes, **options):
 def test_bytes_per_parameter(monkeypatch, dtype, limits):
     """The first step reads x for its scale; the second knows Σx² from the first, which wrote x."""
     use(monkeypatch, small=False)
-    monkeypatch.setattr(triton_table, "WARPS", 0)  # in parts as long as a model has that fills a device
+    monkeypatch.setattr(table, "WARPS", 0)  # in parts as long as a model has that fills a device
     shape = (768, 4096)
     _, optimizer = made(dtype, [shape])
     for step, limit in enumerate(limits):
@@ -145,7 +146,7 @@ def test_sums_that_apply_leaves_are_those_that_measure_finds(monkeypatch):
 def test_a_step_is_ten_launches_at_most(monkeypatch, shapes):
     use(monkeypatch, small=False)
     params = [torch.nn.Parameter(torch.empty(1).expand(shape)) for shape in shapes]  # no memory, and no launch runs
-    monkeypatch.setattr(triton_uploads, "form_of", lambda w: canonical(w.layout))
+    monkeypatch.setattr(uploads, "form_of", lambda w: canonical(w.layout))
     optimizer, launched = Adafactor(params), []
     for p in params:
         p.grad = torch.empty(1).expand(p.shape)

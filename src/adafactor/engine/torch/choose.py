@@ -14,9 +14,10 @@ from torch import Tensor
 
 from adafactor.core import native
 from adafactor.core.errors import message
-from adafactor.engine.torch import accelerator, cpu, cuda, triton_forms
+from adafactor.engine.torch import accelerator, cpu, cuda
 from adafactor.engine.torch.checks import Witness, check_step, has_memory
 from adafactor.engine.torch.eager import Eager
+from adafactor.engine.torch.triton import forms
 from adafactor.engine.torch.work import Backend, Sums, Work
 
 
@@ -48,7 +49,7 @@ def kernels_for(w: Work, grad: Tensor | None) -> type[Backend] | None:
     if not all(map(has_memory, (w.param, *(w.state[slot] for slot in w.slots)))):
         return None
     kernels = kernels_on(w.param.device)
-    form = cpu.form_of if kernels is cpu.Native else triton_forms.form_of
+    form = cpu.form_of if kernels is cpu.Native else forms.form_of
     return kernels if kernels is not None and form(w) is not None else None
 
 

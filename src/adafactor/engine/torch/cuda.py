@@ -23,9 +23,9 @@ from adafactor.engine.torch import accelerator
 from adafactor.engine.torch.blocks import kept
 from adafactor.engine.torch.cpu import dtypes_of
 from adafactor.engine.torch.memory import addresses_of
-from adafactor.engine.torch.triton_launches import Launches
-from adafactor.engine.torch.triton_table import Launch
-from adafactor.engine.torch.triton_uploads import Buffered, Uploaded, views
+from adafactor.engine.torch.triton.launches import Launches
+from adafactor.engine.torch.triton.table import Launch
+from adafactor.engine.torch.triton.uploads import Buffered, Uploaded, views
 from adafactor.engine.torch.work import Sums, Work
 
 _version_of = attrgetter("_version")

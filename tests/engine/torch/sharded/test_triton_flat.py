@@ -7,7 +7,8 @@ import torch
 import triton_support
 
 from adafactor.core.factoring import Part
-from adafactor.engine.torch import choose, cuda, triton_forms
+from adafactor.engine.torch import choose, cuda
+from adafactor.engine.torch.triton import forms
 
 
 def test_random_cuts_agree_with_the_whole(monkeypatch):
@@ -29,7 +30,7 @@ def test_random_cuts_agree_with_the_whole(monkeypatch):
     def kernels_for(w, grad):
         if not isinstance(w.layout, Part) or w.settings.fused is False or not grad.is_contiguous():
             return native(w, grad)
-        reached.append(triton_forms.form_of(w) is not None)
+        reached.append(forms.form_of(w) is not None)
         return cuda.Triton if reached[-1] else None
 
     monkeypatch.setattr(choose, "kernels_for", kernels_for)

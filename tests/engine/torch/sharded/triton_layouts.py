@@ -14,7 +14,8 @@ import triton_support
 from triton.runtime import interpreter
 
 from adafactor.core.factoring import Part
-from adafactor.engine.torch import choose, cuda, triton_forms, triton_table
+from adafactor.engine.torch import choose, cuda
+from adafactor.engine.torch.triton import forms, table
 from adafactor.engine.torch.work import Work
 
 VARIANTS = {2: ("native", "momentum, decay", "smallest, d=0.5", "experts"), 4: ("momentum, decay", "experts")}
@@ -26,14 +27,14 @@ def compare(rank: int, world: int) -> dict[str, Any]:
     interpreter.InterpretedFunction.__call__ = triton_support._call
     interpreter._patch_lang_tensor = triton_support._bounds(interpreter._patch_lang_tensor)
     for name, value in (triton_support.SMALL | {"TRANSPOSED": 8}).items():
-        setattr(triton_table, name, value)
+        setattr(table, name, value)
     elsewhere: list[str] = []
     native_or_eager = choose.kernels_for
 
     def kernels_for(w: Work, grad: torch.Tensor) -> Any:
         if not isinstance(w.layout, Part) or not w.layout.size:
             return native_or_eager(w, grad)
-        if triton_forms.form_of(w) is None:
+        if forms.form_of(w) is None:
             elsewhere.append(f"{w.layout.whole_shape} {w.layout.cut} rows {w.layout.rows} columns {w.layout.columns}")
             return None
         return cuda.Triton

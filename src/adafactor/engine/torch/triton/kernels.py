@@ -1,6 +1,6 @@
 """The Triton kernels: measure and apply for a whole list of CUDA tensors, whatever their number.
 
-A program finds its work in tables (``triton_table.py``): a block names a tensor, and the tensor's record holds its
+A program finds its work in tables (``table.py``): a block names a tensor, and the tensor's record holds its
 addresses and its numbers. A tile is K matrices × NP rows × M columns; a matrix has rows of ``m`` neighbours,
 ``inner * m`` apart, or where it is TRANSPOSED columns of ``n`` neighbours. Equation numbers are those of
 ``docs/algorithm.md``.
@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 
 from adafactor.engine.torch.int8 import BLOCK as CODED
-from adafactor.engine.torch.triton_numbers import move
-from adafactor.engine.torch.triton_table import BLOCK_FIELDS, FIELDS, FLAGS, NO_CLIP, NUMBERS, SLICE_FIELDS
+from adafactor.engine.torch.triton.numbers import move
+from adafactor.engine.torch.triton.table import BLOCK_FIELDS, FIELDS, FLAGS, NO_CLIP, NUMBERS, SLICE_FIELDS
 
 # A record's fields, as constants that a kernel may use.
 _F, _G = tl.constexpr(len(FIELDS)), tl.constexpr(len(NUMBERS))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from adafactor.core.factoring import Cut
-from adafactor.engine.torch import accelerator, triton_table
-from adafactor.engine.torch.triton_table import Launch, Tile
-from adafactor.engine.torch.triton_uploads import Uploaded
+from adafactor.engine.torch import accelerator
+from adafactor.engine.torch.triton import table
+from adafactor.engine.torch.triton.table import Launch, Tile
+from adafactor.engine.torch.triton.uploads import Uploaded
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
@@ -20,20 +21,20 @@ _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 @cache
 def _kernels() -> Any:
     """Imported with the first step: Triton is no part of importing this package."""
-    from adafactor.engine.torch import triton_kernels
+    from adafactor.engine.torch.triton import kernels
 
-    return triton_kernels
+    return kernels
 
 
 class Launches:
-    """The launches of one step; `triton_kernels.py` says what each does. They wait in ``queue`` for ``run``."""
+    """The launches of one step; `kernels.py` says what each does. They wait in ``queue`` for ``run``."""
 
     def __init__(self, tables: Uploaded, varying: Tensor, sums: Tensor) -> None:
         self._t, self._varying, self._sums, self._k = tables, varying, sums, _kernels()
         self._numbers = (tables.records, tables.numbers, varying, tables.scalars)
         self.queue: list[Callable[[], object]] = []
         self._lanes, self._shared = accelerator.lanes(tables.device), accelerator.shared_memory(tables.device)
-        self._cap = {"maxnreg": triton_table.REGISTERS} if self._lanes == 32 and torch.version.hip is None else {}
+        self._cap = {"maxnreg": table.REGISTERS} if self._lanes == 32 and torch.version.hip is None else {}
 
     def _launch(self, kernel: Any, programs: int, *args: Any, warps: int = 4, cap: bool = False, **words: Any) -> None:
         # Fused multiply-add is said aloud: a release of Triton that changes its default must not change the bits.
@@ -71,7 +72,7 @@ class Launches:
             if again and not apart:
                 continue
             if tile is None:
-                told = {**self._read(launch), "BLOCK": triton_table.FLAT_TILE, "SCALE": scale}
+                told = {**self._read(launch), "BLOCK": table.FLAT_TILE, "SCALE": scale}
                 self._launch(k.measure_flat, len(blocks), *self._numbers, blocks, t.partials, t.squares, **told)
                 continue
             if tile.wide and not again:
@@ -137,7 +138,7 @@ class Launches:
             if launch.flat:
                 words |= {"FACTORED": launch.tile is not None, "SLICED": launch.sliced}
                 warps = 8 if launch.momentum == "int8" else 4
-                self._launch(k.apply_flat, len(blocks), *tensors, BLOCK=triton_table.FLAT_TILE, warps=warps, **words)
+                self._launch(k.apply_flat, len(blocks), *tensors, BLOCK=table.FLAT_TILE, warps=warps, **words)
                 continue
             assert launch.tile is not None
             tile = launch.tile

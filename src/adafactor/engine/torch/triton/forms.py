@@ -6,10 +6,10 @@ import torch
 
 from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Part
-from adafactor.engine.torch import triton_table
 from adafactor.engine.torch.cpu import _in_memory, _numbered
 from adafactor.engine.torch.int8 import BLOCK
-from adafactor.engine.torch.triton_table import Launch
+from adafactor.engine.torch.triton import table
+from adafactor.engine.torch.triton.table import Launch
 from adafactor.engine.torch.work import Work
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
@@ -50,8 +50,8 @@ def launch_of(w: Work, form: Canonical, grad: torch.dtype, aligned: bool, at_onc
     if cut is not None and (not form.factored or cut not in ("stack", "both")):
         cut = "rows"
     kernels = in_kernel(form)
-    on_chip = triton_table.on_chip(form, int8) if at_once and cut is None else None
-    tile = triton_table.tile_of(kernels, whole_rows=cut != "both", transposed=form.columns_first)
+    on_chip = table.on_chip(form, int8) if at_once and cut is None else None
+    tile = table.tile_of(kernels, whole_rows=cut != "both", transposed=form.columns_first)
     return Launch(
         tile=on_chip or (tile if form.factored else None),
         param=_NAMES[w.param.dtype],

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adafactor.core.factoring import Part
-from adafactor.engine.torch import accelerator, triton_table
+from adafactor.engine.torch import accelerator
 from adafactor.engine.torch.blocks import kept
 from adafactor.engine.torch.cpu import _globalise
-from adafactor.engine.torch.triton_forms import form_of, in_kernel, launch_of
-from adafactor.engine.torch.triton_table import FIELDS, FLAGS, NUMBERS
+from adafactor.engine.torch.triton import table
+from adafactor.engine.torch.triton.forms import form_of, in_kernel, launch_of
+from adafactor.engine.torch.triton.table import FIELDS, FLAGS, NUMBERS
 from adafactor.engine.torch.work import Group, Sums, Work
 
 K = TypeVar("K")
@@ -44,11 +45,11 @@ class Uploaded:
         self.device, self.of_graph = work[0].param.device, accelerator.is_capturing()
         forms = [form_of(w) for w in work]
         self.described = [
-            triton_table.Tensor(in_kernel(form), launch_of(w, form, dtype, bool(its), at_once))
+            table.Tensor(in_kernel(form), launch_of(w, form, dtype, bool(its), at_once))
             for w, form, dtype, its in zip(work, forms, dtypes, aligned, strict=True)
             if form is not None
         ]
-        self.plan = plan = triton_table.tables(self.described)
+        self.plan = plan = table.tables(self.described)
         self.groups = list({id(w.group): w.group for w in work}.values())
         self.settings = [group.settings for group in self.groups]
         self.tensors: list[Tensor] = []
@@ -91,7 +92,7 @@ class Uploaded:
 
 
 def _complete(
-    records: NDArray[np.int64], work: Sequence[Work], described: Sequence[triton_table.Tensor], groups: Sequence[Group]
+    records: NDArray[np.int64], work: Sequence[Work], described: Sequence[table.Tensor], groups: Sequence[Group]
 ) -> NDArray[np.float64]:
     """Complete the records with addresses and what the user has said; returns the numbers."""
     numbers = np.zeros((len(work), len(NUMBERS)))
@@ -134,7 +135,7 @@ def _complete(
             0.0 if hp.beta_2_max is None else 1.0 - hp.beta_2_max,
             hp.epsilon_1,
             hp.epsilon_2,
-            triton_table.NO_CLIP if hp.clip_threshold is None else hp.clip_threshold,
+            table.NO_CLIP if hp.clip_threshold is None else hp.clip_threshold,
             settings.weight_decay,
             hp.momentum or 0.0,
         )
