@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from adafactor import Factored, Hyperparameters, layout
+from adafactor import Factored, Hyperparameters
+from adafactor import layout as layout_of
 from adafactor.convert.axes import estimate, fitted, permuted, roles
 from adafactor.convert.report import Report
 from adafactor.convert.state import Parameter
@@ -16,7 +17,7 @@ SHAPE = (3, 4, 5, 2)
 
 
 def by(rows, columns, shape=SHAPE, batch=()):
-    return layout(shape, lambda *_: Factored(rows, columns, batch))
+    return layout_of(shape, lambda *_: Factored(rows, columns, batch))
 
 
 WHOLE = Layout(SHAPE, (), ())
@@ -24,13 +25,13 @@ LAST, FIRST = by((2,), (3,)), by((0,), (1,))
 SMALLEST, TURNED = by((0, 1), (2, 3)), by((3,), (2,))
 
 
-def oracle(its_layout, steps=5, power=1.0):
+def oracle(layout, steps=5, power=1.0):
     rng = np.random.default_rng(0)
-    state = reference.init(its_layout, Hyperparameters())
+    state = reference.init(layout, Hyperparameters())
     for _ in range(steps):
-        g = rng.normal(size=its_layout.shape) ** power
-        _, state = reference.step(g, g, state, its_layout, Hyperparameters(), 0.1)
-    return Parameter("w", its_layout, state.second_moment, state.t)
+        g = rng.normal(size=layout.shape) ** power
+        _, state = reference.step(g, g, state, layout, Hyperparameters(), 0.1)
+    return Parameter("w", layout, state.second_moment, state.t)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_the_change_of_the_estimate_is_measured():
 
 
 def test_rows_without_gradient_and_empty_parameters():
-    parameter = Parameter("w", layout((2, 3)), {"row": np.zeros(2), "column": np.zeros(3)}, 1)
+    parameter = Parameter("w", layout_of((2, 3)), {"row": np.zeros(2), "column": np.zeros(3)}, 1)
     assert not fitted(parameter, Layout((2, 3), (), ()), Report()).slots["second_moment"].any()
     empty = Parameter("e", Layout((0, 3), (), ()), {"second_moment": np.zeros((0, 3))}, 1)
     got = fitted(empty, Layout((0, 3), (0,), (1,)), Report())
@@ -86,11 +87,11 @@ def test_rows_without_gradient_and_empty_parameters():
     np.testing.assert_array_equal(got.slots["column"], np.zeros(3))
 
 
-@pytest.mark.parametrize("its_layout", [WHOLE, LAST, FIRST, SMALLEST, by((0,), (2, 3), batch=(1,))], ids=str)
+@pytest.mark.parametrize("layout", [WHOLE, LAST, FIRST, SMALLEST, by((0,), (2, 3), batch=(1,))], ids=str)
 @pytest.mark.parametrize("permutation", [(3, 2, 0, 1), (1, 0, 2, 3), (0, 1, 2, 3), (2, 3, 1, 0)])
-def test_permuted_axes_are_those_of_the_permuted_problem(its_layout, permutation):
+def test_permuted_axes_are_those_of_the_permuted_problem(layout, permutation):
     momentum = np.random.default_rng(0).normal(size=SHAPE)
-    old = Parameter("w", its_layout, {**oracle(its_layout).slots, "momentum": momentum}, 1)
+    old = Parameter("w", layout, {**oracle(layout).slots, "momentum": momentum}, 1)
     new = permuted(old, permutation, Report())
     np.testing.assert_allclose(estimate(new), estimate(old).transpose(permutation), rtol=1e-12)
     np.testing.assert_array_equal(new.momentum, momentum.transpose(permutation))
@@ -105,7 +106,7 @@ def test_permuted_axes_are_those_of_the_permuted_problem(its_layout, permutation
 def test_extra_slots_that_cannot_be_permuted_are_named():
     slots = {"row": np.ones(2), "column": np.ones(3), "momentum": np.ones((2, 3)), "momentum_scale": np.ones(1)}
     report = Report()
-    new = permuted(Parameter("w", layout((2, 3)), slots, 1), (1, 0), report)
+    new = permuted(Parameter("w", layout_of((2, 3)), slots, 1), (1, 0), report)
     assert set(new.slots) == {"row", "column"}
     assert "momentum_scale and momentum of w" in report.notes[0]
     assert not report.exact
@@ -118,20 +119,20 @@ def test_a_permutation_must_be_one():
 
 def test_another_shape_is_refused():
     with pytest.raises(Refused, match=r"shape of w must be \(4, 3\) as in the target, got \(3, 4\)"):
-        fitted(oracle(layout((3, 4))), layout((4, 3)), Report())
+        fitted(oracle(layout_of((3, 4))), layout_of((4, 3)), Report())
 
 
 def rule(policy):
-    return lambda shape: layout(shape, policy)
+    return lambda shape: layout_of(shape, policy)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (4, 4), (2, 3, 4), (3, 3, 3), (3, 4, 5, 2)])
 @pytest.mark.parametrize("policy", ["last_two", "largest_two", "smallest"])
 def test_a_policy_and_the_statistics_tell_axes_and_shape(shape, policy):
-    its_layout = layout(shape, policy)
-    assert roles("w", its_layout.slots, [rule(policy)], shape=shape) == its_layout
+    layout = layout_of(shape, policy)
+    assert roles("w", layout.slots, [rule(policy)], shape=shape) == layout
     if policy == "last_two":
-        assert roles("w", its_layout.slots, [rule(policy)]) == its_layout
+        assert roles("w", layout.slots, [rule(policy)]) == layout
 
 
 def test_what_they_leave_open_is_asked_for():
@@ -142,7 +143,7 @@ def test_what_they_leave_open_is_asked_for():
     with pytest.raises(Refused, match=r"axes of w .*got '2 possible choices'. Pass its axes"):
         roles("w", {"row": (3,), "column": (3,)}, [], shape=(3, 3))
     told = {"w": Factored((0,), (1,))}
-    assert roles("w", {"row": (3,), "column": (3,)}, [], shape=(3, 3), axes=told) == layout((3, 3))
+    assert roles("w", {"row": (3,), "column": (3,)}, [], shape=(3, 3), axes=told) == layout_of((3, 3))
     with pytest.raises(Refused, match="axes of w must be those of row"):
         roles("w", {"row": (3,), "column": (4,)}, [], shape=(3, 4), axes={"w": Factored((1,), (0,))})
     with pytest.raises(Refused, match="got '0 possible choices'"):

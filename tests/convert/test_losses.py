@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from adafactor import Factored, layout
+from adafactor import Factored
+from adafactor import layout as layout_of
 from adafactor.convert import jax as jax_files
 from adafactor.convert import keras as keras_files
 from adafactor.convert import state
@@ -23,7 +24,7 @@ from adafactor.torch import Adafactor as OurTorch
 
 def made(optimizer="adafactor.torch", groups=({},), **slots):
     statistics = {"row": np.ones(2, "f4"), "column": np.ones(3, "f4")}
-    return State((Parameter("w", layout((2, 3)), statistics | slots, 5, rms=0.5),), groups, "torch", optimizer)
+    return State((Parameter("w", layout_of((2, 3)), statistics | slots, 5, rms=0.5),), groups, "torch", optimizer)
 
 
 def built(make, **options):
@@ -141,7 +142,7 @@ def test_moving_averages_that_the_source_has_not():
 
 
 def test_a_long_count_of_torch_optim():
-    long = State((Parameter("w", layout((2,)), {"second_moment": np.ones(2, "f4")}, (1 << 24) + 1),))
+    long = State((Parameter("w", layout_of((2,)), {"second_moment": np.ones(2, "f4")}, (1 << 24) + 1),))
     report = Report()
     torch_files.write(long, "torch.optim", report=report)
     assert any("counts in float32: 16777217 updates become 16777216" in note for note in report.notes)
@@ -174,17 +175,17 @@ def test_no_floor_of_torch_optim_is_silent():
 
 
 def test_batch_axes_that_a_file_does_not_tell():
-    its_layout = layout((2, 3, 4), lambda *_: Factored((1,), (2,), batch=(0,)))
+    layout = layout_of((2, 3, 4), lambda *_: Factored((1,), (2,), batch=(0,)))
     slots = {"row": np.ones((2, 3), "f4"), "column": np.ones((2, 4), "f4")}
     for format in ("torch.optim", "adafactor.torch"):
         report = Report()
-        torch_files.write(State((Parameter("w", its_layout, slots, 1),)), format, report=report)
+        torch_files.write(State((Parameter("w", layout, slots, 1),)), format, report=report)
         assert any("batch axes" in note for note in report.notes)
     report = Report()
     optimizer = OurTorch(
         [("w", torch.nn.Parameter(torch.ones(2, 3, 4)))], factoring=lambda *_: Factored((1,), (2,), (0,))
     )
-    torch_files.write(State((Parameter("w", its_layout, slots, 1),)), template=optimizer, report=report)
+    torch_files.write(State((Parameter("w", layout, slots, 1),)), template=optimizer, report=report)
     assert report.notes == []
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from adafactor import layout
+from adafactor import layout as layout_of
 from adafactor.convert import adapt
 from adafactor.convert import jax as jax_files
 from adafactor.convert import torch as torch_files
@@ -19,11 +19,9 @@ from adafactor.core.errors import Refused
 def made(framework, shapes, groups=({},), **counts):
     parameters = []
     for name, shape in shapes.items():
-        its_layout = layout(shape)
-        slots = {
-            slot: np.arange(1, 1 + np.prod(size), dtype="f4").reshape(size) for slot, size in its_layout.slots.items()
-        }
-        parameters.append(Parameter(name, its_layout, slots, counts.get(name, 4)))
+        layout = layout_of(shape)
+        slots = {slot: np.arange(1, 1 + np.prod(size), dtype="f4").reshape(size) for slot, size in layout.slots.items()}
+        parameters.append(Parameter(name, layout, slots, counts.get(name, 4)))
     return State(tuple(parameters), groups, framework)
 
 
@@ -132,7 +130,7 @@ def test_a_target_in_pytorch_may_have_parameters_without_state():
 
 def test_groups_stay_groups():
     state = made("torch", {"a": (2, 3), "b": (4,)}, ({"learning_rate": 0.1}, {"learning_rate": 0.2}))
-    parameters = (state.parameters[0], Parameter("b", layout((4,)), state.parameters[1].slots, 4, group=1))
+    parameters = (state.parameters[0], Parameter("b", layout_of((4,)), state.parameters[1].slots, 4, group=1))
     state = State(parameters, state.groups, "torch", "adafactor.torch")
     content = torch_files.write(state, "torch.optim")
     assert [group["lr"] for group in content["param_groups"]] == [0.1, 0.2]

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adafactor import Factored, layout
+from adafactor import Factored
+from adafactor import layout as layout_of
 from adafactor.convert import state
 from adafactor.convert.state import Parameter, State
 from adafactor.core.errors import Refused
@@ -15,17 +16,17 @@ from adafactor.core.files import replacing
 RNG = np.random.default_rng(0)
 
 
-def parameter(name, shape, count=3, dtype="f4", its_layout=None, **extra):
-    its_layout = layout(shape) if its_layout is None else its_layout
-    slots = {slot: RNG.uniform(size=size).astype(dtype) for slot, size in its_layout.slots.items()}
-    return Parameter(name, its_layout, slots | extra, count)
+def parameter(name, shape, count=3, dtype="f4", layout=None, **extra):
+    layout = layout_of(shape) if layout is None else layout
+    slots = {slot: RNG.uniform(size=size).astype(dtype) for slot, size in layout.slots.items()}
+    return Parameter(name, layout, slots | extra, count)
 
 
 def example():
-    conv = layout((3, 2, 4, 5), lambda *_: Factored((2,), (0, 3), batch=(1,)))
+    conv = layout_of((3, 2, 4, 5), lambda *_: Factored((2,), (0, 3), batch=(1,)))
     return State(
         (
-            parameter("layers/0 é/kernel", (3, 2, 4, 5), its_layout=conv, momentum=RNG.normal(size=(3, 2, 4, 5))),
+            parameter("layers/0 é/kernel", (3, 2, 4, 5), layout=conv, momentum=RNG.normal(size=(3, 2, 4, 5))),
             parameter("wide", (4, 5), dtype="f8", momentum=np.ones((4, 5), ml_dtypes.bfloat16)),
             parameter("eight", (4, 5), momentum=np.ones((4, 5), "i1"), momentum_scale=np.ones(1, "f2")),
             parameter("bias", (), count=0),
@@ -62,7 +63,7 @@ def test_the_same_state_is_the_same_file(tmp_path):
 
 
 def statistics(**values):
-    return Parameter("w", layout((2, 3)), {"row": np.ones(2, "f4"), "column": np.ones(3, "f4")} | values, 1)
+    return Parameter("w", layout_of((2, 3)), {"row": np.ones(2, "f4"), "column": np.ones(3, "f4")} | values, 1)
 
 
 @pytest.mark.parametrize(

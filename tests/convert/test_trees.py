@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from adafactor import Factored, layout
+from adafactor import Factored
+from adafactor import layout as layout_of
 from adafactor.convert import jax as jax_files
 from adafactor.convert import msgpack
 from adafactor.convert import torch as torch_files
@@ -123,17 +124,17 @@ def test_without_parameters_a_matrix_is_ambiguous_in_optax():
     with pytest.raises(Refused, match=r"shape of w must be told .*Pass shapes"):
         jax_files.read(held)
     found = jax_files.read(held, shapes={"w": (4, 3)}).parameters[0]
-    assert found.layout == layout((4, 3))
+    assert found.layout == layout_of((4, 3))
     assert found.slots["row"].shape == (4,)
-    assert jax_files.read(trained(tx, {"w": jnp.ones((3, 3))})).parameters[0].layout == layout((3, 3))
+    assert jax_files.read(trained(tx, {"w": jnp.ones((3, 3))})).parameters[0].layout == layout_of((3, 3))
 
 
 def test_the_axes_of_t5x_may_be_sets():
     """A kernel (embed, heads, kv) of T5X with embed as ROW, heads and kv as COLUMN."""
     axes = {"query": Factored((0,), (1, 2))}
-    its_layout = layout((4, 2, 3), lambda *_: axes["query"])
+    layout = layout_of((4, 2, 3), lambda *_: axes["query"])
     slots = {"row": np.arange(1, 5, dtype="f4"), "column": np.arange(1, 7, dtype="f4").reshape(2, 3)}
-    state = State((Parameter("query", its_layout, slots, 5),), framework="jax")
+    state = State((Parameter("query", layout, slots, 5),), framework="jax")
     tree = jax_files.write(state, "t5x")
     each = tree["state"]["param_states"]["query"]
     np.testing.assert_array_equal(each["v_row"], slots["row"])
@@ -141,10 +142,10 @@ def test_the_axes_of_t5x_may_be_sets():
     for extra in ({"target": {"query": np.ones((4, 2, 3), "f4")}}, {}):
         options = {} if extra else {"shapes": {"query": (4, 2, 3)}, "axes": axes}
         found = jax_files.read({**tree, **extra}, **options)
-        assert found.parameters[0].layout == its_layout
+        assert found.parameters[0].layout == layout
         assert found.count == 5
     kernel = torch_files.read(torch_files.write(found, "adafactor.torch")).parameters[0]
-    assert kernel.layout == its_layout  # "smallest" cuts there
+    assert kernel.layout == layout  # "smallest" cuts there
 
 
 def test_large_arrays_of_t5x_are_elsewhere():
