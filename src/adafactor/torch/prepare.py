@@ -289,7 +289,7 @@ class Preparation:
                 *((its.param, its.state, its.draft.name) for its in sharded),
             ]
         )
-        step = self._sharded_step(sharded, sharded_at, grads) if sharded else None
+        step = self._sharded_step(sharded, sharded_at, grads, state) if sharded else None
         for w, changed in zip(drafts, changes, strict=True):
             checks.write(state[w.param], changed)
         work = [replace(w, state=state[w.param]) for w in drafts]
@@ -299,11 +299,11 @@ class Preparation:
         fresh = bool(drafts) and step is None and all("step" in changed for changed in changes)
         return Prepared(plan, at if len(at) < len(grads) else None, step, fresh)
 
-    def _sharded_step(self, params: list[Sharded], at: list[int], grads: list[Any]) -> ShardedStep:
+    def _sharded_step(self, params: list[Sharded], at: list[int], grads: list[Any], state: Any) -> ShardedStep:
         """What updates sharded parameters. Ranks compare it all at once, hence not again because something moved."""
         from adafactor.engine.torch.sharded.step import ShardedStep
 
-        made = ShardedStep(params, at, grads)
+        made = ShardedStep(params, at, grads, state)
         key = tuple((id(its.draft.param), its.draft.settings.hyperparameters.scale_parameter) for its in params)
         if key not in self._agreed:
             for reducer in made.reducers:

@@ -144,7 +144,7 @@ class Native:
     def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
         here = np.array([k for k in range(len(self.work)) if k not in absent], np.int64) if absent else None
         self.table.run("apply", torch.get_num_threads(), chosen=here)
-        self._count(skipped)
+        self._count(skipped, here)
 
     def release(self) -> None:
         """The table holds addresses, not tensors."""

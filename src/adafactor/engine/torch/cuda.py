@@ -145,7 +145,7 @@ class Triton:
             if self._at_once:
                 self._at_once = False
                 self._build()
-            varying = self._begin(grads)
+            self._varying = varying = self._begin(grads)
             if self._sums is None or accelerator.is_capturing():
                 self.sums, self._sums = self._own(), None
             self._launches = launches = Launches(self.tables, varying, self.sums)
@@ -213,7 +213,11 @@ class Triton:
 
     def apply(self, skipped: Tensor, absent: Container[int] = ()) -> None:
         """Equations 11 to 13, of everything but what is ``absent``."""
+        self._absent |= {k for k in range(len(self.work)) if k in absent}
         with accelerator.device_of(self.device):
+            for k in self._absent:  # as of one without a gradient
+                self._varying[k].zero_()
+                self._sent = None
             self._launches.count(skipped)
             self._launches.apply()
             self._launches.run()

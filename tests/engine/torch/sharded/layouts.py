@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from adafactor.engine.torch.cpu import Native
+from adafactor.engine.torch.work import local_of
 from adafactor.torch import Adafactor, Factored
 
 SHAPES = [(48, 40), (7, 5), (1, 6), (6, 1), (3, 4, 5), (8, 4, 6), (6, 4, 3, 3), (9,), (2,)]
@@ -198,6 +199,40 @@ def left_alone(rank: int, world: int) -> bool:
     others.grad = share(torch.ones(4 * world), others)
     optimizer.step()
     return bool((lone.to_local() == 1).all()) and lone not in optimizer.state
+
+
+def left_alone_later(rank: int, world: int, fused: bool | None = None) -> bool:
+    """The same after an update: weights, state, what autograd counts, and that update's diagnostics."""
+    mesh = init_device_mesh("cpu", (world,))
+    others, lone = (torch.nn.Parameter(distribute_tensor(torch.ones(n), mesh, [S0])) for n in (4 * world, world))
+    optimizer = Adafactor([others, lone], weight_decay=0.5, lr=0.1, beta1=0.9, diagnostics=True, fused=fused)
+
+    def seen() -> list[Any]:
+        kept = [local_of(value).clone() for value in optimizer.state[lone].values()]
+        version = lone.to_local()._version
+        return [lone.to_local().tolist(), version, *kept, *optimizer.diagnostics()["1"].values()]
+
+    others.grad, lone.grad = share(torch.ones(4 * world), others), share(torch.ones(world), lone)
+    optimizer.step()
+    before, lone.grad = seen(), None
+    for _ in range(2):
+        optimizer.step()
+    return seen() == before and optimizer.skipped == 0 and int(optimizer.state[others]["step"]) == 3
+
+
+def afresh(rank: int, world: int) -> list[int]:
+    """Updates counted after the state of one parameter, and of all, was deleted."""
+    mesh = init_device_mesh("cpu", (world,))
+    params = [torch.nn.Parameter(distribute_tensor(torch.ones(2 * world, 3), mesh, [S0])) for _ in range(2)]
+    optimizer = Adafactor(params)
+    counts = []
+    for forget in (lambda: None, lambda: None, lambda: optimizer.state.pop(params[0]), optimizer.state.clear):
+        forget()
+        for param in params:
+            param.grad = share(torch.ones(2 * world, 3), param)
+        optimizer.step()
+        counts += [int(optimizer.state[param]["step"]) for param in params]
+    return counts
 
 
 def groups_and_kernels(rank: int, world: int) -> dict[str, Any]:

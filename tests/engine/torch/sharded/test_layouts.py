@@ -42,6 +42,12 @@ def test_what_is_added_up_may_change_between_steps():
 
 def test_a_shard_of_one_element_without_a_gradient_is_left_alone():
     assert ranks.run(CASES, "left_alone", 2) == [True, True]
+    for fused in (None, False):
+        assert ranks.run(CASES, "left_alone_later", 2, fused=fused) == [True, True]
+
+
+def test_deleted_state_starts_afresh():
+    assert ranks.run(CASES, "afresh", 2) == [[1, 1, 2, 2, 1, 3, 1, 1]] * 2
 
 
 def test_several_groups_and_dtypes_in_one_model_and_the_kernel_of_every_layout():

@@ -15,6 +15,7 @@ def test_every_layout_reaches_the_kernels_and_agrees_with_one_process(world):
         for result in ranks.run(CASES, "compare", world):
             assert len(result["differences"]) == (18 if world == 4 else 12)
             assert {case: worst for case, worst in result["differences"].items() if not worst <= 1e-6} == {}
+            assert result["left alone"]
             assert result["elsewhere"] == []
     finally:
         ranks.end(world)

@@ -42,4 +42,8 @@ def compare(rank: int, world: int) -> dict[str, Any]:
     choose.kernels_for = kernels_for
     layouts.VARIANTS = {name: layouts.VARIANTS[name] for name in VARIANTS[world]}
     layouts.SHAPES = SHAPES
-    return {"differences": layouts.compare(rank, world, steps=2), "elsewhere": sorted(set(elsewhere))}
+    return {
+        "differences": layouts.compare(rank, world, steps=2),
+        "left alone": layouts.left_alone_later(rank, world),
+        "elsewhere": sorted(set(elsewhere)),
+    }

@@ -24,13 +24,23 @@ from adafactor.engine.torch.sharded.reducer import reducers
 class ShardedStep:
     """What updates a list of DTensors and flat parameters, on all ranks the same in the same order.
 
+    Args:
+        state: the optimizer's.
+
     Attributes:
         params: what is here of every one; ``at``: its place in the list of gradients.
         plan: of all their parts.
     """
 
-    def __init__(self, params: Sequence[Sharded], at: Sequence[int], grads: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self,
+        params: Sequence[Sharded],
+        at: Sequence[int],
+        grads: Sequence[Tensor | None],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
         self.params, self.at = params, at
+        self._kept = {number for number, its in enumerate(params) if state.get(its.draft.param)}  # with state before
         self.plan = Plan([w for its in params for w in its.works], self._cut(grads))
         self.reducers = reducers(params)
         self._witness = Witness(params)
@@ -50,8 +60,10 @@ class ShardedStep:
         """Whether nothing has moved; ``dense``: and all gradients are there in the order of memory."""
         if self._summed != [its.summed for its in self.params] or self._witness.moved():
             return False
-        if not all(its.current(state.get(its.draft.param, {})) for its in self.params):
-            return False
+        for number, its in enumerate(self.params):
+            kept = state.get(its.draft.param, {})
+            if not its.current(kept) or (number in self._kept and not kept):
+                return False
         here = [grad for k in self.at if (grad := grads[k]) is not None]
         return not dense or (len(here) == len(self.at) and self._witness.fits(here))
 
@@ -88,7 +100,11 @@ class ShardedStep:
                 if reducer.second is not None:
                     reducer.second(work, sums)
             left_out = {k for member in gone for k in member.works}
+            recorded = [w.diagnostics for k, w in enumerate(work) if k in left_out and w.diagnostics is not None]
+            last = [each.clone() for each in recorded]
             plan.apply(_uncounted if before else skipped, left_out)
+            for each, value in zip(recorded, last, strict=True):  # finish has recorded an update by zeros
+                each.copy_(value)
         finally:
             plan.release()
         for k in before.keys() - left_out:
@@ -98,6 +114,7 @@ class ShardedStep:
         for number, sharded in enumerate(self.params):
             if sharded.draft.param.numel() and gone_of[number] < len(sharded.tensors):
                 state[sharded.draft.param].update(sharded.kept)
+                self._kept.add(number)
 
 
 def _uncounted(device: torch.device) -> Tensor:
