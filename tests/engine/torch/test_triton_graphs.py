@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,26 @@ def test_lists_that_are_stepped_in_turn_share_their_largest_buffer(kernel, monke
         p.grad = None
     assert len(made) == 3
     assert len({tables.sums.data_ptr() for tables in made}) == 1
+
+
+def test_whatever_was_made_anew_is_held_for_every_other_stream(kernel, monkeypatch):
+    _, optimizer = made()
+    (prepared,) = optimizer._preparation._prepared.values()
+    ((backend, _),) = prepared.plan.backends
+    cuda_device, held = SimpleNamespace(type="cuda"), []
+    monkeypatch.setattr(backend, "device", cuda_device)
+
+    def step_on(stream):
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
+        buffer = SimpleNamespace(device=cuda_device, record_stream=held.append)
+        backend.tables.tensors, backend.sums = [buffer], buffer
+        backend._guard()
+
+    backend._build()
+    for stream in ("first", "second", "first"):
+        step_on(stream)
+    assert held == ["second"] * 2
+    backend._build()  # as where a group has changed
+    for stream in ("second", "first", "second"):
+        step_on(stream)
+    assert held == ["second"] * 2 + ["first"] * 2

@@ -98,7 +98,7 @@ class Triton:
         self._reserve: Tensor | None = None
         self._at_once = True  # the verbs are not called one by one
         self._recorded: list[Tensor] = []  # what a capture in progress has made
-        self._streams: set[object] = set()
+        self.sums = torch.empty(0, device=self.device)
         self._build()
 
     def counts(self) -> bool:
@@ -110,6 +110,7 @@ class Triton:
         self._sent: tuple[bytes, list[float]] | None = None  # what `Uploaded.varying` holds
         self._told: tuple[object, ...] = ()  # to the launches of the last step
         self._sums: list[Sums] | None = None
+        self._streams: set[object] = set()  # that have used the tables, first the one they were made on
 
     def step(self, grads: Sequence[Tensor | None], skipped: Tensor) -> None:
         """One update of everything. Launches only; what they find decides on the device."""
@@ -304,7 +305,7 @@ class Triton:
         if stream in self._streams:
             return
         if self._streams:
-            for tensor in self.tables.tensors:
+            for tensor in (*self.tables.tensors, self.sums):
                 if tensor.device.type != "cpu":
                     tensor.record_stream(stream)
         self._streams.add(stream)
