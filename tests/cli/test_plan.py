@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from architectures import llama_7b, write_header
@@ -90,6 +91,21 @@ def test_refusals_are_one_sentence(capsys, monkeypatch, tmp_path, arguments, wor
     assert code == 2
     assert words in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("model", [".", "model.safetensors.index.json"])
+@pytest.mark.parametrize("file", ["part.safetensors", "model.safetensors.index.json"])
+def test_what_a_folder_or_an_index_names_is_not_replaced(capsys, monkeypatch, tmp_path, model, file):
+    monkeypatch.chdir(tmp_path)
+    header = b'{"x":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
+    Path("part.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    Path("model.safetensors.index.json").write_text('{"weight_map": {"x": "part.safetensors"}}')
+    before = Path(file).read_bytes()
+    code, _, err = run(capsys, model, "--json", file)
+    assert (code, Path(file).read_bytes()) == (2, before)
+    assert "a file of its own" in err
+    for _ in range(2):  # what is none of the model's files may be written again
+        assert run(capsys, model, "--json", "plan.json")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,9 @@ def test_what_is_no_file(tmp_path):
             read(tmp_path / name)
     safetensors(tmp_path / "empty.safetensors", {})
     refused(tmp_path / "empty.safetensors", "a file with tensors")
+    (tmp_path / "folder").mkdir()
+    safetensors(tmp_path / "folder" / "model.safetensors", {})
+    refused(tmp_path / "folder", "a file with tensors")
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------

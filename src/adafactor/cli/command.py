@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -89,7 +89,7 @@ def check_output(option: str, file: str | Path, others: Iterable[str | Path | No
         raise Refused(message(option, "a file of its own", str(file), "It would replace another; pass another name."))
 
 
-def check_outputs(command: str, arguments: argparse.Namespace, models: Iterable[str] = ()) -> None:
+def check_outputs(command: str, arguments: argparse.Namespace, models: Sequence[Path] = ()) -> None:
     """Refuse before the work what ``--json`` and ``--plot`` could not write after it."""
     if arguments.json not in (None, "-"):
         check_output("--json", arguments.json, [*models, arguments.plot])

@@ -15,7 +15,7 @@ from adafactor.cli.command import check_outputs, integer, write_outputs
 from adafactor.cli.plan import report
 from adafactor.core.errors import Refused, message
 from adafactor.planning import Plan, plan
-from adafactor.planning.files import shapes
+from adafactor.planning.files import opened_with, shapes
 from adafactor.planning.optimizers import FRAMEWORKS, Framework
 from adafactor.planning.parameters import TRAINED, Parameter
 
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, then print, write and draw."""
-    check_outputs("plan", arguments, arguments.model)
+    models = [Path(model) for model in arguments.model]
+    check_outputs("plan", arguments, [*models, *(file for model in models for file in opened_with(model))])
     name, planned = _plan(arguments)
     told = (name, planned, arguments.gpu_memory, arguments.top, arguments.host)
     if arguments.json == "-":

@@ -48,11 +48,18 @@ def read(path: str | os.PathLike[str]) -> list[Parameter]:
         if name is None:
             remedy = "Give the file itself."
             raise Refused(message("the folder", f"one that holds {', '.join(NAMES)}", str(path), remedy))
-        return _read(path / name if name.endswith(".json") else inside(path, name, "the folder"))
+        path = path / name if name.endswith(".json") else inside(path, name, "the folder")
     parameters = _read(path)
     if not parameters:
         raise Refused(message(path.name, "a file with tensors", "none", "Check that it is the right file."))
     return parameters
+
+
+def opened_with(path: Path) -> list[Path]:
+    """The files that `read` may open besides ``path``: weights and indices in a folder, or next to an index."""
+    index = path.name.lower().endswith(".index.json")
+    folder = path if path.is_dir() else path.parent if index and path.is_file() else None
+    return [] if folder is None else [f for f in folder.iterdir() if f.name.lower().endswith((".index.json", *_NAMED))]
 
 
 def _read(path: Path) -> list[Parameter]:
