@@ -352,6 +352,19 @@ def test_the_report_replaces_nothing_else_and_is_possible_before_anything_is_wri
     assert [each.name for each in tmp_path.iterdir()] == ["a.pt"]
 
 
+@pytest.mark.parametrize("option", ["--shapes", "--axes", "--names"])
+@pytest.mark.parametrize("output", ["-o", "--report"])
+def test_no_output_replaces_what_an_option_reads(option, output, tmp_path, capsys):
+    optimizer = OurTorch(Net().named_parameters())
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    (tmp_path / "told").write_text("{}")
+    arguments = ["-o", str(tmp_path / "b"), option, str(tmp_path / "told"), output, str(tmp_path / "told")]
+    assert main(["convert", str(tmp_path / "a.pt"), "--to", "state", "--force", *arguments]) == 2
+    assert "must be a file of its own" in capsys.readouterr().err
+    assert (tmp_path / "told").read_text() == "{}"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.pt", "told"]
+
+
 def test_the_report_is_written(tmp_path):
     model = Net()
     optimizer = OurTorch(model.named_parameters(), factoring="smallest", min_dim_size_to_factor=100)

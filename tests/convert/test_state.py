@@ -132,5 +132,6 @@ def test_a_file_does_not_replace_a_folder(tmp_path):
 
 def test_a_state_has_the_rights_of_any_new_file(tmp_path):
     (tmp_path / "usual").touch()
-    state.write(example(), tmp_path / "a")
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    for name in ("a", "new"):
+        state.write(example(), tmp_path / name)
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -63,8 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
         for what, path in (("TARGET", target), ("--report", arguments.report)):
             if path is not None and path.exists() and not arguments.force:
                 raise Refused(message(what, "a new name", str(path), "Pass --force to replace it."))
+        words = None if arguments.names in names.WORDS else arguments.names
+        named = [arguments.shapes, arguments.axes, words]
+        check_output("TARGET", target, named)
         if arguments.report is not None:
-            check_output("--report", arguments.report, [source, target, arguments.template])
+            check_output("--report", arguments.report, [source, target, arguments.template, *named])
         family = convert.family_of(source)
         for each in (family, "state" if arguments.to == "state" else FORMATS[arguments.to].framework):
             need(_PACKAGES[each], f"adafactor convert with files of {each}", f"pip install {' '.join(_PACKAGES[each])}")

@@ -35,8 +35,9 @@ def replacing(path: PathLike) -> Iterator[Path]:
         if new.is_file():
             if path.is_dir():
                 raise IsADirectoryError(message("the target", "a file's name", str(path), "A folder has this name."))
-            (scratch / "new").touch()
-            new.chmod((scratch / "new").stat().st_mode)
+            fresh = scratch / f"{path.name}.fresh"
+            fresh.touch()
+            new.chmod(fresh.stat().st_mode)
             with open(new, "rb+") as file:
                 os.fsync(file.fileno())
         old = scratch / f"{path.name}.old"
