@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from adafactor.core import native
+from adafactor.engine.torch.sharded import reducer
 
 CASES = str(Path(__file__).with_name("layouts.py"))
 
@@ -69,3 +72,16 @@ def test_stochastic_rounding_draws_the_same_bits(world):
 def test_compensated_bfloat16():
     for result in ranks.run(CASES, "compensated", 2):
         assert {case: worst for case, worst in result.items() if not worst <= 1e-5} == {}
+
+
+def test_groups_end_with_the_world_that_they_were_made_in():
+    """A process may leave its world and enter another; here each has eight ranks, of which only one is there."""
+    made = []
+    for _ in range(2):
+        torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+        mesh = init_device_mesh("cpu", (2, 2, 2))
+        made += [reducer.group_of(mesh, (0, 1)) for _ in range(2)]
+        torch.distributed.destroy_process_group()
+    assert made[0] is made[1]
+    assert made[2] is made[3]
+    assert made[0] is not made[2]

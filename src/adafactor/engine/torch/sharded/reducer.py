@@ -104,7 +104,8 @@ def copy_of(ranks: tuple[int, ...], mesh: DeviceMesh, dims: Shape) -> tuple[int,
     return None
 
 
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# With the world that each was made in: after destroy_process_group() they are of no use.
+_groups: dict[tuple[int, ...], tuple[object, dist.ProcessGroup]] = {}
 
 
 def ranks_along(mesh: DeviceMesh, dims: Shape) -> tuple[int, ...]:
@@ -120,10 +121,12 @@ def group_of(mesh: DeviceMesh, dims: Shape) -> dist.ProcessGroup:
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     ranks = ranks_along(mesh, dims)
-    if len(ranks) == dist.get_world_size() and dist.group.WORLD is not None:
-        return dist.group.WORLD
-    if ranks not in _groups:
-        made = dist.new_group(list(ranks), use_local_synchronization=True)
-        assert made is not None
-        _groups[ranks] = made
-    return _groups[ranks]
+    whole = dist.group.WORLD
+    if len(ranks) == dist.get_world_size() and whole is not None:
+        return whole
+    world, group = _groups.get(ranks, (None, None))
+    if group is None or world is not whole:
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert group is not None
+        _groups[ranks] = whole, group
+    return group
