@@ -76,7 +76,6 @@ print(cpu_tensors(torch.get_num_threads()))
         """
 import jax, jax.numpy as jnp
 from adafactor.optax import adafactor
-from adafactor.cli.command import python
 optimizer = adafactor(0.01)
 p = jnp.ones((4, 4)); updates, _ = jax.jit(optimizer.update)(p, optimizer.init(p), p)
 check(p + updates)

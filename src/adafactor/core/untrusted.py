@@ -212,7 +212,7 @@ def check_zip(path: PathLike) -> list[str]:
             name = entry.filename
             if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts or ":" in name:
                 raise ValueError(f"its entry {name!r} leads out of the archive")
-            if entry.external_attr >> 16 & 0o170000 == 0o120000:
+            if stat.S_ISLNK(entry.external_attr >> 16):
                 raise ValueError(f"its entry {name!r} is a link")
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                 raise ValueError(f"its entry {name!r} is compressed")

@@ -36,7 +36,7 @@ Notes = dict[str, None]  # sentences, each once, in order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class Uncast:
     """A tensor that torch's load_state_dict cannot see, or it would cast it to the parameter's dtype."""
 
     tensor: Tensor
@@ -83,7 +83,7 @@ def gather(state: dict[Any, State], flat: Mapping[int, Sharded]) -> None:
 
 @torch.no_grad()
 def read(state_dict: Mapping[str, Any], groups: Sequence[Words], notes: Notes) -> dict[str, Any]:
-    """A ``state_dict`` in our words, its tensors copied to where the parameters are, and ``Held``.
+    """A ``state_dict`` in our words, its tensors copied to where the parameters are, and ``Uncast``.
 
     Args:
         state_dict: of any optimizer that ``core/dialects.py`` knows; not modified.
@@ -261,17 +261,17 @@ def _state(values: State, target: _Target, settings: Settings) -> State:
     wanted = {s: (of, slot_dtype(s, settings, param.dtype)) for s, of in shapes.items() if s in values}
     if "master" in values:  # of HostStep
         wanted["master"] = (shape, _checked(values["master"], shape, "master", target).dtype)
-    read: State = {**values, "step": Held(_step(values.get("step"), target))}
+    read: State = {**values, "step": Uncast(_step(values.get("step"), target))}
     for slot, (of, stored) in wanted.items():
         value = _checked(values[slot], of, slot, target)
         if is_sharded(param):
             from adafactor.engine.torch.sharded.dtensor import adopt
 
-            read[slot] = Held(adopt(value, param, roles, slot, stored))  # type: ignore[arg-type]
+            read[slot] = Uncast(adopt(value, param, roles, slot, stored))  # type: ignore[arg-type]
         elif of == shape and slot not in roles.slots and stored != torch.int8:
-            read[slot] = Held(torch.empty_like(param, dtype=stored, memory_format=torch.preserve_format).copy_(value))
+            read[slot] = Uncast(torch.empty_like(param, dtype=stored, memory_format=torch.preserve_format).copy_(value))
         else:
-            read[slot] = Held(torch.empty(of, dtype=stored, device=param.device).copy_(value))
+            read[slot] = Uncast(torch.empty(of, dtype=stored, device=param.device).copy_(value))
     return read
 
 
@@ -300,14 +300,14 @@ def _flat(values: State, target: _Target, spans: Spans, settings: Settings) -> S
     for whole in wholes:
         whole["step"] = _step(values.get("step", whole.get("step")), target)
     try:
-        read |= {slot: Held(value) for slot, value in flat_state.cut(fresh, wholes).items()}
+        read |= {slot: Uncast(value) for slot, value in flat_state.cut(fresh, wholes).items()}
     except ValueError as error:
         remedy = "Construct the optimizer with the checkpoint's factoring."
         raise target.refused("statistics", str(error), "others", remedy) from None
     for slot in ("momentum", "residual"):
         if slot in values and slot in fresh.state:
             like = fresh.state[slot]
-            read[slot] = Held(torch.empty_like(like).copy_(_checked(values[slot], tuple(like.shape), slot, target)))
+            read[slot] = Uncast(torch.empty_like(like).copy_(_checked(values[slot], tuple(like.shape), slot, target)))
     return read
 
 

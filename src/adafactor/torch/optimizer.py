@@ -412,7 +412,7 @@ class Adafactor(Optimizer):
             self._handle = compiled.register(self)
         for values in self.state.values():
             for name, value in values.items() if isinstance(values, dict) else ():
-                if isinstance(value, checkpoint.Held):
+                if isinstance(value, checkpoint.Uncast):
                     values[name] = value.tensor
         for group in self.param_groups:
             for name, default in self.defaults.items():

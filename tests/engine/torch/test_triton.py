@@ -247,7 +247,7 @@ def test_momentum_dtypes(kernel, monkeypatch, dtype, on_chip):
                 scales = (optimizer.state[p]["momentum_scale"] for optimizer, p in ((ours, a), (theirs, b)))
                 torch.testing.assert_close(*scales, rtol=1e-4, atol=1e-6)
     (prepared,) = ours._preparation._prepared.values()
-    held = {int(k) for (backend, _) in prepared.plan.backends for b in backend.tables.held.values() for k in b[:, 0]}
+    held = {int(k) for (backend, _) in prepared.plan.backends for b in backend.tables.on_chip.values() for k in b[:, 0]}
     alone = {0, 1, 3, 4} if dtype == torch.int8 else {0, 1, 2, 3, 4}
     assert held == (alone if on_chip > 64 else set())
 

@@ -62,7 +62,7 @@ class Native:
                 residual=w.state["residual"].data_ptr() if w.compensated else 0,
             )
             if isinstance(w.layout, Part):
-                _globalise(table.records[k : k + 1], _in_memory(w.layout, table.forms[k]))
+                globalise(table.records[k : k + 1], in_memory(w.layout, table.forms[k]))
         table.records["rng_stream"] = [w.rng_stream for w in work]
         table.records["count"] = [w.state["step"].data_ptr() for w in work]
         table.records["diagnostics"] = [0 if w.diagnostics is None else w.diagnostics.data_ptr() for w in work]
@@ -259,12 +259,12 @@ def _views(backend: Native) -> list[Sums]:
     return views
 
 
-def _in_memory(part: Part, form: native.Canonical) -> Part:
+def in_memory(part: Part, form: native.Canonical) -> Part:
     """The part with the kernel's rows as its rows."""
     return part.transposed if form.transposed else part
 
 
-def _globalise(record: NDArray[Any], part: Part) -> None:
+def globalise(record: NDArray[Any], part: Part) -> None:
     """The numbers of the whole parameter for a table row that holds a part of it."""
     record["global_rows"] = part.n if part.factored else 1
     record["global_columns"] = part.m if part.factored else part.slice_size
@@ -284,7 +284,7 @@ def _globalise(record: NDArray[Any], part: Part) -> None:
         record["column_offset"] = first(part.whole)
 
 
-def _numbered(part: Part) -> bool:
+def is_numbered(part: Part) -> bool:
     """Whether an offset is enough to number the elements: every role is split along its leading axis at most."""
     stack = tuple(axis for axis in range(len(part.shape)) if axis not in (*part.rows, *part.columns, *part.batch))
     sides: tuple[Shape, ...] = (stack, part.rows, part.columns) if part.factored else (part.whole,)
@@ -312,7 +312,7 @@ def form_of(w: Work) -> native.Canonical | None:
         return form
     if not layout.size:
         return None
-    if w.settings.stochastic_rounding and not _numbered(_in_memory(layout, form)):
+    if w.settings.stochastic_rounding and not is_numbered(in_memory(layout, form)):
         return None
     if not form.transposed:
         return form

@@ -6,7 +6,7 @@ import torch
 
 from adafactor.core.canonical import Canonical, canonical
 from adafactor.core.factoring import Part
-from adafactor.engine.torch.cpu import _in_memory, _numbered
+from adafactor.engine.torch.cpu import in_memory, is_numbered
 from adafactor.engine.torch.int8 import BLOCK
 from adafactor.engine.torch.triton import table
 from adafactor.engine.torch.triton.table import Launch
@@ -26,7 +26,7 @@ def form_of(w: Work) -> Canonical | None:
     if form is None or not isinstance(w.layout, Part):
         return form
     draws = w.settings.stochastic_rounding or any(tensor.dtype == torch.int8 for tensor in beside)
-    if not w.layout.size or (draws and not _numbered(_in_memory(w.layout, form))):
+    if not w.layout.size or (draws and not is_numbered(in_memory(w.layout, form))):
         return None
     if not form.transposed or w.layout.cut == "nothing":
         return form

@@ -90,6 +90,16 @@ def _block(blocks):
 
 
 @triton.jit
+def _run(blocks, ALIGNED: tl.constexpr):
+    """The same of a run of elements: the tensor, where the run begins and ends, and its number."""
+    block = blocks + tl.program_id(0) * _B
+    start, end = tl.load(block + 1), tl.load(block + 2)
+    if ALIGNED:
+        start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
+    return tl.load(block), start, end, tl.load(block + 3)
+
+
+@triton.jit
 def _weights(scalars, numbers, tensor):
     """What `_average` takes: 1 - beta(t), beta(t) and eps1."""
     eps1 = tl.load(numbers + tensor * _G + _EPS1).to(tl.float32)
@@ -280,13 +290,10 @@ def measure_flat(
     BLOCK: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, SCALE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One piece of a slice of an unfactored tensor: its Σu² (eq. 11), a check, and its Σx²."""
-    block = blocks + tl.program_id(0) * _B
-    tensor, start, end, index = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    tensor, start, end, index = _run(blocks, ALIGNED)
     address = tl.load(grads + tensor)
     if address == 0:
         return
-    if ALIGNED:
-        start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
     record = tensors + tensor * _F
     ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
     grad = _pointer(address, GRAD, ALIGNED)
@@ -588,13 +595,10 @@ def apply_flat(
     PART: tl.constexpr, SQUARES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One run of elements, for tensors that are not factored, and where blocks of 8-bit momentum cross rows."""
-    block = blocks + tl.program_id(0) * _B
-    tensor, start, end, index = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    tensor, start, end, index = _run(blocks, ALIGNED)
     address = tl.load(grads + tensor)
     if address == 0:
         return
-    if ALIGNED:
-        start = tl.multiple_of(start, 16)
     record = tensors + tensor * _F
     ema_weight, past, eps1 = _weights(scalars, numbers, tensor)
     decay_factor = tl.load(scalars + tensor * 4 + 3)

@@ -92,7 +92,7 @@ class Launches:
         )  # fmt: skip
 
     def on_chip(self, known: Container[Launch], skipped: Tensor) -> None:
-        for launch, blocks in self._t.held.items():
+        for launch, blocks in self._t.on_chip.items():
             tile = launch.tile
             assert tile is not None
             self._launch(

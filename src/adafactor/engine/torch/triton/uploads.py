@@ -13,7 +13,7 @@ from torch import Tensor
 from adafactor.core.factoring import Part
 from adafactor.engine.torch import accelerator
 from adafactor.engine.torch.blocks import kept
-from adafactor.engine.torch.cpu import _globalise
+from adafactor.engine.torch.cpu import globalise
 from adafactor.engine.torch.triton import table
 from adafactor.engine.torch.triton.forms import form_of, in_kernel, launch_of
 from adafactor.engine.torch.triton.table import FIELDS, FLAGS, NUMBERS
@@ -33,7 +33,7 @@ class Uploaded:
     Attributes:
         described: each tensor as the tables know it; ``plan``: what follows from that.
         groups: places of learning rates; ``settings``: what the groups said.
-        records to held: the plan's, on the device.
+        records to on_chip: the plan's, on the device.
         scalars to varying: buffers; ``varying`` holds the addresses of gradients, then learning rates.
         of_graph: made in a capture, whose uploads wait for a replay: no eager step may read these tables.
         tensors: all that lives on the device, and the copies on the host that a captured upload reads again.
@@ -56,7 +56,7 @@ class Uploaded:
         numbers = _complete(plan.records, work, self.described, self.groups)
         self.records, self.numbers, self.slices = map(self._upload, (plan.records, numbers, plan.slices))
         self.measured, self.applied = self._upload_all(plan.measure), self._upload_all(plan.apply)
-        self.columns, self.held = self._upload_all(plan.columns), self._upload_all(plan.on_chip)
+        self.columns, self.on_chip = self._upload_all(plan.columns), self._upload_all(plan.on_chip)
         self.cuts = {key[3] for key in plan.columns}
         self.count = count = len(work)
         slices, sizes = len(plan.slices), plan.sizes
@@ -116,7 +116,7 @@ def _complete(
         }
         if isinstance(w.layout, Part):
             swapped = tensor.launch.transposed
-            _globalise(cast(Any, said), w.layout.transposed if form.transposed or swapped else w.layout)
+            globalise(cast(Any, said), w.layout.transposed if form.transposed or swapped else w.layout)
             if swapped:
                 said["global_rows"], said["global_columns"] = said["global_columns"], said["global_rows"]
         flags = (
